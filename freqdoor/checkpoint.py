@@ -1,0 +1,121 @@
+"""The run directory: what is written while training, and how a run is found and continued."""
+
+import json
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from freqdoor.config import Settings
+from freqdoor.types import FreqdoorError
+
+STATE = "state.pt"
+METRICS = "metrics.jsonl"
+CONFIG = "config.json"
+ENVIRONMENT = "environment.json"
+PACKAGES = ("freqdoor", "torch", "torchvision", "compressai", "numpy", "safetensors", "pillow")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file under a temporary name, then rename it: never a half-written one."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        try:
+            partial.unlink(missing_ok=True)
+        except OSError:
+            pass
+        raise FreqdoorError(f"{path}: could not write ({error.strerror or error})") from None
+
+
+def environment() -> dict[str, Any]:
+    """Versions, hardware and the code's commit: what a number depends on besides the config."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5, check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip() or None
+
+
+class Run:
+    """A run directory: config.json, environment.json, metrics.jsonl, state.pt, and what is exported at the end."""
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+
+    def start(self, settings: Settings, facts: dict[str, Any]) -> dict[str, Any] | None:
+        """Create the directory, or find the state to resume from; refuses other settings than the run's own."""
+        resolved = settings.model_dump_json(indent=2)
+        path = self.folder / CONFIG
+        if path.exists() and (self.folder / STATE).exists():
+            _refuse_other_settings(path, json.loads(path.read_text()), json.loads(resolved))
+            return self._load()
+        write_text(path, resolved)
+        write_text(self.folder / ENVIRONMENT, json.dumps(environment() | facts, indent=2))
+        (self.folder / METRICS).unlink(missing_ok=True)
+        return None
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Write the whole training state, atomically."""
+        partial = self.folder / f".{STATE}.partial"
+        try:
+            torch.save(state, partial)
+            partial.replace(self.folder / STATE)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+            partial.unlink(missing_ok=True)
+            raise FreqdoorError(f"{self.folder / STATE}: could not write the checkpoint ({error})") from None
+
+    def _load(self) -> dict[str, Any]:
+        try:
+            state: dict[str, Any] = torch.load(self.folder / STATE, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise FreqdoorError(f"{self.folder / STATE}: damaged checkpoint ({error}); delete it to start anew") from None
+        return state
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        try:
+            with (self.folder / METRICS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise FreqdoorError(f"{self.folder / METRICS}: could not write ({error.strerror})") from None
+
+
+def _refuse_other_settings(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    free = {"checkpoint_minutes", "device"}  # they do not change the result
+    different = [
+        f"{key}: the run has {old.get(key)!r}, now {new.get(key)!r}"
+        for key in sorted((old.keys() | new.keys()) - free)
+        if old.get(key) != new.get(key)
+    ]
+    if different:
+        raise FreqdoorError(
+            f"{path.parent}: a run with other settings is there; choose another folder or delete it:\n  "
+            + "\n  ".join(different)
+        )
