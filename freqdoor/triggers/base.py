@@ -1,0 +1,105 @@
+"""What every trigger has in common: strength, mask, the stealth budget and 8-bit rounding."""
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from freqdoor.metrics import mse, rms
+from freqdoor.types import Images, Masks, from_uint8, round8, to_uint8
+
+PAPER_EPS = 0.005  # "Attack Stealthiness", Section 3.2: MSE <= eps^2
+ROUNDING_MSE = 1 / (12 * 255**2)  # of a uniform error of one grey level
+BISECTIONS = 12
+SHRINKS = 30  # of 0.1 % each
+
+
+class Trigger(nn.Module, ABC):
+    """T(x | theta_t). A subclass writes `perturb`; strength, mask, budget and range are the same for all.
+
+    Args:
+        eps: the budget, root mean square of x_p - x in RGB on the [0, 1] scale.
+        project: scale every image's perturbation to the budget exactly (else Eq. 10's penalty has to keep it).
+    """
+
+    def __init__(self, *, eps: float = PAPER_EPS, project: bool = True) -> None:
+        super().__init__()
+        self.eps = eps
+        self.project = project
+
+    @abstractmethod
+    def perturb(self, x: Images) -> Images:
+        """The perturbation of every image before strength, mask and budget, (b, 3, h, w), RGB."""
+
+    @property
+    @abstractmethod
+    def arguments(self) -> dict[str, Any]:
+        """The constructor's arguments: what a file needs to rebuild the trigger."""
+
+    def forward(
+        self,
+        x: Images,
+        *,
+        strength: float = 1.0,
+        mask: Masks | None = None,
+        eps: float | None = None,
+        rounded: bool = False,
+    ) -> Images:
+        """The poisoned image x_p, in [0, 1].
+
+        Args:
+            strength: factor on the perturbation (Table 6 uses 3: the budget becomes (3 eps)^2).
+            mask: (b, 1, h, w), the perturbation is multiplied by it (Eq. 11).
+            eps: another budget than the trigger's own, while training anneals it.
+            rounded: round to 8 bits with a straight-through gradient, as a file would.
+        """
+        delta = self.perturb(x)
+        if mask is not None:
+            delta = delta * mask
+        if self.project:
+            delta = project(x, delta, (self.eps if eps is None else eps) * strength, rounded=rounded)
+        else:
+            delta = delta * strength
+        x_p = (x + delta).clamp(0, 1)
+        return round8(x_p) if rounded else x_p
+
+
+def project(x: Images, delta: Images, eps: float, *, rounded: bool = False) -> Images:
+    """Scale each image's delta so that what reaches the codec has RMS eps, and never more.
+
+    What reaches it is clamp(x + delta), `rounded` to 8 bits if a file lies between. Rounding adds 1/12 of a squared
+    grey level, which the scale leaves room for; clamping takes some away, which a bisection without gradient gives
+    back, up to twice the scale.
+    """
+    unit = delta / rms(delta)
+    with torch.no_grad():
+        plain = math.sqrt(max(eps**2 - (ROUNDING_MSE if rounded else 0.0), (0.2 * eps) ** 2))
+
+        def over(scale: Tensor, budget: float) -> Tensor:
+            x_p = (x + scale * unit).clamp(0, 1)
+            x_p = from_uint8(to_uint8(x_p)) if rounded else x_p
+            return (mse(x_p, x) > budget**2).reshape(scale.shape)
+
+        scale = torch.full_like(rms(delta), plain)
+        short = ~over(scale, 0.99 * eps)
+        if bool(short.any()):
+            low, high = scale, 2 * scale
+            for _ in range(BISECTIONS):
+                middle = (low + high) / 2
+                too_much = over(middle, eps)
+                low, high = torch.where(too_much, low, middle), torch.where(too_much, middle, high)
+            scale = torch.where(short, low, scale)
+        for _ in range(SHRINKS):
+            too_much = over(scale, eps)
+            if not bool(too_much.any()):
+                break
+            scale = torch.where(too_much, scale * 0.999, scale)
+    return unit * scale
+
+
+def budget_penalty(x: Images, x_p: Images, *, gamma: float, eps: float) -> Tensor:
+    """Second term of Eq. (10): gamma max(MSE(x, T(x)), eps^2), over the batch."""
+    penalty: Tensor = gamma * (x_p - x).square().mean().clamp_min(eps**2)
+    return penalty
