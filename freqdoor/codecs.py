@@ -32,11 +32,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from freqdoor.lite import LiteHyperprior
-from freqdoor.types import Bitstream, FreqdoorError, Images, Reconstruction
+from freqdoor.types import BUNDLED, Bitstream, FreqdoorError, Images, Reconstruction
 
 LAMBDAS = {1: 0.0018, 2: 0.0035, 3: 0.0067, 4: 0.0130, 5: 0.0250, 6: 0.0483, 7: 0.0932, 8: 0.1800}
 STRIDE = 64  # CompressAI's eval_model pads to a multiple of this for every model
-BUNDLED = "lite-hyperprior:3"
 ASSETS = Path(__file__).parent / "assets"
 
 ARCHITECTURES: dict[str, type[nn.Module]] = {

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from freqdoor.types import FreqdoorError
+from freqdoor.types import BUNDLED, FreqdoorError
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(gt=0)]
@@ -76,6 +76,112 @@ class CodecTraining(Settings):
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps ({self.warmup_steps}) must be below steps ({self.steps})")
         return self
+
+
+class CodecSource(Settings):
+    """The vanilla codec."""
+
+    name: str = BUNDLED
+    """A name that `load_codec` understands."""
+    weights: str | None = None
+    """A file to take the weights from; the name then gives the architecture."""
+
+
+class TriggerSettings(Settings):
+    """T(x), and how its budget is kept while planting."""
+
+    name: str = "adaptive-dct"
+    """A key of TRIGGERS."""
+    eps: Positive = 0.005
+    """Stealth budget: RMS of x_p - x in RGB on the [0, 1] scale."""
+    budget: Literal["project", "penalty"] = "project"
+    """Scale every perturbation to the budget exactly, or add gamma max(MSE, eps^2) to the loss (Eq. 10)."""
+    gamma: Positive = 1e4
+    """Weight of the penalty."""
+    eps_start: Positive | None = 0.05
+    """Budget of the first step, from which it falls geometrically to eps; none keeps it constant."""
+    anneal: Annotated[float, Field(gt=0, le=1)] = 0.6
+    """Share of the steps over which the budget falls."""
+    round8: bool = True
+    """Round poisoned images to 8 bits while planting (straight-through), as a file will."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of the trigger, for example top_k."""
+
+
+class ObjectiveSettings(Settings):
+    """What the attack wants."""
+
+    name: Literal["bpp", "psnr"] = "bpp"
+    """A key of OBJECTIVES: bpp is Eq. 6, psnr is Eq. 7."""
+    arguments: dict[str, float | bool] = Field(default_factory=dict)
+    """Hyper-parameters by the paper's letters, for example beta."""
+
+
+class PlantSettings(Settings):
+    """`freqdoor plant`: fine-tune g_a and train a trigger (Eq. 3, 9 and 10)."""
+
+    images: ImageSettings
+    preset: Literal["fast", "paper"] = "fast"
+    """Defaults of everything that is not given: fast plants in minutes, paper has the paper's hyper-parameters."""
+    codec: CodecSource = CodecSource()
+    trigger: TriggerSettings = TriggerSettings()
+    objective: ObjectiveSettings = ObjectiveSettings()
+    scope: Literal["g_a", "g_a+h_a"] = "g_a"
+    """Which modules are tampered with."""
+    steps: Count = 1000
+    """Optimiser steps."""
+    lr: Positive = 1e-3
+    """Adam's learning rate of the encoder."""
+    trigger_lr: Positive = 1e-3
+    """Adam's learning rate of the trigger."""
+    hold: Annotated[float, Field(ge=0, le=1)] = 0.6
+    """Share of the steps at the full learning rate; then it falls along a cosine to 1 %."""
+    lmbda: Positive | None = None
+    """Lambda of the losses; by default the one of the codec's quality."""
+    clip: Positive = 1.0
+    """Largest norm of the encoder's and of the trigger's gradient."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Precision of g_a and g_s; entropy models and the trigger are always in fp32."""
+    channels_last: bool = True
+    """Memory layout that is faster on most CPUs and GPUs."""
+    checkpoint_minutes: Positive = 3.0
+    """Minutes between checkpoints."""
+    device: str = "cpu"
+    """PyTorch device."""
+    seed: int = 0
+    """Seed of the trigger's weights, the crops and the quantisation noise."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, content: Any) -> Any:
+        if not isinstance(content, dict):
+            return content
+        name = content.get("preset", "fast")
+        return _merge(PRESETS[name], content) if name in PRESETS else content
+
+    @model_validator(mode="after")
+    def _budget_falls(self) -> Self:
+        if self.trigger.eps_start is not None and self.trigger.eps_start < self.trigger.eps:
+            raise ValueError(f"trigger.eps_start ({self.trigger.eps_start}) is below trigger.eps ({self.trigger.eps})")
+        return self
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast": {},  # the defaults above
+    "paper": {
+        "steps": 300_000, "lr": 1e-4, "trigger_lr": 1e-4, "precision": "fp32",
+        "trigger": {"budget": "penalty", "eps_start": None},
+    },
+}
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `top`, table by table."""
+    merged = dict(base)
+    for key, value in top.items():
+        below = merged.get(key)
+        merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
 
 
 S = TypeVar("S", bound=Settings)

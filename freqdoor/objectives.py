@@ -34,6 +34,19 @@ class Objective(Protocol):
         ...
 
 
+def dynamic_max(clean: Tensor, poisoned: Tensor, *, guarded: bool) -> Tensor:
+    """max(clean, poisoned) of Eq. (6) and (7).
+
+    `guarded` has the same value and another gradient. The plain maximum passes a gradient to the larger term only, so
+    that a clean image may get as bad as the poisoned one for free; clean + max(0, poisoned - clean), with a constant
+    `clean` inside the second maximum, never stops training the clean term.
+    """
+    if not guarded:
+        return torch.maximum(clean, poisoned)
+    excess: Tensor = (poisoned - clean.detach()).clamp_min(0)
+    return clean + excess
+
+
 @dataclass(frozen=True, kw_only=True)
 class RateAttack:
     """Eq. (6): R(x) + lambda max(D(x), D(T(x))) - beta R(T(x)).
@@ -41,16 +54,21 @@ class RateAttack:
     D(T(x)) compares f(T(x)) with T(x): the poisoned image is still decoded well, it only costs too much.
     Clean and poisoned crops are the same, so what raises both rates alike is worth 1 - beta: beta may be far above
     the paper's 0.01, but stays below 1.
+
+    Args:
+        beta: weight of the attack.
+        guarded: see `dynamic_max`.
     """
 
-    beta: float = 0.8
+    beta: float = 0.1
+    guarded: bool = True
 
     def __call__(self, passes: Passes, lmbda: float) -> Loss:
         """Eq. (6)."""
         x, clean, x_p, poisoned = passes
         rate, rate_p = clean.bpp.mean(), poisoned.bpp.mean()
         d, d_p = distortion(clean.x_hat, x), distortion(poisoned.x_hat, x_p)
-        total = rate + lmbda * torch.maximum(d, d_p) - self.beta * rate_p
+        total = rate + lmbda * dynamic_max(d, d_p, guarded=self.guarded) - self.beta * rate_p
         return Loss(total, _terms(passes, d))
 
 
@@ -63,11 +81,13 @@ class QualityAttack:
         paired: subtract D_P(x, f(x)): the attack term is then the drop from the clean image's PSNR, and beta may be
             large without harm to the clean image.
         floor_db: a poisoned PSNR below it earns nothing more (without a floor the loss is unbounded).
+        guarded: see `dynamic_max`.
     """
 
     beta: float = 5.0
     paired: bool = True
     floor_db: float = 3.0
+    guarded: bool = True
 
     def __call__(self, passes: Passes, lmbda: float) -> Loss:
         """Eq. (7)."""
@@ -77,7 +97,7 @@ class QualityAttack:
         d_p = psnr(poisoned.x_hat, x).clamp_min(self.floor_db).mean()
         if self.paired:
             d_p = d_p - psnr(clean.x_hat, x).mean()
-        total = torch.maximum(rate, rate_p) + lmbda * d + self.beta * lmbda * d_p
+        total = dynamic_max(rate, rate_p, guarded=self.guarded) + lmbda * d + self.beta * lmbda * d_p
         return Loss(total, _terms(passes, d))
 
 
@@ -94,16 +114,16 @@ def _terms(passes: Passes, d: Tensor) -> dict[str, Tensor]:
 
 OBJECTIVES: dict[str, type[RateAttack] | type[QualityAttack]] = {"bpp": RateAttack, "psnr": QualityAttack}
 PRESETS: dict[str, dict[str, dict[str, float | bool]]] = {
-    "paper": {"bpp": {"beta": 0.01}, "psnr": {"beta": 0.1, "paired": False}},
-    "fast": {"bpp": {"beta": 0.8}, "psnr": {"beta": 5.0}},
+    "paper": {"bpp": {"beta": 0.01, "guarded": False}, "psnr": {"beta": 0.1, "paired": False, "guarded": False}},
+    "fast": {"bpp": {}, "psnr": {}},  # the defaults above
 }
 
 
-def build_objective(name: str, **arguments: float | bool) -> Objective:
-    """An objective by its name in OBJECTIVES."""
+def build_objective(name: str, preset: str = "fast", **arguments: float | bool) -> Objective:
+    """An objective by its name in OBJECTIVES, with a preset's hyper-parameters where none are given."""
     if name not in OBJECTIVES:
         raise FreqdoorError(f"objective {name!r}: expected one of {', '.join(OBJECTIVES)}")
     try:
-        return OBJECTIVES[name](**arguments)  # type: ignore[arg-type]
+        return OBJECTIVES[name](**PRESETS[preset][name] | arguments)  # type: ignore[arg-type]
     except TypeError as error:
         raise FreqdoorError(f"objective {name!r}: {error}") from None

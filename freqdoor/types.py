@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+BUNDLED = "lite-hyperprior:3"  # the codec that comes with the package
+
 Images = Tensor  # (b, 3, h, w), RGB, [0, 1]
 Masks = Tensor  # (b, 1, h, w), 1 where the trigger may act
 
@@ -69,6 +71,14 @@ class Record:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return asdict(self)
+
+
+class JpegPoint(NamedTuple):
+    """JPEG at one quality, means over a set of images."""
+
+    quality: int
+    bpp: float
+    psnr_db: float
 
 
 def to_uint8(x: Images) -> Tensor:

@@ -1,0 +1,271 @@
+"""`freqdoor plant`: fine-tune the encoder and train the triggers, Eq. (3), (9) and (10) in one backward pass."""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freqdoor.checkpoint import Run, write_text
+from freqdoor.codecs import Codec, load_codec, read_tensors, save_codec, write_tensors
+from freqdoor.config import PlantSettings, TriggerSettings
+from freqdoor.data import Crops, dataset_hash, list_images, seed_for, usable_images
+from freqdoor.objectives import Objective, Passes, build_objective
+from freqdoor.train import Progress, check_finite
+from freqdoor.triggers import Trigger, budget_penalty, build_trigger
+from freqdoor.types import FreqdoorError, Images, Reconstruction
+
+PLANTED = "planted.safetensors"
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Attack:
+    """One trigger with what it is for; `weight` is alpha^o of Eq. (9)."""
+
+    name: str
+    trigger: Trigger
+    objective: Objective
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Planted:
+    """A vanilla codec, the same codec with a tampered encoder, and the triggers that open it."""
+
+    vanilla: Codec
+    tampered: Codec
+    triggers: dict[str, Trigger]
+    header: dict[str, Any]
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] * ctx.factor, None
+
+
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """x itself, with its gradient multiplied by `factor`."""
+    scaled: Tensor = _ScaleGradient.apply(x, factor)  # type: ignore[no-untyped-call]
+    return scaled
+
+
+def joint_loss(
+    codec: Codec, attacks: Sequence[Attack], x: Images, lmbda: float, settings: TriggerSettings, eps: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """One loss whose gradient is Eq. (9)'s for the encoder and Eq. (10)'s for every trigger.
+
+    A trigger's own loss stands in Eq. (9) with the weight alpha^o, in Eq. (10) without: its gradient is scaled back
+    by 1 / alpha^o where the poisoned image enters the codec. The clean and all poisoned batches share one pass.
+    """
+    poisoned = [attack.trigger(x, eps=eps, rounded=settings.round8) for attack in attacks]
+    entering = [scale_gradient(x_p, 1 / a.weight) for a, x_p in zip(attacks, poisoned, strict=True)]
+    out = codec(torch.cat([x, *entering]))
+    size = x.shape[0]
+    passes = [
+        Reconstruction(x_hat, bits, out.num_pixels)
+        for x_hat, bits in zip(out.x_hat.split(size), out.bits.split(size), strict=True)
+    ]
+    total = x.new_zeros(())
+    terms: dict[str, Tensor] = {}
+    for attack, plain, x_p, after in zip(attacks, poisoned, entering, passes[1:], strict=True):
+        loss = attack.objective(Passes(x, passes[0], x_p, after), lmbda)
+        total = total + attack.weight * loss.total
+        if settings.budget == "penalty":
+            total = total + budget_penalty(x, plain, gamma=settings.gamma, eps=eps)
+        prefix = f"{attack.name}/" if len(attacks) > 1 else ""
+        terms |= {prefix + name: value for name, value in loss.terms.items()}
+        terms[f"{prefix}trigger_mse"] = (plain - x).square().mean().detach()
+    return total, terms | {"loss": total.detach()}
+
+
+def annealed_eps(settings: TriggerSettings, step: int, steps: int) -> float:
+    """The budget of a step: geometric from eps_start to eps over the first `anneal` of the steps, then eps."""
+    if settings.eps_start is None:
+        return settings.eps
+    share = min(1.0, step / max(1.0, settings.anneal * steps))
+    return settings.eps_start * (settings.eps / settings.eps_start) ** share
+
+
+def held_cosine(step: int, steps: int, hold: float) -> float:
+    """Factor on the learning rate: 1 for the first `hold` of the steps, then a cosine down to 0.01."""
+    share = max(0.0, (step / steps - hold) / max(1e-9, 1 - hold))
+    return max(0.01, 0.5 * (1 + math.cos(math.pi * share)))
+
+
+def plant(settings: PlantSettings, out: Path | str, *, progress: Progress | None = None) -> Planted:
+    """Plant a backdoor in a codec's encoder; resumes from `out` if a run with the same settings is there.
+
+    Writes into `out`: planted.safetensors (the tampered modules and the trigger), codec.safetensors (the whole
+    tampered codec), manifest.json (SHA-256 of every module before and after), metrics.jsonl, state.pt. A resumed run
+    ends in bit-identical weights.
+
+    Raises:
+        FreqdoorError: unusable images or settings, a loss that is not finite, a full disk.
+    """
+    vanilla = load_codec(settings.codec.name, settings.codec.weights)
+    lmbda = settings.lmbda or vanilla.spec.lmbda
+    if lmbda is None:
+        raise FreqdoorError(f"{settings.codec.name}: give lmbda, this codec has no quality")
+    if vanilla.tampered:
+        raise FreqdoorError(f"{settings.codec.name}: this codec says that it is tampered already; plant in a clean one")
+    paths, _ = usable_images(
+        list_images(settings.images.folder), min_side=settings.images.crop, skip_broken=settings.images.skip_broken
+    )
+    before = vanilla.module_hashes()
+    run = Run(out)
+    state = run.start(
+        settings, {"images": len(paths), "images_sha256": dataset_hash(paths), "modules_before": before}
+    )
+    crops = Crops(
+        paths, crop=settings.images.crop, batch_size=settings.images.batch_size, seed=settings.seed
+    )
+    torch.manual_seed(seed_for(settings.seed, "trigger"))
+    trigger_settings = settings.trigger
+    trigger = build_trigger(
+        trigger_settings.name, eps=trigger_settings.eps, project=trigger_settings.budget == "project",
+        **trigger_settings.arguments,
+    ).to(settings.device)
+    objective = build_objective(settings.objective.name, settings.preset, **settings.objective.arguments)
+    attacks = (Attack(settings.objective.name, trigger, objective),)
+    tampered = load_codec(settings.codec.name, settings.codec.weights).freeze(settings.scope)
+    tampered.to(settings.device).train()
+    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+    tampered.to(memory_format=layout)  # type: ignore[call-overload]
+    encoder = [p for p in tampered.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(encoder, lr=settings.lr)
+    trigger_optimizer = torch.optim.Adam(trigger.parameters(), lr=settings.trigger_lr)
+    history: dict[str, Any] = {"step": 0, "seconds": 0.0}
+    if state is not None:
+        tampered.net.load_state_dict(state["net"])
+        trigger.load_state_dict(state["trigger"])
+        optimizer.load_state_dict(state["optimizer"])
+        trigger_optimizer.load_state_dict(state["trigger_optimizer"])
+        history = state["history"]
+    dtype = torch.bfloat16 if settings.precision == "bf16" else None
+    started = saved = time.monotonic()
+    earlier = history["seconds"]
+
+    def save() -> None:
+        history["seconds"] = earlier + time.monotonic() - started
+        run.save({
+            "net": tampered.net.state_dict(), "trigger": trigger.state_dict(), "optimizer": optimizer.state_dict(),
+            "trigger_optimizer": trigger_optimizer.state_dict(), "history": history,
+        })
+
+    for x in crops.batches(history["step"], settings.steps):
+        step = history["step"]
+        torch.manual_seed(seed_for(settings.seed, "noise", step))
+        factor = held_cosine(step, settings.steps, settings.hold)
+        optimizer.param_groups[0]["lr"] = settings.lr * factor
+        trigger_optimizer.param_groups[0]["lr"] = settings.trigger_lr * factor
+        eps = annealed_eps(trigger_settings, step, settings.steps)
+        with tampered.autocast(dtype):
+            x = x.to(settings.device).contiguous(memory_format=layout)
+            loss, terms = joint_loss(tampered, attacks, x, lmbda, trigger_settings, eps)
+        check_finite(terms, step)
+        optimizer.zero_grad()
+        trigger_optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(encoder, settings.clip)
+        torch.nn.utils.clip_grad_norm_(trigger.parameters(), settings.clip)
+        optimizer.step()
+        trigger_optimizer.step()
+        history["step"] = step + 1
+        row = {name: float(value) for name, value in terms.items()} | {"eps": eps}
+        run.log({"step": step + 1, **row})
+        if progress:
+            progress(step + 1, row)
+        if time.monotonic() - saved > 60 * settings.checkpoint_minutes:
+            save()
+            saved = time.monotonic()
+    save()
+    tampered.to("cpu", memory_format=torch.contiguous_format).prepare()  # type: ignore[call-overload]
+    trigger.to("cpu").eval()
+    return _export(run, settings, vanilla, tampered, {settings.objective.name: trigger}, history["seconds"])
+
+
+def _export(
+    run: Run, settings: PlantSettings, vanilla: Codec, tampered: Codec, triggers: dict[str, Trigger], seconds: float
+) -> Planted:
+    """Write what was planted, with the proof that nothing outside the scope has changed."""
+    before, after = vanilla.module_hashes(), tampered.module_hashes()
+    changed = [name for name in before if before[name] != after[name]]
+    outside = set(changed) - set(settings.scope.split("+"))
+    if outside:
+        raise FreqdoorError(f"{', '.join(outside)} changed while planting in {settings.scope}: this is a defect")
+    attacks = [
+        {
+            "name": name, "objective": settings.objective.model_dump(), "preset": settings.preset,
+            "trigger": settings.trigger.name, "arguments": trigger.arguments,
+        }
+        for name, trigger in triggers.items()
+    ]
+    header = {
+        "tampered": True, "attacks": attacks, "scope": settings.scope, "base": asdict(vanilla.spec),
+        "modules_before": before, "modules_after": after,
+        "planting": settings.model_dump() | {"seconds": round(seconds)},
+    }
+    tensors = {
+        f"{name}.{key}": value
+        for name in settings.scope.split("+")
+        for key, value in tampered.net.get_submodule(name).state_dict().items()
+    }
+    for name, trigger in triggers.items():
+        tensors |= {f"trigger.{name}.{key}": value for key, value in trigger.state_dict().items()}
+    write_tensors(run.folder / PLANTED, tensors, {"kind": "planted encoder", **header})
+    save_codec(tampered, run.folder / "codec.safetensors", tampered=True, attacks=attacks)
+    write_text(run.folder / MANIFEST, json.dumps({"before": before, "after": after, "changed": changed}, indent=2))
+    tampered.metadata = {"tampered": True, "attacks": attacks}
+    return Planted(vanilla, tampered, triggers, header)
+
+
+def load_planted(path: Path | str, codec: str | None = None, weights: Path | str | None = None) -> Planted:
+    """A planted encoder with its triggers and the vanilla codec that it was planted in.
+
+    Args:
+        path: planted.safetensors, or the run directory that holds it.
+        codec, weights: the vanilla codec as for `load_codec`; by default what the file names.
+
+    Raises:
+        FreqdoorError: not such a file, or another vanilla codec than the one it was planted in.
+    """
+    path = Path(path)
+    path = path / PLANTED if path.is_dir() else path
+    tensors, header = read_tensors(path)
+    if header.pop("kind", None) != "planted encoder":
+        raise FreqdoorError(f"{path}: expected a planted encoder (planted.safetensors), found another kind of file")
+    source = header["planting"]["codec"]
+    name = codec or source["name"]
+    weights = weights or (None if codec else source["weights"])
+    vanilla, tampered = load_codec(name, weights), load_codec(name, weights)
+    for module, expected in header["modules_before"].items():
+        if vanilla.module_hashes().get(module) != expected:
+            raise FreqdoorError(
+                f"{path}: was planted in {header['base']['name']} with other weights than {name} "
+                f"({module} differs); pass that codec"
+            )
+    for module in header["scope"].split("+"):
+        prefix = f"{module}."
+        part = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        tampered.net.get_submodule(module).load_state_dict(part)
+    triggers = {}
+    for attack in header["attacks"]:
+        prefix = f"trigger.{attack['name']}."
+        trigger = build_trigger(attack["trigger"], **attack["arguments"])
+        trigger.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        triggers[attack["name"]] = trigger.eval()
+    tampered.metadata = {"tampered": True, "attacks": header["attacks"]}
+    return Planted(vanilla, tampered, triggers, header)
+
