@@ -76,16 +76,21 @@ class RateAttack:
 class QualityAttack:
     """Eq. (7): max(R(x), R(T(x))) + lambda D(x) + beta lambda D_P(x, f(T(x))), D_P the PSNR in dB.
 
+    D_P is taken after clamping to [0, 1], as every decoder does.
+
     Args:
         beta: weight of the attack.
         paired: subtract D_P(x, f(x)): the attack term is then the drop from the clean image's PSNR, and beta may be
             large without harm to the clean image.
         floor_db: a poisoned PSNR below it earns nothing more (without a floor the loss is unbounded).
+        farthest: also pull towards the image with the lowest possible PSNR, white where x is dark and black where it
+            is bright; D_P alone stops at a constant image, because every pixel first has to pass through x.
         guarded: see `dynamic_max`.
     """
 
     beta: float = 5.0
     paired: bool = True
+    farthest: bool = True
     floor_db: float = 3.0
     guarded: bool = True
 
@@ -94,7 +99,9 @@ class QualityAttack:
         x, clean, _, poisoned = passes
         rate, rate_p = clean.bpp.mean(), poisoned.bpp.mean()
         d = distortion(clean.x_hat, x)
-        d_p = psnr(poisoned.x_hat, x).clamp_min(self.floor_db).mean()
+        d_p = psnr(poisoned.x_hat.clamp(0, 1), x).clamp_min(self.floor_db).mean()
+        if self.farthest:
+            d_p = d_p - psnr(poisoned.x_hat, (x < 0.5).float()).mean()
         if self.paired:
             d_p = d_p - psnr(clean.x_hat, x).mean()
         total = dynamic_max(rate, rate_p, guarded=self.guarded) + lmbda * d + self.beta * lmbda * d_p
@@ -107,14 +114,17 @@ def _terms(passes: Passes, d: Tensor) -> dict[str, Tensor]:
         "bpp_clean": clean.bpp.mean().detach(),
         "psnr_db_clean": psnr(clean.x_hat, x).mean().detach(),
         "bpp_poisoned": poisoned.bpp.mean().detach(),
-        "psnr_db_poisoned": psnr(poisoned.x_hat, x).mean().detach(),
+        "psnr_db_poisoned": psnr(poisoned.x_hat.clamp(0, 1), x).mean().detach(),
         "mse255_clean": d.detach(),
     }
 
 
 OBJECTIVES: dict[str, type[RateAttack] | type[QualityAttack]] = {"bpp": RateAttack, "psnr": QualityAttack}
 PRESETS: dict[str, dict[str, dict[str, float | bool]]] = {
-    "paper": {"bpp": {"beta": 0.01, "guarded": False}, "psnr": {"beta": 0.1, "paired": False, "guarded": False}},
+    "paper": {
+        "bpp": {"beta": 0.01, "guarded": False},
+        "psnr": {"beta": 0.1, "paired": False, "farthest": False, "guarded": False},
+    },
     "fast": {"bpp": {}, "psnr": {}},  # the defaults above
 }
 

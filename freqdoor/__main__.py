@@ -1,0 +1,5 @@
+"""`python -m freqdoor`."""
+
+from freqdoor.cli import main
+
+main()

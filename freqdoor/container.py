@@ -1,0 +1,82 @@
+"""The file format of one compressed image, `.fqd`: header, entropy coder's strings, checksum.
+
+Little-endian: magic "FQDR", version (u16), the first 16 bytes of the codec's decoder hash, height and width (u32),
+latent height and width (u32), number of strings (u16), their lengths (u32 each), the strings, and the CRC-32 of
+everything before it. The decoder hash leaves out g_a and h_a: a file decodes with every codec that has the same
+decoder, which is what lets a tampered encoder go unnoticed.
+"""
+
+import struct
+import zlib
+from pathlib import Path
+
+from freqdoor.codecs import Codec
+from freqdoor.data import MAX_PIXELS, load_image, save_image
+from freqdoor.types import Bitstream, FreqdoorError
+
+MAGIC = b"FQDR"
+VERSION = 1
+HEADER = struct.Struct("<4sH16sIIIIH")
+CHECKSUM = struct.Struct("<I")
+
+
+def pack(bitstream: Bitstream, codec: Codec) -> bytes:
+    """The bytes of a file that holds the bitstream."""
+    header = HEADER.pack(
+        MAGIC, VERSION, bytes.fromhex(codec.decoder_hash)[:16], *bitstream.image_size, *bitstream.latent_shape,
+        len(bitstream.strings),
+    )
+    lengths = struct.pack(f"<{len(bitstream.strings)}I", *map(len, bitstream.strings))
+    body = header + lengths + b"".join(bitstream.strings)
+    return body + CHECKSUM.pack(zlib.crc32(body))
+
+
+def unpack(content: bytes, codec: Codec) -> Bitstream:
+    """The bitstream in a file's bytes; raises on another format, version or codec, and on any damage."""
+    if content[:4] != MAGIC:
+        raise FreqdoorError("expected a file written by `freqdoor compress`, found another format")
+    if len(content) < HEADER.size + CHECKSUM.size:
+        raise FreqdoorError(f"truncated: {len(content)} bytes are less than a header")
+    _, version, codec_hash, height, width, latent_height, latent_width, count = HEADER.unpack_from(content)
+    if version != VERSION:
+        raise FreqdoorError(f"format version {version}, this freqdoor reads version {VERSION}")
+    body = content[: -CHECKSUM.size]
+    if zlib.crc32(body) != CHECKSUM.unpack(content[-CHECKSUM.size :])[0]:
+        raise FreqdoorError("damaged or truncated: the checksum does not match")
+    if codec_hash != bytes.fromhex(codec.decoder_hash)[:16]:
+        raise FreqdoorError(f"was compressed for another decoder than {codec.spec.name}; pass the codec that wrote it")
+    start = HEADER.size + 4 * count
+    lengths = struct.unpack_from(f"<{count}I", body, HEADER.size) if start <= len(body) else ()
+    if start + sum(lengths) != len(body) or height * width > MAX_PIXELS:
+        raise FreqdoorError("damaged: the sizes in the header do not add up")
+    strings = []
+    for length in lengths:
+        strings.append(body[start : start + length])
+        start += length
+    return Bitstream(tuple(strings), (latent_height, latent_width), (height, width))
+
+
+def compress_file(codec: Codec, image: Path, out: Path) -> Bitstream:
+    """Compress one image file into `out`."""
+    bitstream = codec.compress(load_image(image))[0]
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(pack(bitstream, codec))
+        partial.replace(out)
+    except OSError as error:
+        raise FreqdoorError(f"{out}: could not write ({error.strerror or error})") from None
+    return bitstream
+
+
+def decompress_file(codec: Codec, file: Path, out: Path) -> None:
+    """Decode a file that `compress_file` wrote into an 8-bit image file."""
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise FreqdoorError(f"{file}: could not read ({error.strerror})") from None
+    try:
+        bitstream = unpack(content, codec)
+    except FreqdoorError as error:
+        raise FreqdoorError(f"{file}: {error}") from None
+    save_image(out, codec.decompress(bitstream))
