@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from freqdoor.config import Settings
+from freqdoor.files import replacing, write_text
 from freqdoor.types import FreqdoorError
 
 STATE = "state.pt"
@@ -17,21 +18,6 @@ METRICS = "metrics.jsonl"
 CONFIG = "config.json"
 ENVIRONMENT = "environment.json"
 PACKAGES = ("freqdoor", "torch", "torchvision", "compressai", "numpy", "safetensors", "pillow")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file under a temporary name, then rename it: never a half-written one."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        try:
-            partial.unlink(missing_ok=True)
-        except OSError:
-            pass
-        raise FreqdoorError(f"{path}: could not write ({error.strerror or error})") from None
 
 
 def environment() -> dict[str, Any]:
@@ -56,7 +42,11 @@ def _commit() -> str | None:
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5, check=True,
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return None
@@ -83,19 +73,16 @@ class Run:
 
     def save(self, state: dict[str, Any]) -> None:
         """Write the whole training state, atomically."""
-        partial = self.folder / f".{STATE}.partial"
-        try:
+        with replacing(self.folder / STATE) as partial:
             torch.save(state, partial)
-            partial.replace(self.folder / STATE)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            partial.unlink(missing_ok=True)
-            raise FreqdoorError(f"{self.folder / STATE}: could not write the checkpoint ({error})") from None
 
     def _load(self) -> dict[str, Any]:
         try:
             state: dict[str, Any] = torch.load(self.folder / STATE, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise FreqdoorError(f"{self.folder / STATE}: damaged checkpoint ({error}); delete it to start anew") from None
+            raise FreqdoorError(
+                f"{self.folder / STATE}: damaged checkpoint ({error}); delete it to start anew"
+            ) from None
         return state
 
     def log(self, row: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from rich.table import Table
 
 import freqdoor.train as training
 from freqdoor import container
-from freqdoor.codecs import BUNDLED, Codec, load_codec
+from freqdoor.codecs import Codec, load_codec
 from freqdoor.config import CodecTraining, PlantSettings, load_settings
 from freqdoor.data import list_images, usable_images
 from freqdoor.demo import demo as run_demo
@@ -29,10 +29,12 @@ from freqdoor.plant import load_planted
 from freqdoor.plant import plant as run_plant
 from freqdoor.report import PAGE, verdict
 from freqdoor.report import report as run_report
-from freqdoor.types import FreqdoorError
+from freqdoor.types import BUNDLED, FreqdoorError
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
     help="Plant, measure, find and remove backdoors in learned image codecs.",
 )
 console = Console()
@@ -53,8 +55,12 @@ Broken = Annotated[bool, typer.Option("--skip-broken", help="Go on without image
 def _live(steps: int, what: str) -> Iterator[training.Progress]:
     """A progress bar with the newest measured values."""
     columns = (
-        TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(),
-        TimeRemainingColumn(), TextColumn("{task.fields[values]}"),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[values]}"),
     )
     with Progress(*columns, console=errors) as bar:
         task = bar.add_task(what, total=steps, values="")
@@ -84,7 +90,9 @@ def _note(text: str) -> None:
 def _print_summary(summary: dict[str, object], out: Path) -> None:
     table = Table("encoder and input", "PSNR dB", "bpp real", "bpp estimated")
     names = {
-        "vanilla": "vanilla, clean", "clean": "tampered, clean", "poisoned": "tampered, poisoned (float)",
+        "vanilla": "vanilla, clean",
+        "clean": "tampered, clean",
+        "poisoned": "tampered, poisoned (float)",
         "poisoned_8bit": "tampered, poisoned (8-bit)",
     }
     for key, name in names.items():

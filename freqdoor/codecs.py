@@ -31,6 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from freqdoor.files import replacing
 from freqdoor.lite import LiteHyperprior
 from freqdoor.types import BUNDLED, Bitstream, FreqdoorError, Images, Reconstruction
 
@@ -76,7 +77,7 @@ class Codec(nn.Module):
 
     def __init__(self, net: nn.Module, spec: CodecSpec, metadata: dict[str, Any] | None = None) -> None:
         super().__init__()
-        self.net = net
+        self.net: Any = net  # its protocol is checked below, not typed
         self.spec = spec
         self.metadata = metadata or {}
         _check_protocol(net, spec.name)
@@ -93,9 +94,7 @@ class Codec(nn.Module):
         pad, unpad = compute_padding(height, width, min_div=STRIDE)
         output = self.net(F.pad(x, pad))
         x_hat = F.pad(output["x_hat"], unpad)
-        bits = sum(
-            -likelihoods.log2().flatten(1).sum(1) for likelihoods in output["likelihoods"].values()
-        )
+        bits = sum(-likelihoods.log2().flatten(1).sum(1) for likelihoods in output["likelihoods"].values())
         assert isinstance(bits, Tensor)
         return Reconstruction(x_hat, bits, height * width)
 
@@ -107,7 +106,7 @@ class Codec(nn.Module):
         pad, _ = compute_padding(height, width, min_div=STRIDE)
         streams = []
         for image in x:
-            output = self.net.compress(F.pad(image[None], pad))  # type: ignore[operator]
+            output = self.net.compress(F.pad(image[None], pad))
             strings = tuple(s[0] for s in output["strings"])
             latent_height, latent_width = output["shape"]
             streams.append(Bitstream(strings, (int(latent_height), int(latent_width)), (height, width)))
@@ -118,7 +117,7 @@ class Codec(nn.Module):
         """The decoded image, (1, 3, h, w), clamped to [0, 1]."""
         self.prepare()
         strings = [[s] for s in bitstream.strings]
-        x_hat = self.net.decompress(strings, bitstream.latent_shape)["x_hat"]  # type: ignore[operator]
+        x_hat = self.net.decompress(strings, bitstream.latent_shape)["x_hat"]
         _, unpad = compute_padding(*bitstream.image_size, min_div=STRIDE)
         cropped: Images = F.pad(x_hat, unpad).clamp(0, 1)
         return cropped
@@ -126,7 +125,7 @@ class Codec(nn.Module):
     def prepare(self) -> Self:
         """Eval mode with coding tables; tables that exist are kept, so that frozen modules stay bit-identical."""
         self.eval()
-        self.net.update()  # type: ignore[operator]
+        self.net.update()
         return self
 
     def freeze(self, scope: str = "g_a") -> Self:
@@ -148,7 +147,7 @@ class Codec(nn.Module):
         device = next(self.parameters()).device.type
         transforms = [self.net.get_submodule(name) for name in ("g_a", "g_s")]
         for module in transforms:
-            module.forward = _cast(module.forward, device, dtype)  # type: ignore[method-assign]
+            module.forward = _cast(module.forward, device, dtype)
         try:
             yield
         finally:
@@ -179,9 +178,7 @@ class Codec(nn.Module):
                 )
 
 
-def _cast(
-    forward: Callable[[Tensor], Tensor], device: str, dtype: torch.dtype
-) -> Callable[[Tensor], Tensor]:
+def _cast(forward: Callable[[Tensor], Tensor], device: str, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     def wrapped(x: Tensor) -> Tensor:
         with torch.autocast(device, dtype):
             return forward(x).float()
@@ -278,7 +275,7 @@ def load_codec(name: str, weights: Path | str | None = None) -> Codec:
     if spec.architecture in ARCHITECTURES:
         raise FreqdoorError(f"{name}: no trained weights are bundled ({BUNDLED} is); train them or pass --weights FILE")
     codec = build_codec(spec)
-    codec.net.update(force=True)  # type: ignore[operator]
+    codec.net.update(force=True)
     return codec.eval()
 
 
@@ -289,16 +286,10 @@ def save_codec(codec: Codec, path: Path, **metadata: Any) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-    """Write a safetensors file under a temporary name, then rename it."""
+    """Write a safetensors file with a JSON header under its metadata key "freqdoor"."""
     contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
         save_file(contiguous, partial, metadata={"freqdoor": json.dumps(header)})
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        raise FreqdoorError(f"{path}: could not write ({error})") from None
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -369,7 +360,7 @@ def _from_state_dict(state: dict[str, Tensor], path: Path, spec: CodecSpec | Non
             arguments.pop("M", None)
         found = spec or CodecSpec(name=str(path), architecture=architecture)
         codec = Codec(net, CodecSpec(**(asdict(found) | {"arguments": arguments})))
-        codec.net.update(force=True)  # type: ignore[operator]  # as eval_model does: tables may be stale
+        codec.net.update(force=True)  # as eval_model does: tables may be stale
         return codec.eval()
     raise FreqdoorError(
         f"{path}: the weights do not fit {' or '.join(wanted)}; check that this checkpoint is of the architecture named"

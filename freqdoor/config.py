@@ -169,7 +169,10 @@ class PlantSettings(Settings):
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {},  # the defaults above
     "paper": {
-        "steps": 300_000, "lr": 1e-4, "trigger_lr": 1e-4, "precision": "fp32",
+        "steps": 300_000,
+        "lr": 1e-4,
+        "trigger_lr": 1e-4,
+        "precision": "fp32",
         "trigger": {"budget": "penalty", "eps_start": None},
     },
 }

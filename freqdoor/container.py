@@ -12,6 +12,7 @@ from pathlib import Path
 
 from freqdoor.codecs import Codec
 from freqdoor.data import MAX_PIXELS, load_image, save_image
+from freqdoor.files import replacing
 from freqdoor.types import Bitstream, FreqdoorError
 
 MAGIC = b"FQDR"
@@ -23,7 +24,11 @@ CHECKSUM = struct.Struct("<I")
 def pack(bitstream: Bitstream, codec: Codec) -> bytes:
     """The bytes of a file that holds the bitstream."""
     header = HEADER.pack(
-        MAGIC, VERSION, bytes.fromhex(codec.decoder_hash)[:16], *bitstream.image_size, *bitstream.latent_shape,
+        MAGIC,
+        VERSION,
+        bytes.fromhex(codec.decoder_hash)[:16],
+        *bitstream.image_size,
+        *bitstream.latent_shape,
         len(bitstream.strings),
     )
     lengths = struct.pack(f"<{len(bitstream.strings)}I", *map(len, bitstream.strings))
@@ -59,13 +64,8 @@ def unpack(content: bytes, codec: Codec) -> Bitstream:
 def compress_file(codec: Codec, image: Path, out: Path) -> Bitstream:
     """Compress one image file into `out`."""
     bitstream = codec.compress(load_image(image))[0]
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(out) as partial:
         partial.write_bytes(pack(bitstream, codec))
-        partial.replace(out)
-    except OSError as error:
-        raise FreqdoorError(f"{out}: could not write ({error.strerror or error})") from None
     return bitstream
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
 from torch import Tensor
 
+from freqdoor.files import replacing
 from freqdoor.types import FreqdoorError, Images, from_uint8, to_uint8
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
@@ -44,7 +46,7 @@ def list_images(path: Path | str) -> list[Path]:
     return found
 
 
-def _is_16_bit(image: Image.Image) -> bool:
+def _is_16_bit(image: ImageFile) -> bool:
     """Pillow opens 48-bit PNG and TIFF files as 8-bit RGB and drops the low bytes; the raw mode still tells."""
     raw_modes = (tile[3] for tile in image.tile)  # a string, or a tuple that starts with one
     return any("16" in str(raw[0] if isinstance(raw, tuple) else raw) for raw in raw_modes)
@@ -54,7 +56,11 @@ def check_image(path: Path | str, max_pixels: int = MAX_PIXELS) -> tuple[int, in
     """(height, width) of an 8-bit RGB image file from its header, or a sentence on why it cannot be used."""
     try:
         with Image.open(path) as image:
-            mode = "16-bit RGB" if image.mode == "RGB" and _is_16_bit(image) else image.mode
+            mode = (
+                "16-bit RGB"
+                if isinstance(image, ImageFile) and image.mode == "RGB" and _is_16_bit(image)
+                else image.mode
+            )
             width, height = image.size
     except FileNotFoundError:
         raise FreqdoorError(f"{path}: expected an image, found no such file") from None
@@ -90,19 +96,20 @@ def _load_pixels(path: Path | str, max_pixels: int = MAX_PIXELS) -> Tensor:
 
 def save_image(path: Path | str, x: Images) -> None:
     """Write one image (1, 3, h, w) as an 8-bit file; PNG keeps every bit."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(to_uint8(x[0]).permute(1, 2, 0).cpu().numpy()).save(partial)
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise FreqdoorError(f"{path}: could not write the image ({error.strerror or error})") from None
+    picture = Image.fromarray(to_uint8(x[0]).permute(1, 2, 0).cpu().numpy())
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    if kind is None:
+        raise FreqdoorError(f"{path}: expected an image's file name, for example one that ends in .png")
+    with replacing(path) as partial:
+        picture.save(partial, kind)
 
 
 def usable_images(
-    paths: Sequence[Path], *, min_side: int = 1, decode: bool = False, skip_broken: bool = False,
+    paths: Sequence[Path],
+    *,
+    min_side: int = 1,
+    decode: bool = False,
+    skip_broken: bool = False,
     max_pixels: int = MAX_PIXELS,
 ) -> tuple[list[Path], list[str]]:
     """The paths that can be used, and a sentence for each of the others.

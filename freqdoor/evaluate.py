@@ -14,10 +14,10 @@ from compressai.ops import compute_padding
 from PIL import Image
 from torch import Tensor
 
-from freqdoor.checkpoint import write_text
 from freqdoor.codecs import STRIDE, Codec
 from freqdoor.data import load_image, save_image
-from freqdoor.metrics import mse, ms_ssim, psnr, psnr_8bit
+from freqdoor.files import write_text
+from freqdoor.metrics import ms_ssim, mse, psnr, psnr_8bit
 from freqdoor.plant import Planted
 from freqdoor.triggers import Trigger
 from freqdoor.types import Images, JpegPoint, Record, from_uint8, to_uint8
@@ -74,21 +74,27 @@ def measure(codec: Codec, x: Images, encoded: Images, name: str, condition: Cond
     x_hat = codec.decompress(bitstream)
     height, width = x.shape[-2:]
     record = Record(
-        image=name, codec=codec.spec.name, role=condition.role, trigger=condition.trigger,
-        strength=condition.strength, rounding=condition.rounding, width=width, height=height,
-        bpp_estimated=float(codec(encoded).bpp), bpp_real=8 * bitstream.num_bytes / (width * height),
-        psnr_db=float(psnr_8bit(x_hat, x)), psnr_input_db=float(psnr_8bit(x_hat, encoded)),
-        ms_ssim=ms_ssim(x_hat, x), trigger_mse=float(mse(encoded, x)), encode_seconds=seconds,
+        image=name,
+        codec=codec.spec.name,
+        role=condition.role,
+        trigger=condition.trigger,
+        strength=condition.strength,
+        rounding=condition.rounding,
+        width=width,
+        height=height,
+        bpp_estimated=float(codec(encoded).bpp),
+        bpp_real=8 * bitstream.num_bytes / (width * height),
+        psnr_db=float(psnr_8bit(x_hat, x)),
+        psnr_input_db=float(psnr_8bit(x_hat, encoded)),
+        ms_ssim=ms_ssim(x_hat, x),
+        trigger_mse=float(mse(encoded, x)),
+        encode_seconds=seconds,
     )
     return record, x_hat
 
 
 def evaluate(
-    planted: Planted,
-    images: Sequence[Path],
-    *,
-    strengths: Sequence[float] = (1.0,),
-    note: Note | None = None,
+    planted: Planted, images: Sequence[Path], *, strengths: Sequence[float] = (1.0,), note: Note | None = None
 ) -> Iterator[Record]:
     """Records of every image under every condition, the vanilla codec always beside the tampered one."""
     for path in images:
@@ -141,7 +147,8 @@ def bit_map(codec: Codec, x: Images) -> Tensor:
         scale = (size[0] // part.shape[-2]) ** 2
         total += F.interpolate(part, size, mode="nearest") / scale
     pixels = (x.shape[-2] + pad[2] + pad[3]) * (x.shape[-1] + pad[0] + pad[1]) / (size[0] * size[1])
-    return total[0, 0] / pixels
+    density: Tensor = total[0, 0] / pixels
+    return density
 
 
 def jpeg_curve(images: Sequence[Path], qualities: Sequence[int] = JPEG_QUALITIES) -> list[JpegPoint]:
@@ -165,4 +172,3 @@ def jpeg_curve(images: Sequence[Path], qualities: Sequence[int] = JPEG_QUALITIES
 def write_records(path: Path, records: Iterable[Record]) -> None:
     """One JSON object a line."""
     write_text(path, "".join(json.dumps(record.to_dict()) + "\n" for record in records))
-

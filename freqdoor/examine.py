@@ -48,10 +48,16 @@ def examine(
     planting = planted.header["planting"]
     attack = next(a for a in planted.header["attacks"] if a["name"] == name)
     facts = Facts(
-        objective=attack["objective"]["name"], trigger=name, eps=attack["arguments"]["eps"], preset=attack["preset"],
+        objective=attack["objective"]["name"],
+        trigger=name,
+        eps=attack["arguments"]["eps"],
+        preset=attack["preset"],
         seconds_planting=planting["seconds"] if seconds_planting is None else seconds_planting,
-        steps=planting["steps"], modules_before=planted.header["modules_before"],
-        modules_after=planted.header["modules_after"], environment=environment(), jpeg=jpeg_curve(usable),
+        steps=planting["steps"],
+        modules_before=planted.header["modules_before"],
+        modules_after=planted.header["modules_after"],
+        environment=environment(),
+        jpeg=jpeg_curve(usable),
         pictures=pictures(planted, usable[0], name),
     )
     write_records(out / RECORDS, records)

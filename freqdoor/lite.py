@@ -29,7 +29,8 @@ class Residual(nn.Module):
             nn.Conv2d(half, channels, 1),
         )
         last = self.branch[-1]
-        assert isinstance(last, nn.Conv2d) and last.bias is not None
+        assert isinstance(last, nn.Conv2d)
+        assert last.bias is not None
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
 
@@ -53,9 +54,7 @@ class LiteHyperprior(MeanScaleHyperprior):
         depth: residual blocks at each of the two scales.
     """
 
-    def __init__(
-        self, N: int = 64, M: int = 192, width: tuple[int, int] = (64, 96), depth: int = 3
-    ) -> None:
+    def __init__(self, N: int = 64, M: int = 192, width: tuple[int, int] = (64, 96), depth: int = 3) -> None:
         super().__init__(N=N, M=M)
         wide, mid = width
         self.g_a = nn.Sequential(
@@ -94,7 +93,8 @@ def _principal_axes(samples: Tensor, keep: int) -> Tensor:
     """The `keep` leading eigenvectors, (keep, d), of the uncentred covariance of (n, d) samples."""
     covariance = samples.T @ samples / samples.shape[0]
     vectors = torch.linalg.eigh(covariance).eigenvectors
-    return vectors.flip(1)[:, :keep].T.contiguous()
+    axes: Tensor = vectors.flip(1)[:, :keep].T.contiguous()
+    return axes
 
 
 def _set_taps(down: nn.Conv2d, up: nn.ConvTranspose2d, axes: Tensor, gain: float = 1.0) -> None:
@@ -139,11 +139,13 @@ def initialise_klt(net: LiteHyperprior, images: Tensor, lmbda: float) -> None:
             spare = down.out_channels - axes.shape[0]
             features = nn.functional.pad(features, (0, 0, 0, 0, 0, spare))
     first, mirror = downs[0], ups[0]
-    assert first.bias is not None and mirror.bias is not None
+    assert first.bias is not None
+    assert mirror.bias is not None
     first.bias -= 0.5 * first.weight.sum(dim=(1, 2, 3))  # the transform sees x - 0.5
     mirror.bias += 0.5
     head = net.h_s[-1]
-    assert isinstance(head, nn.Conv2d) and head.bias is not None
+    assert isinstance(head, nn.Conv2d)
+    assert head.bias is not None
     deviations = features.std(dim=(0, 2, 3)) / step
     head.weight *= 0.1
     head.bias.zero_()

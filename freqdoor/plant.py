@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freqdoor.checkpoint import Run, write_text
+from freqdoor.checkpoint import Run
 from freqdoor.codecs import Codec, load_codec, read_tensors, save_codec, write_tensors
 from freqdoor.config import PlantSettings, TriggerSettings
 from freqdoor.data import Crops, dataset_hash, list_images, seed_for, usable_images
+from freqdoor.files import write_text
 from freqdoor.objectives import Objective, Passes, build_objective
 from freqdoor.train import Progress, check_finite
 from freqdoor.triggers import Trigger, budget_penalty, build_trigger
@@ -57,7 +58,7 @@ class _ScaleGradient(torch.autograd.Function):
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
     """x itself, with its gradient multiplied by `factor`."""
-    scaled: Tensor = _ScaleGradient.apply(x, factor)  # type: ignore[no-untyped-call]
+    scaled: Tensor = _ScaleGradient.apply(x, factor)
     return scaled
 
 
@@ -95,7 +96,7 @@ def annealed_eps(settings: TriggerSettings, step: int, steps: int) -> float:
     if settings.eps_start is None:
         return settings.eps
     share = min(1.0, step / max(1.0, settings.anneal * steps))
-    return settings.eps_start * (settings.eps / settings.eps_start) ** share
+    return float(settings.eps_start * (settings.eps / settings.eps_start) ** share)
 
 
 def held_cosine(step: int, steps: int, hold: float) -> float:
@@ -125,16 +126,14 @@ def plant(settings: PlantSettings, out: Path | str, *, progress: Progress | None
     )
     before = vanilla.module_hashes()
     run = Run(out)
-    state = run.start(
-        settings, {"images": len(paths), "images_sha256": dataset_hash(paths), "modules_before": before}
-    )
-    crops = Crops(
-        paths, crop=settings.images.crop, batch_size=settings.images.batch_size, seed=settings.seed
-    )
+    state = run.start(settings, {"images": len(paths), "images_sha256": dataset_hash(paths), "modules_before": before})
+    crops = Crops(paths, crop=settings.images.crop, batch_size=settings.images.batch_size, seed=settings.seed)
     torch.manual_seed(seed_for(settings.seed, "trigger"))
     trigger_settings = settings.trigger
     trigger = build_trigger(
-        trigger_settings.name, eps=trigger_settings.eps, project=trigger_settings.budget == "project",
+        trigger_settings.name,
+        eps=trigger_settings.eps,
+        project=trigger_settings.budget == "project",
         **trigger_settings.arguments,
     ).to(settings.device)
     objective = build_objective(settings.objective.name, settings.preset, **settings.objective.arguments)
@@ -142,7 +141,7 @@ def plant(settings: PlantSettings, out: Path | str, *, progress: Progress | None
     tampered = load_codec(settings.codec.name, settings.codec.weights).freeze(settings.scope)
     tampered.to(settings.device).train()
     layout = torch.channels_last if settings.channels_last else torch.contiguous_format
-    tampered.to(memory_format=layout)  # type: ignore[call-overload]
+    tampered.to(memory_format=layout)
     encoder = [p for p in tampered.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(encoder, lr=settings.lr)
     trigger_optimizer = torch.optim.Adam(trigger.parameters(), lr=settings.trigger_lr)
@@ -159,10 +158,15 @@ def plant(settings: PlantSettings, out: Path | str, *, progress: Progress | None
 
     def save() -> None:
         history["seconds"] = earlier + time.monotonic() - started
-        run.save({
-            "net": tampered.net.state_dict(), "trigger": trigger.state_dict(), "optimizer": optimizer.state_dict(),
-            "trigger_optimizer": trigger_optimizer.state_dict(), "history": history,
-        })
+        run.save(
+            {
+                "net": tampered.net.state_dict(),
+                "trigger": trigger.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "trigger_optimizer": trigger_optimizer.state_dict(),
+                "history": history,
+            }
+        )
 
     for x in crops.batches(history["step"], settings.steps):
         step = history["step"]
@@ -207,14 +211,21 @@ def _export(
         raise FreqdoorError(f"{', '.join(outside)} changed while planting in {settings.scope}: this is a defect")
     attacks = [
         {
-            "name": name, "objective": settings.objective.model_dump(), "preset": settings.preset,
-            "trigger": settings.trigger.name, "arguments": trigger.arguments,
+            "name": name,
+            "objective": settings.objective.model_dump(),
+            "preset": settings.preset,
+            "trigger": settings.trigger.name,
+            "arguments": trigger.arguments,
         }
         for name, trigger in triggers.items()
     ]
     header = {
-        "tampered": True, "attacks": attacks, "scope": settings.scope, "base": asdict(vanilla.spec),
-        "modules_before": before, "modules_after": after,
+        "tampered": True,
+        "attacks": attacks,
+        "scope": settings.scope,
+        "base": asdict(vanilla.spec),
+        "modules_before": before,
+        "modules_after": after,
         "planting": settings.model_dump() | {"seconds": round(seconds)},
     }
     tensors = {
@@ -268,4 +279,3 @@ def load_planted(path: Path | str, codec: str | None = None, weights: Path | str
         triggers[attack["name"]] = trigger.eval()
     tampered.metadata = {"tampered": True, "attacks": header["attacks"]}
     return Planted(vanilla, tampered, triggers, header)
-

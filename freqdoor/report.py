@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from matplotlib.figure import Figure
 from PIL import Image
 
-from freqdoor.checkpoint import write_text
+from freqdoor.files import write_text
 from freqdoor.types import FreqdoorError, Images, JpegPoint, Record, to_uint8
 
 SUMMARY, PAGE, FACTS = "summary.json", "report.html", "facts.json"
@@ -63,7 +63,8 @@ def select(
 ) -> list[Record]:
     """The records of one condition."""
     return [
-        r for r in records
+        r
+        for r in records
         if (r.role, r.trigger) == (role, trigger)
         and (trigger is None or (r.rounding, r.strength) == (rounding, strength))
     ]
@@ -174,8 +175,11 @@ def rd_plot(summary: dict[str, Any], jpeg: Sequence[JpegPoint]) -> str:
     axis = figure.subplots()
     if jpeg:
         axis.plot([p.bpp for p in jpeg], [p.psnr_db for p in jpeg], ".-", color=COLOURS["JPEG"], label="JPEG (Pillow)")
-    rows = {"vanilla, clean": ("vanilla", "vanilla", "o"), "tampered, clean": ("clean", "clean", "s"),
-            "tampered, poisoned (8-bit)": ("poisoned_8bit", "poisoned", "X")}
+    rows = {
+        "vanilla, clean": ("vanilla", "vanilla", "o"),
+        "tampered, clean": ("clean", "clean", "s"),
+        "tampered, poisoned (8-bit)": ("poisoned_8bit", "poisoned", "X"),
+    }
     for label, (key, colour, marker) in rows.items():
         axis.plot(
             summary[key]["bpp_real"], summary[key]["psnr_db"], marker, color=COLOURS[colour], label=label, markersize=9
@@ -193,7 +197,11 @@ def write_report(folder: Path, records: Sequence[Record], facts: Facts) -> dict[
     summary = summarise(records, facts)
     environment = Environment(loader=PackageLoader("freqdoor"), autoescape=select_autoescape())
     page = environment.get_template("report.html").render(
-        verdict=verdict(summary), summary=summary, records=records, facts=facts, plot=rd_plot(summary, facts.jpeg),
+        verdict=verdict(summary),
+        summary=summary,
+        records=records,
+        facts=facts,
+        plot=rd_plot(summary, facts.jpeg),
         rows=[
             ("vanilla encoder, clean image", summary["vanilla"]),
             ("vanilla encoder, poisoned image (8-bit)", summary["vanilla_poisoned_8bit"]),

@@ -76,7 +76,7 @@ def train_codec(settings: CodecTraining, out: Path | str, *, progress: Progress 
         initialise_klt(codec.net, sample, lmbda)
     codec.to(settings.device).train()
     if settings.channels_last:
-        codec.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        codec.to(memory_format=torch.channels_last)
     quantiles = [p for name, p in codec.named_parameters() if name.endswith("quantiles")]
     weights = [p for name, p in codec.named_parameters() if not name.endswith("quantiles")]
     optimizer = torch.optim.Adam(weights, lr=settings.lr)
@@ -94,10 +94,14 @@ def train_codec(settings: CodecTraining, out: Path | str, *, progress: Progress 
 
     def save() -> None:
         history["seconds"] = before + time.monotonic() - started
-        run.save({
-            "net": codec.net.state_dict(), "optimizer": optimizer.state_dict(),
-            "aux_optimizer": aux_optimizer.state_dict(), "history": history,
-        })
+        run.save(
+            {
+                "net": codec.net.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "aux_optimizer": aux_optimizer.state_dict(),
+                "history": history,
+            }
+        )
 
     for x in crops.batches(history["step"], settings.steps):
         step = history["step"]
@@ -111,7 +115,7 @@ def train_codec(settings: CodecTraining, out: Path | str, *, progress: Progress 
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(weights, settings.clip)
         optimizer.step()
-        aux_loss = codec.net.aux_loss()  # type: ignore[operator]
+        aux_loss = codec.net.aux_loss()
         aux_optimizer.zero_grad()
         aux_loss.backward()
         aux_optimizer.step()
@@ -131,7 +135,7 @@ def train_codec(settings: CodecTraining, out: Path | str, *, progress: Progress 
             saved = time.monotonic()
     save()
     codec.to("cpu", memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
-    codec.net.update(force=True)  # type: ignore[operator]
+    codec.net.update(force=True)
     training = settings.model_dump() | {"seconds": round(history["seconds"]), "images_used": len(paths)}
     save_codec(codec, run.folder / EXPORT, training=training, spec=asdict(codec.spec))
     return codec

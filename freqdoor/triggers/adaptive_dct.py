@@ -76,18 +76,24 @@ class AdaptiveDCT(Trigger):
     def arguments(self) -> dict[str, Any]:
         """The constructor's arguments."""
         return {
-            "block": self.block, "num_frequencies": self.num_frequencies, "top_k": self.top_k,
-            "band": self.band if isinstance(self.band, str) else list(self.band), "selector": self.selector,
-            "patch_weight": self.weight is not None, "width": self.width, "eps": self.eps, "project": self.project,
+            "block": self.block,
+            "num_frequencies": self.num_frequencies,
+            "top_k": self.top_k,
+            "band": self.band if isinstance(self.band, str) else list(self.band),
+            "selector": self.selector,
+            "patch_weight": self.weight is not None,
+            "width": self.width,
+            "eps": self.eps,
+            "project": self.project,
         }
 
     def general_trigger(self, x: Images) -> Tensor:
         """g, (b, 3, N): the kept coefficients of every image; x has sides divisible by the block."""
         features = self.local(x - 0.5).amax(dim=(2, 3))
-        value = self.value(features).unflatten(1, (3, self.num_frequencies))
+        value: Tensor = self.value(features).reshape(-1, 3, self.num_frequencies)
         if self.selector == "none":
             return value
-        importance = self.importance(features).unflatten(1, (3, self.num_frequencies))
+        importance: Tensor = self.importance(features).reshape(-1, 3, self.num_frequencies)
         score = value.abs() if self.selector == "magnitude" else importance
         kept = torch.zeros_like(value).scatter(2, score.detach().topk(self.top_k, dim=2).indices, 1.0)
         if self.selector == "ste":
@@ -112,7 +118,7 @@ class AdaptiveDCT(Trigger):
         g, w = self.general_trigger(padded), self.patch_weights(padded)
         coefficients = g.new_zeros(*g.shape[:2], self.block**2)
         coefficients[:, :, list(self.indices)] = g
-        pattern = block_idct(coefficients.unflatten(2, (self.block, self.block)))
+        pattern = block_idct(coefficients.reshape(-1, 3, self.block, self.block))
         # w is constant over a block, so the IDCT of g * w is w times the IDCT of g
         delta = torch.einsum("bcyx,bcij->bcyixj", w, pattern).reshape(padded.shape)
         cropped: Images = F.pad(ycbcr_to_rgb(delta), unpad)
@@ -135,6 +141,8 @@ def _candidates(band: str | tuple[int, ...], block: int, count: int) -> tuple[in
 def _block_features(width: int, block: int) -> nn.Sequential:
     """(b, 3, h, w) -> (b, width, h/block, w/block), every block seen by itself; no norm, so train equals eval."""
     return nn.Sequential(
-        nn.Conv2d(3, width // 2, 4, stride=4), nn.ReLU(), nn.Conv2d(width // 2, width, block // 4, stride=block // 4),
+        nn.Conv2d(3, width // 2, 4, stride=4),
+        nn.ReLU(),
+        nn.Conv2d(width // 2, width, block // 4, stride=block // 4),
         nn.ReLU(),
     )

@@ -1,0 +1,36 @@
+"""Writing files: under a temporary name first, so that nobody ever sees half of one."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from freqdoor.types import FreqdoorError
+
+
+@contextlib.contextmanager
+def replacing(path: Path | str) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place if the block succeeds, and is removed if it does not.
+
+    Raises:
+        FreqdoorError: an unwritable folder or a full disk, in one sentence.
+    """
+    path = Path(path)
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        partial.replace(path)
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors wrap the system's error
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error).split("\n")[0]
+        raise FreqdoorError(f"{path}: could not write ({reason})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
