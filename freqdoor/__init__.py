@@ -1,12 +1,13 @@
 """freqdoor: plant, measure, find and remove backdoors in learned image codecs."""
 
-from freqdoor.codecs import Codec, CodecSpec, load_codec, save_codec
+from freqdoor.codecs import Codec, CodecSpec
 from freqdoor.config import CodecTraining, ImageSettings, ObjectiveSettings, PlantSettings, TriggerSettings
 from freqdoor.container import compress_file, decompress_file
 from freqdoor.data import list_images, load_image, save_image
 from freqdoor.demo import demo
 from freqdoor.evaluate import evaluate, poison
 from freqdoor.examine import examine
+from freqdoor.loading import load_codec, save_codec
 from freqdoor.objectives import QualityAttack, RateAttack
 from freqdoor.plant import Planted, load_planted, plant
 from freqdoor.report import report

@@ -19,12 +19,13 @@ from rich.table import Table
 
 import freqdoor.train as training
 from freqdoor import container
-from freqdoor.codecs import Codec, load_codec
+from freqdoor.codecs import Codec
 from freqdoor.config import CodecTraining, PlantSettings, load_settings
 from freqdoor.data import list_images, usable_images
 from freqdoor.demo import demo as run_demo
 from freqdoor.evaluate import Note, poison_files
 from freqdoor.examine import examine
+from freqdoor.loading import load_codec
 from freqdoor.plant import load_planted
 from freqdoor.plant import plant as run_plant
 from freqdoor.report import PAGE, verdict

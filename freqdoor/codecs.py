@@ -1,14 +1,10 @@
-"""One thin adapter, `Codec`, over any network with CompressAI's protocol, and the ways to name and load one."""
+"""One thin adapter, `Codec`, over any network with CompressAI's protocol, and the ways to name one."""
 
 import hashlib
 import importlib
-import json
-import math
-import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
@@ -25,19 +21,13 @@ from compressai.models import (
 )
 from compressai.ops import compute_padding
 from compressai.zoo.image import cfgs as COMPRESSAI_ARGUMENTS
-from compressai.zoo.image import load_pretrained as map_old_keys
-from compressai.zoo.image import model_urls as COMPRESSAI_URLS
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from freqdoor.files import replacing
 from freqdoor.lite import LiteHyperprior
-from freqdoor.types import BUNDLED, Bitstream, FreqdoorError, Images, Reconstruction
+from freqdoor.types import Bitstream, FreqdoorError, Images, Reconstruction
 
 LAMBDAS = {1: 0.0018, 2: 0.0035, 3: 0.0067, 4: 0.0130, 5: 0.0250, 6: 0.0483, 7: 0.0932, 8: 0.1800}
 STRIDE = 64  # CompressAI's eval_model pads to a multiple of this for every model
-ASSETS = Path(__file__).parent / "assets"
 
 ARCHITECTURES: dict[str, type[nn.Module]] = {
     "lite-hyperprior": LiteHyperprior,
@@ -238,158 +228,3 @@ def build_codec(spec: CodecSpec) -> Codec:
     except (ImportError, AttributeError) as error:
         raise FreqdoorError(f"{spec.architecture}: could not import this codec ({error})") from None
     return Codec(factory(**spec.arguments), spec)
-
-
-def load_codec(name: str, weights: Path | str | None = None) -> Codec:
-    """A trained codec in eval mode, by name.
-
-    Args:
-        name: "bmshj2018-hyperprior:3" (CompressAI's pretrained weights, downloaded by CompressAI once),
-            "lite-hyperprior:3" (bundled), a file (our safetensors, a CompressAI .pth.tar or a state dict), or
-            "package.module:factory", a function that returns a network.
-        weights: a file to take the parameters from instead; the name then gives the architecture.
-
-    Raises:
-        FreqdoorError: nothing of that name, a damaged file, or a checkpoint of another architecture.
-    """
-    path = Path(name)
-    if weights is None and path.suffix and path.exists():
-        return _load_file(path)
-    if weights is None and (path.suffix in (".safetensors", ".pth", ".pt", ".tar", ".ckpt")):
-        raise FreqdoorError(f"{name}: expected a checkpoint file, found nothing there")
-    spec = parse_name(name)
-    if weights is not None:
-        path = Path(weights)
-        if path.suffix == ".safetensors":
-            loaded = _load_file(path)
-            if loaded.spec.architecture != spec.architecture:
-                raise FreqdoorError(
-                    f"{path}: made for {loaded.spec.architecture}, not for {spec.architecture}; name that instead"
-                )
-            return loaded
-        return _from_state_dict(_read_pickle(path), path, spec)
-    if name == BUNDLED:
-        return _load_file(ASSETS / "lite-hyperprior-3.safetensors", name)
-    if spec.architecture in COMPRESSAI_URLS:
-        return _download(spec)
-    if spec.architecture in ARCHITECTURES:
-        raise FreqdoorError(f"{name}: no trained weights are bundled ({BUNDLED} is); train them or pass --weights FILE")
-    codec = build_codec(spec)
-    codec.net.update(force=True)
-    return codec.eval()
-
-
-def save_codec(codec: Codec, path: Path, **metadata: Any) -> None:
-    """Write a codec as safetensors, its spec and `metadata` as JSON under the file's metadata key "freqdoor"."""
-    header = {"kind": "codec", "spec": asdict(codec.spec), "tampered": False, **metadata}
-    write_tensors(path, codec.net.state_dict(), header)
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-    """Write a safetensors file with a JSON header under its metadata key "freqdoor"."""
-    contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    with replacing(path) as partial:
-        save_file(contiguous, partial, metadata={"freqdoor": json.dumps(header)})
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of one of our safetensors files, and its header."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("freqdoor", "null"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise FreqdoorError(f"{path}: expected a safetensors file, found nothing there") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise FreqdoorError(f"{path}: not a readable safetensors file ({error})") from None
-    if not isinstance(header, dict):
-        raise FreqdoorError(f"{path}: a safetensors file that freqdoor did not write; pass the architecture's name too")
-    return tensors, header
-
-
-def _load_file(path: Path, name: str | None = None) -> Codec:
-    if path.suffix != ".safetensors":
-        return _from_state_dict(_read_pickle(path), path, None)
-    tensors, header = read_tensors(path)
-    if header.get("kind") != "codec":
-        raise FreqdoorError(
-            f"{path}: holds {header.get('kind', 'something unknown')}, not a whole codec; "
-            "pass it as --planted beside the codec it was planted in"
-        )
-    spec = CodecSpec(**(header["spec"] | ({"name": name} if name else {})))
-    codec = build_codec(spec)
-    codec.metadata = {key: value for key, value in header.items() if key not in ("kind", "spec")}
-    return _fill(codec, tensors, path)
-
-
-def _read_pickle(path: Path) -> dict[str, Tensor]:
-    """The state dict in a PyTorch file, without running anything that the file contains."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise FreqdoorError(f"{path}: expected a checkpoint file, found nothing there") from None
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0][:120]
-        raise FreqdoorError(
-            f"{path}: refused: this file is not a plain state dict, loading it could run code ({reason}); "
-            "ask for a state dict or a safetensors file"
-        ) from None
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise FreqdoorError(f"{path}: not a readable PyTorch checkpoint ({str(error)[:120]})") from None
-    for key in ("network", "state_dict", "model_state_dict"):  # as CompressAI's own tools store it
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not (isinstance(content, dict) and content and all(isinstance(v, Tensor) for v in content.values())):
-        raise FreqdoorError(f"{path}: expected a state dict (names to tensors), found {type(content).__name__}")
-    return {key.removeprefix("module."): value for key, value in content.items()}
-
-
-def _from_state_dict(state: dict[str, Tensor], path: Path, spec: CodecSpec | None) -> Codec:
-    """A codec whose architecture is the spec's, or the only one that the state dict fits."""
-    state = map_old_keys(dict(state))
-    if spec is not None and spec.architecture not in ARCHITECTURES:
-        return _fill(build_codec(spec), state, path)
-    wanted = [spec.architecture] if spec else list(ARCHITECTURES)
-    for architecture in wanted:
-        try:
-            net = ARCHITECTURES[architecture].from_state_dict(dict(state))  # type: ignore[attr-defined]
-        except (RuntimeError, KeyError, IndexError, ValueError, TypeError):
-            continue
-        arguments = {key: int(getattr(net, key)) for key in ("N", "M") if hasattr(net, key)}
-        if architecture.startswith("cheng2020"):
-            arguments.pop("M", None)
-        found = spec or CodecSpec(name=str(path), architecture=architecture)
-        codec = Codec(net, CodecSpec(**(asdict(found) | {"arguments": arguments})))
-        codec.net.update(force=True)  # as eval_model does: tables may be stale
-        return codec.eval()
-    raise FreqdoorError(
-        f"{path}: the weights do not fit {' or '.join(wanted)}; check that this checkpoint is of the architecture named"
-    )
-
-
-def _fill(codec: Codec, state: dict[str, Tensor], path: Path) -> Codec:
-    try:
-        codec.net.load_state_dict(state)
-    except (RuntimeError, KeyError) as error:
-        first = " ".join(str(error).split())[:160]
-        raise FreqdoorError(f"{path}: the weights do not fit {codec.spec.architecture} ({first})") from None
-    bad = [name for name, value in state.items() if value.is_floating_point() and not math.isfinite(value.sum())]
-    if bad:
-        raise FreqdoorError(f"{path}: NaN or infinite weights in {', '.join(bad[:3])}; the checkpoint is damaged")
-    return codec.prepare()
-
-
-def _download(spec: CodecSpec) -> Codec:
-    """CompressAI's published weights for MSE, through torch.hub's cache."""
-    urls = COMPRESSAI_URLS[spec.architecture]["mse"]
-    if spec.quality not in urls:
-        raise FreqdoorError(f"{spec.name}: published weights exist for qualities {min(urls)} to {max(urls)}")
-    try:
-        state = torch.hub.load_state_dict_from_url(
-            urls[spec.quality], progress=False, map_location="cpu", check_hash=True, weights_only=True
-        )
-    except OSError as error:
-        raise FreqdoorError(
-            f"{spec.name}: could not download CompressAI's weights ({error}); pass a file with --weights FILE"
-        ) from None
-    return _from_state_dict(state, Path(spec.name), spec)

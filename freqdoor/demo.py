@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from freqdoor.codecs import ASSETS
 from freqdoor.config import ImageSettings, ObjectiveSettings, PlantSettings
 from freqdoor.data import list_images
 from freqdoor.evaluate import Note, poison_files
 from freqdoor.examine import examine
+from freqdoor.loading import ASSETS
 from freqdoor.plant import load_planted, plant
 from freqdoor.train import Progress
 from freqdoor.types import FreqdoorError

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from freqdoor.checkpoint import Run
-from freqdoor.codecs import Codec, load_codec, read_tensors, save_codec, write_tensors
+from freqdoor.codecs import Codec
 from freqdoor.config import PlantSettings, TriggerSettings
 from freqdoor.data import Crops, dataset_hash, list_images, seed_for, usable_images
 from freqdoor.files import write_text
+from freqdoor.loading import load_codec, read_tensors, save_codec, write_tensors
 from freqdoor.objectives import Objective, Passes, build_objective
 from freqdoor.train import Progress, check_finite
 from freqdoor.triggers import Trigger, budget_penalty, build_trigger

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from freqdoor.checkpoint import Run
-from freqdoor.codecs import Codec, build_codec, parse_name, save_codec
+from freqdoor.codecs import Codec, build_codec, parse_name
 from freqdoor.config import CodecTraining
 from freqdoor.data import Crops, dataset_hash, list_images, load_image, seed_for, usable_images
 from freqdoor.lite import LiteHyperprior, initialise_klt
+from freqdoor.loading import save_codec
 from freqdoor.metrics import distortion
 from freqdoor.types import FreqdoorError, Images
 
@@ -26,7 +27,8 @@ def rate_distortion(codec: Codec, x: Images, lmbda: float) -> tuple[Tensor, dict
     """Eq. (1): R(x) + lambda D(x), with its parts."""
     out = codec(x)
     rate, mse = out.bpp.mean(), distortion(out.x_hat, x)
-    return rate + lmbda * mse, {"bpp": rate.detach(), "mse255": mse.detach()}
+    loss = rate + lmbda * mse
+    return loss, {"bpp": rate.detach(), "mse255": mse.detach(), "loss": loss.detach()}
 
 
 def scheduled_lr(settings: CodecTraining, step: int, plateaus: int) -> float:
@@ -120,8 +122,8 @@ def train_codec(settings: CodecTraining, out: Path | str, *, progress: Progress 
         aux_loss.backward()
         aux_optimizer.step()
         history["step"] = step + 1
-        history["sum"] += float(loss)
-        row = {name: float(value) for name, value in terms.items()} | {"loss": float(loss)}
+        history["sum"] += float(terms["loss"])
+        row = {name: float(value) for name, value in terms.items()}
         if progress:
             progress(step + 1, row)
         if (step + 1) % settings.validate_every == 0:

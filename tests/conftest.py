@@ -1,0 +1,86 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from freqdoor import load_codec
+from freqdoor.config import PlantSettings, make_settings
+from freqdoor.evaluate import poison  # noqa: F401  (imports what the suite needs before time is measured)
+
+
+def natural(seed: int, height: int, width: int) -> torch.Tensor:
+    """A smooth random picture with edges, (1, 3, h, w): enough for a codec to have something to do."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(1, 3, 8, 8, generator=generator)
+    x = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic")
+    x = x + 0.1 * (torch.arange(width) // 7 % 2) + 0.02 * torch.randn(1, 3, height, width, generator=generator)
+    return (x.clamp(0, 1) * 255).round() / 255
+
+
+def write_png(path: Path, x: torch.Tensor) -> Path:
+    Image.fromarray((x[0] * 255).round().byte().permute(1, 2, 0).numpy()).save(path)
+    return path
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.cat([natural(0, 64, 64), natural(1, 64, 64)])
+
+
+@pytest.fixture
+def codec():
+    return load_codec("factories:lite")
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    for i in range(4):
+        write_png(folder / f"{i}.png", natural(i, 96, 128))
+    return folder
+
+
+@pytest.fixture
+def settings(images):
+    def make(**changes) -> PlantSettings:
+        content = {
+            "codec": {"name": "factories:lite"},
+            "images": {"folder": str(images), "crop": 64, "batch_size": 2},
+            "lmbda": 0.0067,
+            "steps": 6,
+            "trigger": {"arguments": {"width": 8}},
+            "checkpoint_minutes": 1e-6,
+        }
+        return make_settings(PlantSettings, content | changes)
+
+    return make
+
+
+@pytest.fixture
+def odd_images(tmp_path) -> dict[str, Path]:
+    """Files that cannot be used, by what is wrong with them."""
+    rgb = (natural(0, 32, 32)[0] * 255).byte().permute(1, 2, 0).numpy()
+    picture = Image.fromarray(rgb)
+    made = {
+        "grey": picture.convert("L"),
+        "palette": picture.convert("P"),
+        "16-bit": Image.fromarray(rgb[..., 0].astype(np.uint16) * 257),
+        "alpha": picture.convert("RGBA"),
+    }
+    paths = {}
+    for kind, image in made.items():
+        paths[kind] = tmp_path / f"{kind}.png"
+        image.save(paths[kind])
+    paths["CMYK"] = tmp_path / "cmyk.jpg"
+    picture.convert("CMYK").save(paths["CMYK"])
+    paths["truncated"] = tmp_path / "truncated.png"
+    whole = write_png(tmp_path / "whole.png", natural(3, 64, 64)).read_bytes()
+    paths["truncated"].write_bytes(whole[: len(whole) // 2])
+    paths["no image"] = tmp_path / "text.png"
+    paths["no image"].write_text("not a picture")
+    paths["huge"] = tmp_path / "huge.png"
+    Image.new("RGB", (20_000, 900)).save(paths["huge"])
+    (tmp_path / "whole.png").unlink()
+    return paths

@@ -1,0 +1,225 @@
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from compressai.utils.eval_model.__main__ import inference, inference_entropy_estimation, load_checkpoint
+from conftest import natural
+
+from freqdoor import load_codec, save_codec
+from freqdoor.codecs import ARCHITECTURES, Codec, CodecSpec, build_codec, parse_name
+from freqdoor.loading import write_tensors
+from freqdoor.metrics import psnr_8bit
+from freqdoor.types import BUNDLED, FreqdoorError
+
+WIDTHS = {
+    "bmshj2018-factorized": (16, 24),
+    "bmshj2018-factorized-relu": (16, 24),
+    "bmshj2018-hyperprior": (16, 24),
+    "mbt2018-mean": (16, 24),
+    "mbt2018": (16, 24),
+    "cheng2020-anchor": (16,),
+    "cheng2020-attn": (16,),
+}
+
+
+def checkpoint(tmp_path: Path, architecture: str, wrap: str | None = None) -> Path:
+    torch.manual_seed(1)
+    net = ARCHITECTURES[architecture](*WIDTHS[architecture])
+    with torch.no_grad():  # untrained latents are all zero: make them cost something
+        net.g_a[-1].weight.mul_(30) if hasattr(net.g_a[-1], "weight") else None
+    net.update(force=True)
+    state = net.state_dict()
+    if wrap == "DataParallel":
+        state = {f"module.{key}": value for key, value in state.items()}
+    elif wrap:
+        state = {"epoch": 3, wrap: state, "loss": 1.0}
+    path = tmp_path / f"{architecture}.pth.tar"
+    torch.save(state, path)
+    return path
+
+
+@pytest.mark.parametrize("architecture", WIDTHS)
+@pytest.mark.parametrize("size", [(64, 128), (75, 50)], ids=["aligned", "odd"])
+def test_figures_equal_compressais_eval_model(tmp_path, architecture, size):
+    x = natural(5, *size)
+    path = checkpoint(tmp_path, architecture, "state_dict")
+    codec = load_codec(str(path))
+    if architecture != "bmshj2018-factorized-relu":  # not in eval_model's table
+        theirs = load_checkpoint(architecture, False, str(path))
+    else:
+        theirs = codec.net
+    bitstream = codec.compress(x)[0]
+    x_hat = codec.decompress(bitstream)
+    if min(size) < 161:
+        monkey = inference.__globals__
+        original, monkey["ms_ssim"] = monkey["ms_ssim"], lambda *a, **k: torch.zeros(())
+    try:
+        expected = inference(theirs, x[0])
+        estimated = inference_entropy_estimation(theirs, x[0])["bpp"] if size[0] % 64 == 0 else None
+    finally:
+        monkey["ms_ssim"] = original
+    assert 8 * bitstream.num_bytes / (size[0] * size[1]) == expected["bpp"]
+    assert float(psnr_8bit(x_hat, x)) == pytest.approx(expected["psnr-rgb"], abs=1e-3)
+    if estimated is not None:
+        with torch.no_grad():
+            assert float(codec(x).bpp) == pytest.approx(estimated, rel=1e-5)
+
+
+@pytest.mark.parametrize("architecture", WIDTHS)
+@pytest.mark.parametrize("wrap", [None, "state_dict", "network", "DataParallel"])
+def test_checkpoints_of_every_shape_find_their_architecture(tmp_path, architecture, wrap):
+    codec = load_codec(str(checkpoint(tmp_path, architecture, wrap)))
+    assert codec.spec.architecture == architecture
+    assert type(codec.net) is ARCHITECTURES[architecture]
+    save_codec(codec, tmp_path / "again.safetensors")
+    again = load_codec(str(tmp_path / "again.safetensors"))
+    assert type(again.net) is ARCHITECTURES[architecture]
+    assert again.module_hashes() == codec.module_hashes()
+
+
+def test_old_entropy_bottleneck_keys_are_mapped(tmp_path):
+    path = checkpoint(tmp_path, "bmshj2018-hyperprior")
+    state = torch.load(path, weights_only=True)
+    old = {}
+    for key, value in state.items():
+        for name in ("matrices", "biases", "factors"):
+            key = key.replace(f"entropy_bottleneck.{name}.", f"entropy_bottleneck._{name}.")
+        old[key] = value
+    assert old.keys() != state.keys()
+    torch.save(old, tmp_path / "old.pth")
+    new, mapped = load_codec(str(path)), load_codec(str(tmp_path / "old.pth"))
+    assert new.module_hashes() == mapped.module_hashes()
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (64, 64), (75, 50), (130, 200)])
+@pytest.mark.parametrize("name", ["factories:lite", "factories:hyperprior"])
+def test_decoding_the_bytes_gives_what_the_network_gives(name, height, width):
+    codec, x = load_codec(name), natural(6, height, width)
+    bitstream = codec.compress(x)[0]
+    with torch.no_grad():
+        expected = codec(x).x_hat.clamp(0, 1)
+    torch.testing.assert_close(codec.decompress(bitstream), expected, atol=1e-5, rtol=0)
+    assert bitstream.image_size == (height, width)
+
+
+def test_batches_are_compressed_one_by_one(codec, x):
+    together = codec.compress(x)
+    assert together == [codec.compress(image[None])[0] for image in x]
+
+
+def test_autocast_touches_g_a_and_g_s_only_and_ends(codec, x):
+    codec.eval()
+    with torch.no_grad():
+        plain = codec(x)
+        with codec.autocast(torch.bfloat16):
+            cast = codec(x)
+        again = codec(x)
+    assert torch.equal(plain.x_hat, again.x_hat)
+    assert not torch.equal(plain.x_hat, cast.x_hat)
+    torch.testing.assert_close(plain.x_hat, cast.x_hat, atol=0.05, rtol=0)
+    assert cast.x_hat.dtype == cast.bits.dtype == torch.float32
+
+
+def test_hashes_see_every_bit(codec):
+    before = codec.module_hashes()
+    with torch.no_grad():
+        weight = codec.net.g_s[0].weight
+        weight[0, 0, 0, 0] += 1e-7 * weight[0, 0, 0, 0].abs() + 1e-9
+    after = codec.module_hashes()
+    assert [name for name in before if before[name] != after[name]] == ["g_s"]
+
+
+def test_names():
+    spec = parse_name("cheng2020-anchor:3")
+    assert spec == CodecSpec(
+        name="cheng2020-anchor:3", architecture="cheng2020-anchor", quality=3, arguments={"N": 128}
+    )
+    assert spec.lmbda == 0.0067
+    assert parse_name("bmshj2018-hyperprior:8").arguments == {"N": 192, "M": 320}
+    for wrong in ("cheng2020", "cheng2020-anchor", "cheng2020-anchor:9", "no/such.thing"):
+        with pytest.raises(FreqdoorError, match="expected a"):
+            parse_name(wrong)
+
+
+def test_bundled_codec_loads():
+    codec = load_codec(BUNDLED)
+    assert not codec.tampered
+    assert codec.spec.lmbda == 0.0067
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path):
+    proof = tmp_path / "it ran"
+    (tmp_path / "bomb.pth").write_bytes(pickle.dumps(Bomb(proof)))
+    torch.save({"state_dict": Bomb(proof)}, tmp_path / "bomb.pth.tar")
+    for name in ("bomb.pth", "bomb.pth.tar"):
+        with pytest.raises(FreqdoorError, match=r"refused|not a readable"):
+            load_codec(str(tmp_path / name))
+    assert not proof.exists()
+
+
+def test_wrong_files(tmp_path, codec):
+    path = checkpoint(tmp_path, "bmshj2018-hyperprior")
+    with pytest.raises(FreqdoorError, match="do not fit cheng2020-anchor"):
+        load_codec("cheng2020-anchor:3", path)
+    with pytest.raises(FreqdoorError, match="do not fit factories:lite"):
+        load_codec("factories:lite", path)
+    with pytest.raises(FreqdoorError, match="found nothing there"):
+        load_codec(str(tmp_path / "absent.pth.tar"))
+    (tmp_path / "cut.pth").write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(FreqdoorError, match="not a readable"):
+        load_codec(str(tmp_path / "cut.pth"))
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(FreqdoorError, match="expected a state dict"):
+        load_codec(str(tmp_path / "list.pth"))
+    torch.save({"a": torch.ones(2)}, tmp_path / "other.pth")
+    with pytest.raises(FreqdoorError, match="do not fit"):
+        load_codec(str(tmp_path / "other.pth"))
+    save_codec(codec, tmp_path / "whole.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "whole.safetensors").read_bytes()[:5000])
+    with pytest.raises(FreqdoorError, match="not a readable safetensors"):
+        load_codec(str(tmp_path / "cut.safetensors"))
+    with pytest.raises(FreqdoorError, match=r"made for factories:lite, not for mbt2018"):
+        load_codec("mbt2018:1", tmp_path / "whole.safetensors")
+    write_tensors(tmp_path / "half.safetensors", {"a": torch.ones(1)}, {"kind": "planted encoder"})
+    with pytest.raises(FreqdoorError, match="holds planted encoder, not a whole codec"):
+        load_codec(str(tmp_path / "half.safetensors"))
+
+
+def test_nan_weights_are_refused(tmp_path, codec):
+    with torch.no_grad():
+        codec.net.g_s[0].bias[0] = float("nan")
+    save_codec(codec, tmp_path / "nan.safetensors")
+    with pytest.raises(FreqdoorError, match=r"NaN or infinite weights in g_s\.0\.bias"):
+        load_codec(str(tmp_path / "nan.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("factories:with_batchnorm", r"g_a.* \(BatchNorm2d\) behaves differently"),
+        ("factories:no_codec", "found no g_a"),
+        ("factories:absent", "could not import"),
+        ("no.module:f", "could not import"),
+    ],
+)
+def test_unsuitable_factories(name, match):
+    with pytest.raises(FreqdoorError, match=match):
+        load_codec(name)
+
+
+def test_untrained_name_without_weights_is_explained():
+    with pytest.raises(FreqdoorError, match="no trained weights are bundled"):
+        load_codec("lite-hyperprior:5")
+
+
+def test_build_codec_is_random_and_whole():
+    assert isinstance(build_codec(parse_name("lite-hyperprior:3")), Codec)

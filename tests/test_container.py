@@ -1,0 +1,50 @@
+import pytest
+from conftest import natural, write_png
+
+from freqdoor import compress_file, decompress_file, load_codec, load_image
+from freqdoor.container import pack, unpack
+from freqdoor.types import FreqdoorError, to_uint8
+
+
+@pytest.fixture
+def content(codec):
+    return pack(codec.compress(natural(1, 70, 90))[0], codec)
+
+
+def test_file_round_trip(tmp_path, codec):
+    source = write_png(tmp_path / "x.png", natural(1, 70, 90))
+    bitstream = compress_file(codec, source, tmp_path / "x.fqd")
+    assert unpack((tmp_path / "x.fqd").read_bytes(), codec) == bitstream
+    decompress_file(codec, tmp_path / "x.fqd", tmp_path / "back.png")
+    expected = to_uint8(codec.decompress(bitstream))
+    assert (to_uint8(load_image(tmp_path / "back.png")) == expected).all()
+    assert (tmp_path / "x.fqd").stat().st_size - bitstream.num_bytes < 60
+
+
+def test_every_flipped_bit_and_every_truncation_is_noticed(content, codec):
+    for position in range(0, len(content), 7):
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << (position % 8)
+        with pytest.raises(FreqdoorError):
+            unpack(bytes(damaged), codec)
+    for length in range(0, len(content), 11):
+        with pytest.raises(FreqdoorError):
+            unpack(content[:length], codec)
+
+
+def test_another_codec_is_named(content):
+    with pytest.raises(FreqdoorError, match="another decoder than factories:hyperprior"):
+        unpack(content, load_codec("factories:hyperprior"))
+
+
+def test_another_encoder_with_the_same_decoder_is_accepted(content, codec):
+    import torch
+
+    with torch.no_grad():
+        codec.net.g_a[0].weight.mul_(1.01)
+    unpack(content, codec)
+
+
+def test_other_formats(codec):
+    with pytest.raises(FreqdoorError, match="another format"):
+        unpack(b"\x89PNG....", codec)

@@ -1,0 +1,93 @@
+import numpy as np
+import pytest
+import torch
+from conftest import natural, write_png
+from PIL import Image
+
+from freqdoor.data import Crops, list_images, load_image, save_image, seed_for, usable_images
+from freqdoor.types import FreqdoorError
+
+
+@pytest.mark.parametrize(
+    ("kind", "match"),
+    [
+        ("grey", "found grey"),
+        ("palette", "found palette"),
+        ("16-bit", "found 16-bit grey"),
+        ("CMYK", "found CMYK"),
+        ("alpha", "found RGB with alpha"),
+        ("truncated", "truncated or damaged"),
+        ("no image", "could not read"),
+        ("huge", "20000x900 is more than the 16777216 pixels accepted"),
+    ],
+)
+def test_unusable_images_are_refused_with_a_sentence(odd_images, kind, match):
+    with pytest.raises(FreqdoorError, match=match):
+        load_image(odd_images[kind])
+
+
+def test_48_bit_png_is_not_silently_reduced(tmp_path):
+    import struct
+    import zlib
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    rows = b"".join(b"\0" + bytes(6 * 4) for _ in range(4))
+    header = struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0)
+    path = tmp_path / "deep.png"
+    content = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+    with pytest.raises(FreqdoorError, match="found 16-bit RGB"):
+        load_image(path)
+
+
+def test_one_pixel_and_very_wide_images_load(tmp_path):
+    assert load_image(write_png(tmp_path / "a.png", natural(0, 1, 1))).shape == (1, 3, 1, 1)
+    Image.new("RGB", (20_000, 8)).save(tmp_path / "b.png")
+    assert load_image(tmp_path / "b.png").shape == (1, 3, 8, 20_000)
+
+
+def test_no_such_place_and_empty_folder(tmp_path):
+    with pytest.raises(FreqdoorError, match="nothing there"):
+        list_images(tmp_path / "absent")
+    with pytest.raises(FreqdoorError, match="found none in this folder"):
+        list_images(tmp_path)
+
+
+def test_all_broken_images_are_named_at_once_or_skipped(odd_images, tmp_path):
+    good = write_png(tmp_path / "good.png", natural(0, 64, 64))
+    paths = list_images(tmp_path)
+    with pytest.raises(FreqdoorError, match=r"8 of 9 images cannot be used; --skip-broken") as caught:
+        usable_images(paths, decode=True)
+    assert all(path.name in str(caught.value) for path in odd_images.values())
+    kept, problems = usable_images(paths, decode=True, skip_broken=True)
+    assert kept == [good]
+    assert len(problems) == 8
+    with pytest.raises(FreqdoorError, match="8 of 8"):
+        usable_images(list(odd_images.values()), decode=True, skip_broken=True)
+
+
+def test_save_and_load_round_trip(tmp_path):
+    x = natural(4, 33, 21)
+    save_image(tmp_path / "new" / "x.png", x)
+    assert torch.equal(load_image(tmp_path / "new" / "x.png"), x)
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["x.png"]
+    with pytest.raises(FreqdoorError, match=r"ends in \.png"):
+        save_image(tmp_path / "x.xyz", x)
+
+
+def test_batches_depend_on_seed_and_step_alone(images):
+    paths = list_images(images)
+    crops = Crops(paths, crop=64, batch_size=3, seed=1)
+    forwards = list(crops.batches(0, 4))
+    fresh = Crops(paths, crop=64, batch_size=3, seed=1)
+    assert torch.equal(fresh.batch(2), forwards[2])
+    assert torch.equal(next(fresh.batches(3, 4)), forwards[3])
+    assert not torch.equal(Crops(paths, crop=64, batch_size=3, seed=2).batch(2), forwards[2])
+    values = np.round(forwards[0].numpy() * 255)
+    np.testing.assert_allclose(values, forwards[0].numpy() * 255, atol=1e-4)
+
+
+def test_seeds_of_different_purposes_differ():
+    assert len({seed_for(0, "a"), seed_for(0, "b"), seed_for(1, "a"), seed_for(0, "a", 1)}) == 4

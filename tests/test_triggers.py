@@ -1,0 +1,177 @@
+import numpy as np
+import pytest
+import torch
+from conftest import natural
+from scipy.fft import dctn, idctn
+
+from freqdoor import dct
+from freqdoor.data import list_images, load_image
+from freqdoor.demo import KODAK
+from freqdoor.evaluate import through_png
+from freqdoor.metrics import mse
+from freqdoor.triggers import AdaptiveDCT, budget_penalty, build_trigger
+from freqdoor.types import FreqdoorError, round8
+
+BUDGET = 0.005**2
+
+
+def make(**arguments) -> AdaptiveDCT:
+    torch.manual_seed(3)
+    return AdaptiveDCT(**({"width": 8} | arguments))
+
+
+def test_injection_equals_adding_t_to_the_dct_coefficients():
+    """Section 3.2 by the letter, with SciPy: RGB -> YCbCr -> DCT of each block, + g w, inverse, -> RGB."""
+    trigger = make()
+    x = natural(0, 64, 64)
+    with torch.no_grad():
+        g, w = trigger.general_trigger(x)[0].numpy(), trigger.patch_weights(x)[0].numpy()
+        ours = (x + trigger.perturb(x))[0].double().numpy()
+    assert np.count_nonzero(g, axis=1).tolist() == [16, 16, 16]  # K of N survive per channel
+    ycbcr = dct.rgb_to_ycbcr(x)[0].double().numpy()
+    for c in range(3):
+        for row in range(4):
+            for column in range(4):
+                place = (c, slice(16 * row, 16 * row + 16), slice(16 * column, 16 * column + 16))
+                coefficients = dctn(ycbcr[place], norm="ortho").ravel()
+                coefficients[list(trigger.indices)] += g[c] * w[c, row, column]
+                ycbcr[place] = idctn(coefficients.reshape(16, 16), norm="ortho")
+    expected = dct.ycbcr_to_rgb(torch.from_numpy(ycbcr)[None])[0].numpy()
+    np.testing.assert_allclose(ours, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("strength", [1.0, 3.0])
+@pytest.mark.parametrize(
+    "x",
+    [
+        natural(0, 96, 64),
+        torch.zeros(1, 3, 64, 64),
+        torch.ones(1, 3, 64, 64),
+        torch.full((1, 3, 64, 64), 100 / 255),
+        torch.randint(0, 2, (1, 3, 64, 64)).float(),
+    ],
+    ids=["natural", "black", "white", "flat", "saturated"],
+)
+def test_range_and_budget_hold_on_every_image(x, strength, rounded):
+    with torch.no_grad():
+        x_p = make()(x, strength=strength, rounded=rounded)
+    assert x_p.min() >= 0
+    assert x_p.max() <= 1
+    error = float(mse(x_p, x))
+    assert error <= BUDGET * strength**2 * 1.0001
+    if x.min() > 0 and x.max() < 1:
+        assert error >= 0.95 * BUDGET * strength**2  # and the budget is used up
+
+
+@pytest.mark.parametrize("path", list_images(KODAK), ids=lambda p: p.stem)
+def test_kodak_files_keep_the_budget(path):
+    x = load_image(path)
+    with torch.no_grad():
+        x_p = through_png(make()(x, rounded=True))
+    assert float(mse(x_p, x)) <= BUDGET
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (17, 5), (64, 64), (70, 131)])
+def test_any_size(height, width):
+    x = natural(2, height, width)
+    assert make()(x).shape == x.shape
+
+
+def test_blocks_stay_aligned_with_the_codecs_latents():
+    """The codec pads 70x131 to 128x192 around the centre: the trigger's blocks follow that grid."""
+    trigger = make(patch_weight=False)
+    with torch.no_grad():
+        delta = trigger.perturb(natural(2, 70, 131))[0, 0]
+    top, left = (128 - 70) // 2 % 16, (192 - 131) // 2 % 16
+    first = delta[16 - top : 32 - top, 16 - left : 32 - left]
+    torch.testing.assert_close(first, delta[32 - top : 48 - top, 32 - left : 48 - left])
+
+
+def test_mask_and_strength():
+    x = torch.full((1, 3, 64, 64), 0.5)
+    mask = torch.zeros(1, 1, 64, 64)
+    mask[..., :32] = 1
+    trigger = make(project=False)
+    with torch.no_grad():
+        scale = 0.01 / float((trigger(x) - x).abs().max())
+        delta = trigger(x, strength=scale, mask=mask) - x
+        torch.testing.assert_close(trigger(x, strength=2 * scale, mask=mask) - x, 2 * delta, atol=1e-6, rtol=1e-4)
+    assert delta[..., 32:].abs().max() == 0
+    assert delta[..., :32].abs().max() > 0
+
+
+def test_train_and_eval_mode_agree(x):
+    trigger = make()
+    with torch.no_grad():
+        torch.testing.assert_close(trigger.train()(x), trigger.eval()(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("selector", "trained"), [("ste", True), ("hard", False), ("magnitude", False)])
+def test_gradient_of_the_importance_head(x, selector, trained):
+    trigger = make(selector=selector)
+    (trigger(x) - 0.3).square().sum().backward()
+    gradient = trigger.importance.weight.grad
+    assert (gradient is not None and bool(gradient.abs().sum() > 0)) is trained
+    assert trigger.value.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kept"),
+    [
+        ({"selector": "none"}, 64),
+        ({"top_k": 4, "num_frequencies": 16}, 4),
+        ({"band": "low"}, 16),
+        ({"band": [3, 5, 7], "top_k": 2}, 2),
+        ({"block": 8, "num_frequencies": 20, "top_k": 5}, 5),
+    ],
+)
+def test_options(x, arguments, kept):
+    trigger = make(**arguments)
+    with torch.no_grad():
+        assert int((trigger.general_trigger(x) != 0).sum()) == 2 * 3 * kept
+        assert trigger(x).shape == x.shape
+
+
+def test_rebuilt_from_its_arguments(x):
+    trigger = make(band=[3, 5, 7], top_k=2, eps=0.003)
+    again = build_trigger("adaptive-dct", **trigger.arguments)
+    again.load_state_dict(trigger.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(again(x), trigger(x))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"top_k": 65}, "top_k"),
+        ({"band": "middle"}, "band"),
+        ({"band": [1, 1]}, "distinct"),
+        ({"selector": "soft"}, "selector"),
+        ({"block": 12}, "block"),
+        ({"colour": 1}, "colour"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, match):
+    with pytest.raises(FreqdoorError, match=match):
+        build_trigger("adaptive-dct", **arguments)
+
+
+def test_unknown_trigger_lists_the_known():
+    with pytest.raises(FreqdoorError, match="adaptive-dct"):
+        build_trigger("lirra")
+
+
+def test_penalty_is_flat_below_the_budget():
+    """Eq. (10)'s second term: gamma max(MSE, eps^2)."""
+    x = torch.zeros(1, 3, 4, 4)
+    assert float(budget_penalty(x, x + 0.004, gamma=1e4, eps=0.005)) == pytest.approx(0.25)
+    assert float(budget_penalty(x, x + 0.01, gamma=1e4, eps=0.005)) == pytest.approx(1.0)
+
+
+def test_round8_rounds_and_passes_the_gradient():
+    x = torch.rand(4, 3, 5, 5, requires_grad=True)
+    y = round8(x)
+    torch.testing.assert_close(y.detach() * 255, (x.detach() * 255).round())
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
