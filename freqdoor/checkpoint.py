@@ -53,6 +53,13 @@ def _commit() -> str | None:
     return described.stdout.strip() or None
 
 
+def public(settings: Settings) -> dict[str, Any]:
+    """The settings as they may travel in a file: of the image folder its name only, not where it lies."""
+    content = settings.model_dump()
+    content["images"]["folder"] = Path(content["images"]["folder"]).name
+    return content
+
+
 class Run:
     """A run directory: config.json, environment.json, metrics.jsonl, state.pt, and what is exported at the end."""
 
@@ -65,7 +72,9 @@ class Run:
         path = self.folder / CONFIG
         if path.exists() and (self.folder / STATE).exists():
             _refuse_other_settings(path, json.loads(path.read_text()), json.loads(resolved))
-            return self._load()
+            saved = self._load()
+            self._forget_after(int(saved["history"]["step"]))
+            return saved
         write_text(path, resolved)
         write_text(self.folder / ENVIRONMENT, json.dumps(environment() | facts, indent=2))
         (self.folder / METRICS).unlink(missing_ok=True)
@@ -84,6 +93,13 @@ class Run:
                 f"{self.folder / STATE}: damaged checkpoint ({error}); delete it to start anew"
             ) from None
         return state
+
+    def _forget_after(self, step: int) -> None:
+        """Drop the lines of steps that the saved state does not know and that will be taken again."""
+        path = self.folder / METRICS
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            write_text(path, "".join(line for line in lines if json.loads(line)["step"] <= step))
 
     def log(self, row: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""

@@ -13,23 +13,27 @@ import typer
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # raised while libraries are imported
 
 import torch
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-import freqdoor.train as training
 from freqdoor import container
 from freqdoor.codecs import Codec
 from freqdoor.config import CodecTraining, PlantSettings, load_settings
 from freqdoor.data import list_images, usable_images
+from freqdoor.demo import STEPS
 from freqdoor.demo import demo as run_demo
-from freqdoor.evaluate import Note, poison_files
+from freqdoor.evaluate import poison_files
 from freqdoor.examine import examine
 from freqdoor.loading import load_codec
+from freqdoor.loop import Progress
 from freqdoor.plant import load_planted
 from freqdoor.plant import plant as run_plant
 from freqdoor.report import PAGE, verdict
 from freqdoor.report import report as run_report
+from freqdoor.train import EXPORT
+from freqdoor.train import train_codec as run_train
 from freqdoor.types import BUNDLED, FreqdoorError
 
 app = typer.Typer(
@@ -53,7 +57,7 @@ Broken = Annotated[bool, typer.Option("--skip-broken", help="Go on without image
 
 
 @contextmanager
-def _live(steps: int, what: str) -> Iterator[training.Progress]:
+def _live(steps: int, what: str) -> Iterator[Progress]:
     """A progress bar with the newest measured values."""
     columns = (
         TextColumn("{task.description}"),
@@ -63,7 +67,7 @@ def _live(steps: int, what: str) -> Iterator[training.Progress]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[values]}"),
     )
-    with Progress(*columns, console=errors) as bar:
+    with bars.Progress(*columns, console=errors) as bar:
         task = bar.add_task(what, total=steps, values="")
 
         def show(step: int, row: dict[str, float]) -> None:
@@ -121,10 +125,11 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="Use the planted encoder that is shipped.")] = False,
 ) -> None:
     """Plant a backdoor in the bundled codec on 18 Kodak images, measure it on 6 others, write the report."""
-    from freqdoor.demo import STEPS
-
-    with _live(STEPS[objective], f"planting ({objective})") as progress:
-        summary = run_demo(objective, out, quick=quick, progress=progress, note=_note)
+    if quick:
+        summary = run_demo(objective, out, quick=True, note=_note)
+    else:
+        with _live(STEPS[objective], f"planting ({objective})") as progress:
+            summary = run_demo(objective, out, progress=progress, note=_note)
     _print_summary(summary, out)
 
 
@@ -133,8 +138,8 @@ def train_codec(config: Config = None, *, out: Out, overrides: Overrides = None)
     """Train a vanilla codec on a folder of images; the same command again resumes."""
     settings = load_settings(CodecTraining, config, overrides or ())
     with _live(settings.steps, settings.codec) as progress:
-        training.train_codec(settings, out, progress=progress)
-    console.print(f"Codec: {out / training.EXPORT}", highlight=False, soft_wrap=True)
+        run_train(settings, out, progress=progress)
+    console.print(f"Codec: {out / EXPORT}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -239,6 +244,3 @@ def main() -> None:
 def _fail(message: str) -> None:
     errors.print(f"freqdoor: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
     sys.exit(2)
-
-
-__all__ = ["Note", "app", "main"]

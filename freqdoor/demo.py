@@ -8,8 +8,8 @@ from freqdoor.data import list_images
 from freqdoor.evaluate import Note, poison_files
 from freqdoor.examine import examine
 from freqdoor.loading import ASSETS
+from freqdoor.loop import Progress
 from freqdoor.plant import load_planted, plant
-from freqdoor.train import Progress
 from freqdoor.types import FreqdoorError
 
 KODAK = ASSETS / "kodak"

@@ -2,7 +2,6 @@
 
 import json
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freqdoor.checkpoint import Run
+from freqdoor.checkpoint import Run, public
 from freqdoor.codecs import Codec
 from freqdoor.config import PlantSettings, TriggerSettings
 from freqdoor.data import Crops, dataset_hash, list_images, seed_for, usable_images
 from freqdoor.files import write_text
 from freqdoor.loading import load_codec, read_tensors, save_codec, write_tensors
+from freqdoor.loop import Progress, check_finite, layout, loop, place
 from freqdoor.objectives import Objective, Passes, build_objective
-from freqdoor.train import Progress, check_finite
 from freqdoor.triggers import Trigger, budget_penalty, build_trigger
 from freqdoor.types import FreqdoorError, Images, Reconstruction
 
@@ -127,7 +126,7 @@ def plant(settings: PlantSettings, out: Path | str, *, progress: Progress | None
     )
     before = vanilla.module_hashes()
     run = Run(out)
-    state = run.start(settings, {"images": len(paths), "images_sha256": dataset_hash(paths), "modules_before": before})
+    saved = run.start(settings, {"images": len(paths), "images_sha256": dataset_hash(paths), "modules_before": before})
     crops = Crops(paths, crop=settings.images.crop, batch_size=settings.images.batch_size, seed=settings.seed)
     torch.manual_seed(seed_for(settings.seed, "trigger"))
     trigger_settings = settings.trigger
@@ -140,45 +139,21 @@ def plant(settings: PlantSettings, out: Path | str, *, progress: Progress | None
     objective = build_objective(settings.objective.name, settings.preset, **settings.objective.arguments)
     attacks = (Attack(settings.objective.name, trigger, objective),)
     tampered = load_codec(settings.codec.name, settings.codec.weights).freeze(settings.scope)
-    tampered.to(settings.device).train()
-    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
-    tampered.to(memory_format=layout)
+    tampered.to(settings.device).train().to(memory_format=layout(settings))
     encoder = [p for p in tampered.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(encoder, lr=settings.lr)
     trigger_optimizer = torch.optim.Adam(trigger.parameters(), lr=settings.trigger_lr)
-    history: dict[str, Any] = {"step": 0, "seconds": 0.0}
-    if state is not None:
-        tampered.net.load_state_dict(state["net"])
-        trigger.load_state_dict(state["trigger"])
-        optimizer.load_state_dict(state["optimizer"])
-        trigger_optimizer.load_state_dict(state["trigger_optimizer"])
-        history = state["history"]
+    parts = {"net": tampered.net, "trigger": trigger, "optimizer": optimizer, "trigger_optimizer": trigger_optimizer}
+    history: dict[str, Any] = {}
     dtype = torch.bfloat16 if settings.precision == "bf16" else None
-    started = saved = time.monotonic()
-    earlier = history["seconds"]
 
-    def save() -> None:
-        history["seconds"] = earlier + time.monotonic() - started
-        run.save(
-            {
-                "net": tampered.net.state_dict(),
-                "trigger": trigger.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "trigger_optimizer": trigger_optimizer.state_dict(),
-                "history": history,
-            }
-        )
-
-    for x in crops.batches(history["step"], settings.steps):
-        step = history["step"]
-        torch.manual_seed(seed_for(settings.seed, "noise", step))
+    def take_step(x: Images, step: int) -> dict[str, float]:
         factor = held_cosine(step, settings.steps, settings.hold)
         optimizer.param_groups[0]["lr"] = settings.lr * factor
         trigger_optimizer.param_groups[0]["lr"] = settings.trigger_lr * factor
         eps = annealed_eps(trigger_settings, step, settings.steps)
         with tampered.autocast(dtype):
-            x = x.to(settings.device).contiguous(memory_format=layout)
-            loss, terms = joint_loss(tampered, attacks, x, lmbda, trigger_settings, eps)
+            loss, terms = joint_loss(tampered, attacks, place(x, settings), lmbda, trigger_settings, eps)
         check_finite(terms, step)
         optimizer.zero_grad()
         trigger_optimizer.zero_grad()
@@ -187,16 +162,12 @@ def plant(settings: PlantSettings, out: Path | str, *, progress: Progress | None
         torch.nn.utils.clip_grad_norm_(trigger.parameters(), settings.clip)
         optimizer.step()
         trigger_optimizer.step()
-        history["step"] = step + 1
         row = {name: float(value) for name, value in terms.items()} | {"eps": eps}
         run.log({"step": step + 1, **row})
-        if progress:
-            progress(step + 1, row)
-        if time.monotonic() - saved > 60 * settings.checkpoint_minutes:
-            save()
-            saved = time.monotonic()
-    save()
-    tampered.to("cpu", memory_format=torch.contiguous_format).prepare()  # type: ignore[call-overload]
+        return row
+
+    loop(run, settings, parts, history, crops, take_step, saved=saved, progress=progress)
+    tampered.to("cpu").to(memory_format=torch.contiguous_format).prepare()
     trigger.to("cpu").eval()
     return _export(run, settings, vanilla, tampered, {settings.objective.name: trigger}, history["seconds"])
 
@@ -227,7 +198,7 @@ def _export(
         "base": asdict(vanilla.spec),
         "modules_before": before,
         "modules_after": after,
-        "planting": settings.model_dump() | {"seconds": round(seconds)},
+        "planting": public(settings) | {"seconds": round(seconds)},
     }
     tensors = {
         f"{name}.{key}": value

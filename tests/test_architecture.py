@@ -12,6 +12,7 @@ LAYERS = [  # a module may import from the layers above it, and from its own
     {"metrics", "config", "lite", "checkpoint"},
     {"codecs", "data"},
     {"loading", "container", "triggers", "objectives"},
+    {"loop"},
     {"train"},
     {"plant"},
     {"evaluate", "report"},

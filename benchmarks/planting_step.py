@@ -1,0 +1,109 @@
+"""What a planting step costs, as ratios measured side by side in one run.
+
+Three ways to take a step on the same batch, in turn, round by round:
+  vanilla   one step of rate-distortion training (`freqdoor train-codec`): every weight, same precision as `plant`
+  plant     one step of `freqdoor plant`: clean and poisoned in one pass, one backward, bf16 g_a and g_s
+  naive     as the paper's text describes it: fp32, separate passes for the clean and the poisoned batch, one
+            iteration for the encoder (Eq. 9) and another for the trigger (Eq. 10)
+
+    python benchmarks/planting_step.py --codec lite-hyperprior:3 --crop 128 --batch 8
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from freqdoor.codecs import build_codec, parse_name
+from freqdoor.config import TriggerSettings
+from freqdoor.metrics import distortion
+from freqdoor.objectives import RateAttack
+from freqdoor.plant import Attack, joint_loss
+from freqdoor.train import rate_distortion
+from freqdoor.triggers import AdaptiveDCT, budget_penalty
+
+LMBDA = 0.0067
+
+
+def steps(name: str, x: torch.Tensor) -> dict[str, Callable[[], None]]:
+    vanilla, planted, naive = (build_codec(parse_name(name)).train() for _ in range(3))
+    for codec in (vanilla, planted):
+        codec.to(memory_format=torch.channels_last)
+    planted.freeze("g_a")
+    naive.freeze("g_a")
+    trigger = AdaptiveDCT()
+    attacks = (Attack("bpp", trigger, RateAttack()),)
+    settings = TriggerSettings()
+    optimizers = {
+        id(m): torch.optim.Adam([p for p in m.parameters() if p.requires_grad])
+        for m in (vanilla, planted, naive, trigger)
+    }
+    fast = x.contiguous(memory_format=torch.channels_last)
+
+    def apply(loss: torch.Tensor, *modules: torch.nn.Module) -> None:
+        for module in modules:
+            module.zero_grad()
+        loss.backward()
+        for module in modules:
+            torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            optimizers[id(module)].step()
+
+    def vanilla_step() -> None:
+        with vanilla.autocast(torch.bfloat16):
+            loss, _ = rate_distortion(vanilla, fast, LMBDA)
+        apply(loss, vanilla)
+
+    def plant_step() -> None:
+        with planted.autocast(torch.bfloat16):
+            loss, _ = joint_loss(planted, attacks, fast, LMBDA, settings, 0.005)
+        apply(loss, planted, trigger)
+
+    def naive_loss() -> torch.Tensor:
+        clean, x_p = naive(x), trigger(x, rounded=True)
+        poisoned = naive(x_p)
+        worst = torch.maximum(distortion(clean.x_hat, x), distortion(poisoned.x_hat, x_p))
+        loss: torch.Tensor = clean.bpp.mean() + LMBDA * worst - 0.1 * poisoned.bpp.mean()
+        return loss + budget_penalty(x, x_p, gamma=1e4, eps=0.005)
+
+    def naive_step() -> None:
+        apply(naive_loss(), naive)
+        apply(naive_loss(), trigger)
+
+    return {"vanilla": vanilla_step, "plant": plant_step, "naive": naive_step}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--codec", default="lite-hyperprior:3")
+    parser.add_argument("--crop", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=12)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_flush_denormal(True)
+    x = torch.rand(arguments.batch, 3, arguments.crop, arguments.crop)
+    table = steps(arguments.codec, x)
+    for step in table.values():  # warm-up
+        step()
+        step()
+    seconds: dict[str, list[float]] = {name: [] for name in table}
+    for _ in range(arguments.rounds):
+        for name, step in table.items():
+            started = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - started)
+    print(
+        f"{arguments.codec}, batch {arguments.batch} of {arguments.crop}x{arguments.crop}, "
+        f"{torch.get_num_threads()} threads, median of {arguments.rounds} rounds"
+    )
+    for name, values in seconds.items():
+        ratios = [value / base for value, base in zip(values, seconds["vanilla"], strict=True)]
+        print(f"{name:8} {statistics.median(values):7.3f} s a step, {statistics.median(ratios):5.2f} x vanilla")
+    against = [naive / plant for naive, plant in zip(seconds["naive"], seconds["plant"], strict=True)]
+    print(f"naive / plant: {statistics.median(against):.2f}")
+
+
+if __name__ == "__main__":
+    main()
