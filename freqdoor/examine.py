@@ -77,7 +77,7 @@ def pictures(planted: Planted, path: Path, trigger: str) -> list[Picture]:
     shown = [
         Picture("input", photo(x), path.name),
         Picture("poisoned input", photo(x_p), f"8-bit file, {float(psnr(x_p, x)):.2f} dB from the input"),
-        Picture("difference", difference(x, x_p), f"amplified {AMPLIFY} times around mid-grey"),
+        Picture("difference", difference(x, x_p), f"centre, amplified {AMPLIFY} times around mid-grey"),
     ]
     maps = {}
     for title, condition in conditions.items():
@@ -87,5 +87,7 @@ def pictures(planted: Planted, path: Path, trigger: str) -> list[Picture]:
         caption = f"{record.psnr_db:.2f} dB, {record.bpp_real:.3f} bpp in real bytes"
         shown.append(Picture(f"decoded: {title}", photo(x_hat), caption))
         maps[title] = bit_map(codec, given).numpy()
-    shown.append(Picture("where the bits go", bit_map_figure(maps), "estimated, per latent position; log scale"))
+    shown.append(
+        Picture("where the bits go", bit_map_figure(maps), "estimated, per latent position; log scale", wide=True)
+    )
     return shown

@@ -19,6 +19,7 @@ from freqdoor.types import FreqdoorError, Images, JpegPoint, Record, to_uint8
 
 SUMMARY, PAGE, FACTS = "summary.json", "report.html", "facts.json"
 AMPLIFY = 20  # factor on the difference in the pictures
+DIFFERENCE_SIDE = 128  # pixels of it that are shown: reduced with the rest of the picture it would average out
 COLOURS = {"vanilla": "#4477aa", "clean": "#228833", "poisoned": "#cc3311", "JPEG": "#888888"}
 
 
@@ -29,6 +30,7 @@ class Picture:
     title: str
     address: str
     caption: str
+    wide: bool = False  # as wide as the page
 
 
 @dataclass(frozen=True)
@@ -149,8 +151,10 @@ def photo(x: Images, side: int = 384) -> str:
 
 
 def difference(x: Images, x_p: Images) -> str:
-    """The amplified difference around mid-grey as a data: address."""
-    return photo(0.5 + AMPLIFY * (x_p - x))
+    """The amplified difference of the centre around mid-grey, pixel by pixel, as a data: address."""
+    top, left = (max(0, (side - DIFFERENCE_SIDE) // 2) for side in x.shape[-2:])
+    delta = (x_p - x)[..., top : top + DIFFERENCE_SIDE, left : left + DIFFERENCE_SIDE]
+    return photo((0.5 + AMPLIFY * delta).repeat_interleave(3, 2).repeat_interleave(3, 3))
 
 
 def bit_map_figure(maps: dict[str, Any]) -> str:
@@ -182,7 +186,13 @@ def rd_plot(summary: dict[str, Any], jpeg: Sequence[JpegPoint]) -> str:
     }
     for label, (key, colour, marker) in rows.items():
         axis.plot(
-            summary[key]["bpp_real"], summary[key]["psnr_db"], marker, color=COLOURS[colour], label=label, markersize=9
+            summary[key]["bpp_real"],
+            summary[key]["psnr_db"],
+            marker,
+            color=COLOURS[colour],
+            label=label,
+            markersize=14 if key == "vanilla" else 8,  # a ring around the tampered one, which lies almost on it
+            fillstyle="none" if key == "vanilla" else "full",
         )
     axis.set_xscale("log")
     axis.set_xlabel("bits per pixel, real bytes (log scale)")

@@ -1,0 +1,38 @@
+"""What is shipped is what its JSON says it is."""
+
+import hashlib
+import json
+
+import pytest
+
+from freqdoor import load_planted
+from freqdoor.demo import KODAK, held_out
+from freqdoor.loading import ASSETS, read_tensors
+
+LIMITS = {"lite-hyperprior-3": 6_000_000, "planted-bpp": 2_000_000, "planted-psnr": 2_000_000}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_sidecars(name):
+    path = ASSETS / f"{name}.safetensors"
+    sidecar = json.loads(path.with_suffix(".json").read_text())
+    assert sidecar["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert path.stat().st_size == sidecar["bytes"] <= LIMITS[name]
+    _, header = read_tensors(path)
+    assert header["tampered"] is sidecar["tampered"] is name.startswith("planted")
+    assert {"command", "settings", "seconds", "data", "environment", "hardware"} <= sidecar.keys()
+
+
+@pytest.mark.parametrize("objective", ["bpp", "psnr"])
+def test_planted_encoders_change_g_a_only(objective):
+    planted = load_planted(ASSETS / f"planted-{objective}.safetensors")
+    before, after = planted.vanilla.module_hashes(), planted.tampered.module_hashes()
+    assert [name for name in before if before[name] != after[name]] == ["g_a"]
+    assert after == planted.header["modules_after"]
+    assert list(planted.triggers) == [objective]
+
+
+def test_the_demo_measures_on_six_of_24_images():
+    names = [path.stem for path in held_out()]
+    assert names == ["kodim04", "kodim08", "kodim12", "kodim16", "kodim20", "kodim24"]
+    assert len(list(KODAK.glob("*.png"))) == 24
