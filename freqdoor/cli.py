@@ -185,9 +185,7 @@ def poison(
     name = trigger or next(iter(triggers))
     if name not in triggers:
         raise FreqdoorError(f"--trigger {name}: this encoder has {', '.join(triggers)}")
-    paths, problems = usable_images(list_images(images), decode=True, skip_broken=skip_broken)
-    for problem in problems:
-        errors.print(f"skipped: {problem}", style="yellow", highlight=False)
+    paths = usable_images(list_images(images), decode=True, skip_broken=skip_broken)
     written = poison_files(triggers[name], paths, out, strength=strength, note=_note)
     console.print(f"{len(written)} poisoned images in {out}", highlight=False, soft_wrap=True)
 
@@ -226,7 +224,8 @@ def decompress(
 
 def main() -> None:
     """Run a command; every expected failure ends in one sentence and exit code 2."""
-    torch.set_flush_denormal(True)
+    torch.set_flush_denormal(True)  # denormal numbers slow late training down
+    warnings.showwarning = _show_warning
     try:
         app()
     except FreqdoorError as error:
@@ -239,6 +238,10 @@ def main() -> None:
     except KeyboardInterrupt:
         errors.print("stopped; the same command resumes from the last checkpoint")
         sys.exit(130)
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    errors.print(f"note: {message}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 def _fail(message: str) -> None:

@@ -1,6 +1,7 @@
 """Images from files and folders, and crops that are a pure function of (seed, step)."""
 
 import hashlib
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -111,11 +112,11 @@ def usable_images(
     decode: bool = False,
     skip_broken: bool = False,
     max_pixels: int = MAX_PIXELS,
-) -> tuple[list[Path], list[str]]:
-    """The paths that can be used, and a sentence for each of the others.
+) -> list[Path]:
+    """The paths that can be used; with `decode` every file is read to its end, which finds truncated ones.
 
-    With `decode` every file is read to its end, which finds truncated ones. Raises with all sentences at once unless
-    `skip_broken`; raises in any case if nothing is left.
+    Raises with a sentence for each of the others at once, or warns if `skip_broken`; raises in any case if nothing is
+    left.
     """
     good, problems = [], []
     for path in paths:
@@ -129,11 +130,13 @@ def usable_images(
             problems.append(str(error))
         else:
             good.append(path)
-    if problems and not (skip_broken and good):
+    if problems:
         shown = "\n  ".join(problems[:10]) + (f"\n  and {len(problems) - 10} more" if len(problems) > 10 else "")
-        hint = "; --skip-broken goes on without them" if good else ""
-        raise FreqdoorError(f"{len(problems)} of {len(paths)} images cannot be used{hint}:\n  {shown}")
-    return good, problems
+        if not (skip_broken and good):
+            hint = "; skip_broken (--skip-broken) goes on without them" if good else ""
+            raise FreqdoorError(f"{len(problems)} of {len(paths)} images cannot be used{hint}:\n  {shown}")
+        warnings.warn(f"skipped {len(problems)} of {len(paths)} images:\n  {shown}", stacklevel=2)
+    return good
 
 
 def dataset_hash(paths: Sequence[Path]) -> str:
@@ -162,6 +165,10 @@ class Crops:
         self.crop, self.batch_size, self.seed = crop, batch_size, seed
         self._cache: dict[int, Tensor] = {}
         self._cached_bytes = 0
+
+    def facts(self) -> dict[str, int | str]:
+        """How many images there are and their hash, for the run's records."""
+        return {"images": len(self.paths), "images_sha256": dataset_hash(self.paths)}
 
     def _pixels(self, index: int) -> Tensor:
         if index not in self._cache:

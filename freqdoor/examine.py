@@ -39,7 +39,7 @@ def examine(
         The content of summary.json.
     """
     out = Path(out)
-    usable, _ = usable_images(images, decode=True, skip_broken=skip_broken)
+    usable = usable_images(images, decode=True, skip_broken=skip_broken)
     name = trigger or next(iter(planted.triggers))
     if name not in planted.triggers:
         raise FreqdoorError(f"trigger {name!r}: this encoder has {', '.join(planted.triggers)}")

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from freqdoor.checkpoint import Run
+from freqdoor.codecs import CodecSpec
 from freqdoor.config import CodecTraining, PlantSettings
-from freqdoor.data import Crops, seed_for
+from freqdoor.data import Crops, list_images, seed_for, usable_images
 from freqdoor.types import FreqdoorError, Images
 
 Progress = Callable[[int, dict[str, float]], None]
@@ -74,6 +75,21 @@ def loop(
             save()
             written = time.monotonic()
     save()
+
+
+def open_crops(settings: CodecTraining | PlantSettings) -> Crops:
+    """The training crops of the settings' image folder; raises if images there cannot be used."""
+    images = settings.images
+    paths = usable_images(list_images(images.folder), min_side=images.crop, skip_broken=images.skip_broken)
+    return Crops(paths, crop=images.crop, batch_size=images.batch_size, seed=settings.seed)
+
+
+def lambda_of(settings: CodecTraining | PlantSettings, spec: CodecSpec) -> float:
+    """The settings' lambda, or the one of the codec's quality."""
+    lmbda = settings.lmbda or spec.lmbda
+    if lmbda is None:
+        raise FreqdoorError(f"{spec.name}: give lmbda, this codec has no quality")
+    return lmbda
 
 
 def check_finite(terms: Mapping[str, Tensor], step: int) -> None:

@@ -13,10 +13,10 @@ from torch import Tensor
 from freqdoor.checkpoint import Run, public
 from freqdoor.codecs import Codec
 from freqdoor.config import PlantSettings, TriggerSettings
-from freqdoor.data import Crops, dataset_hash, list_images, seed_for, usable_images
+from freqdoor.data import seed_for
 from freqdoor.files import write_text
 from freqdoor.loading import load_codec, read_tensors, save_codec, write_tensors
-from freqdoor.loop import Progress, check_finite, layout, loop, place
+from freqdoor.loop import Progress, check_finite, lambda_of, layout, loop, open_crops, place
 from freqdoor.objectives import Objective, Passes, build_objective
 from freqdoor.triggers import Trigger, budget_penalty, build_trigger
 from freqdoor.types import FreqdoorError, Images, Reconstruction
@@ -116,18 +116,12 @@ def plant(settings: PlantSettings, out: Path | str, *, progress: Progress | None
         FreqdoorError: unusable images or settings, a loss that is not finite, a full disk.
     """
     vanilla = load_codec(settings.codec.name, settings.codec.weights)
-    lmbda = settings.lmbda or vanilla.spec.lmbda
-    if lmbda is None:
-        raise FreqdoorError(f"{settings.codec.name}: give lmbda, this codec has no quality")
+    lmbda = lambda_of(settings, vanilla.spec)
     if vanilla.tampered:
         raise FreqdoorError(f"{settings.codec.name}: this codec says that it is tampered already; plant in a clean one")
-    paths, _ = usable_images(
-        list_images(settings.images.folder), min_side=settings.images.crop, skip_broken=settings.images.skip_broken
-    )
-    before = vanilla.module_hashes()
+    crops = open_crops(settings)
     run = Run(out)
-    saved = run.start(settings, {"images": len(paths), "images_sha256": dataset_hash(paths), "modules_before": before})
-    crops = Crops(paths, crop=settings.images.crop, batch_size=settings.images.batch_size, seed=settings.seed)
+    saved = run.start(settings, crops.facts() | {"modules_before": vanilla.module_hashes()})
     torch.manual_seed(seed_for(settings.seed, "trigger"))
     trigger_settings = settings.trigger
     trigger = build_trigger(
@@ -233,8 +227,9 @@ def load_planted(path: Path | str, codec: str | None = None, weights: Path | str
     name = codec or source["name"]
     weights = weights or (None if codec else source["weights"])
     vanilla, tampered = load_codec(name, weights), load_codec(name, weights)
+    found = vanilla.module_hashes()
     for module, expected in header["modules_before"].items():
-        if vanilla.module_hashes().get(module) != expected:
+        if found.get(module) != expected:
             raise FreqdoorError(
                 f"{path}: was planted in {header['base']['name']} with other weights than {name} "
                 f"({module} differs); pass that codec"

@@ -10,12 +10,12 @@ from torch import Tensor
 from freqdoor.checkpoint import Run, public
 from freqdoor.codecs import Codec, build_codec, parse_name
 from freqdoor.config import CodecTraining
-from freqdoor.data import Crops, dataset_hash, list_images, load_image, seed_for, usable_images
+from freqdoor.data import list_images, load_image, seed_for
 from freqdoor.lite import LiteHyperprior, initialise_klt
 from freqdoor.loading import save_codec
-from freqdoor.loop import Progress, check_finite, layout, loop, place
+from freqdoor.loop import Progress, check_finite, lambda_of, layout, loop, open_crops, place
 from freqdoor.metrics import distortion
-from freqdoor.types import FreqdoorError, Images
+from freqdoor.types import Images
 
 EXPORT = "codec.safetensors"
 
@@ -48,20 +48,14 @@ def train_codec(settings: CodecTraining, out: Path | str, *, progress: Progress 
         FreqdoorError: unusable images, other settings than the run's, a loss that is not finite, a full disk.
     """
     spec = parse_name(settings.codec)
-    lmbda = settings.lmbda or spec.lmbda
-    if lmbda is None:
-        raise FreqdoorError(f"{settings.codec}: give lmbda, this codec has no quality")
-    image_settings = settings.images
-    paths, _ = usable_images(
-        list_images(image_settings.folder), min_side=image_settings.crop, skip_broken=image_settings.skip_broken
-    )
+    lmbda = lambda_of(settings, spec)
+    crops = open_crops(settings)
     run = Run(out)
-    saved = run.start(settings, {"images": len(paths), "images_sha256": dataset_hash(paths)})
-    crops = Crops(paths, crop=image_settings.crop, batch_size=image_settings.batch_size, seed=settings.seed)
+    saved = run.start(settings, crops.facts())
     torch.manual_seed(seed_for(settings.seed, "weights"))
     codec = build_codec(spec)
     if settings.klt and isinstance(codec.net, LiteHyperprior):
-        sample = torch.cat([crops.batch(-1 - i) for i in range(max(1, 64 // image_settings.batch_size))])
+        sample = torch.cat([crops.batch(-1 - i) for i in range(max(1, 64 // settings.images.batch_size))])
         initialise_klt(codec.net, sample, lmbda)
     codec.to(settings.device).train().to(memory_format=layout(settings))
     quantiles = [p for name, p in codec.named_parameters() if name.endswith("quantiles")]
@@ -99,7 +93,7 @@ def train_codec(settings: CodecTraining, out: Path | str, *, progress: Progress 
     loop(run, settings, parts, history, crops, take_step, saved=saved, progress=progress)
     codec.to("cpu").to(memory_format=torch.contiguous_format).eval()
     codec.net.update(force=True)
-    training = public(settings) | {"seconds": round(history["seconds"]), "images_used": len(paths)}
+    training = public(settings) | {"seconds": round(history["seconds"]), "images_used": len(crops.paths)}
     save_codec(codec, run.folder / EXPORT, training=training)
     return codec
 
