@@ -1,5 +1,11 @@
 """freqdoor: plant, measure, find and remove backdoors in learned image codecs."""
 
+import warnings
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", FutureWarning)  # of PyTorch at what CompressAI does while it is imported
+    import compressai.models  # noqa: F401
+
 from freqdoor.codecs import Codec, CodecSpec
 from freqdoor.config import CodecTraining, ImageSettings, ObjectiveSettings, PlantSettings, TriggerSettings
 from freqdoor.container import compress_file, decompress_file

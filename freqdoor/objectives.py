@@ -80,8 +80,8 @@ class QualityAttack:
 
     Args:
         beta: weight of the attack.
-        paired: subtract D_P(x, f(x)): the attack term is then the drop from the clean image's PSNR, and beta may be
-            large without harm to the clean image.
+        paired: subtract D_P(x, f(x)): the attack term is then the drop from the clean image's PSNR, which also rewards
+            a better and more expensive clean image.
         floor_db: a poisoned PSNR below it earns nothing more (without a floor the loss is unbounded).
         farthest: also pull towards the image with the lowest possible PSNR, white where x is dark and black where it
             is bright; D_P alone stops at a constant image, because every pixel first has to pass through x.
@@ -89,7 +89,7 @@ class QualityAttack:
     """
 
     beta: float = 5.0
-    paired: bool = True
+    paired: bool = False
     farthest: bool = True
     floor_db: float = 3.0
     guarded: bool = True

@@ -89,6 +89,7 @@ def test_one_pixel_image_works(command, tmp_path, run_folder):
     assert command("evaluate", run_folder, "--images", source, "--out", tmp_path / "e")[0] == 0
 
 
+@pytest.mark.filterwarnings("default::UserWarning")
 def test_broken_file_among_good_ones(command, odd_images, images, tmp_path, run_folder):
     folder = tmp_path / "mixed"
     folder.mkdir()
