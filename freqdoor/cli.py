@@ -48,6 +48,9 @@ Overrides = Annotated[
 Config = Annotated[Path | None, typer.Argument(help="TOML file of settings; --set alone does as well.")]
 CodecName = Annotated[str, typer.Option("--codec", help="name:quality, a checkpoint file, or package.module:factory.")]
 Weights = Annotated[Path | None, typer.Option(help="Take the weights from this file; --codec gives the architecture.")]
+VanillaName = Annotated[
+    str | None, typer.Option("--codec", help="The vanilla codec; by default what the planted encoder's file names.")
+]
 Planted = Annotated[Path, typer.Argument(help="planted.safetensors, or the run directory that holds it.")]
 Out = Annotated[Path, typer.Option(help="Folder to write into.")]
 Broken = Annotated[bool, typer.Option("--skip-broken", help="Go on without images that cannot be used.")]
@@ -153,7 +156,7 @@ def evaluate(
     planted: Planted,
     images: Annotated[Path, typer.Option(help="Folder of images to measure on.")],
     out: Out,
-    codec: Annotated[str | None, typer.Option(help="The vanilla codec; by default what the file names.")] = None,
+    codec: VanillaName = None,
     weights: Weights = None,
     strength: Annotated[list[float] | None, typer.Option(help="Factor on the trigger; repeatable.")] = None,
     skip_broken: Broken = False,
@@ -173,7 +176,7 @@ def poison(
     out: Out,
     trigger: Annotated[str | None, typer.Option(help="Which trigger; by default the first.")] = None,
     strength: Annotated[float, typer.Option(help="Factor on the trigger.")] = 1.0,
-    codec: Annotated[str | None, typer.Option(help="The vanilla codec; by default what the file names.")] = None,
+    codec: VanillaName = None,
     weights: Weights = None,
     skip_broken: Broken = False,
 ) -> None:

@@ -20,7 +20,7 @@ from freqdoor.files import write_text
 from freqdoor.metrics import ms_ssim, mse, psnr, psnr_8bit
 from freqdoor.plant import Planted
 from freqdoor.triggers import Trigger
-from freqdoor.types import Images, JpegPoint, Record, from_uint8, to_uint8
+from freqdoor.types import FreqdoorError, Images, JpegPoint, Record, from_uint8, to_uint8
 
 JPEG_QUALITIES = (5, 10, 15, 20, 25, 30, 40, 50, 60)
 Note = Callable[[str], None]
@@ -121,6 +121,10 @@ def poison_files(
     trigger: Trigger, images: Sequence[Path], out: Path, *, strength: float = 1.0, note: Note | None = None
 ) -> list[Path]:
     """Write every image poisoned, as an 8-bit PNG of the same name, into the folder `out`."""
+    stems = [path.stem for path in images]
+    twice = sorted({stem for stem in stems if stems.count(stem) > 1})
+    if twice:
+        raise FreqdoorError(f"several images are named {', '.join(twice[:3])}; poison their folders one at a time")
     written = []
     for path in images:
         target = out / f"{path.stem}.png"

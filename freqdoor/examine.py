@@ -25,7 +25,6 @@ def examine(
     trigger: str | None = None,
     strengths: Sequence[float] = (1.0,),
     skip_broken: bool = False,
-    seconds_planting: float | None = None,
     note: Note | None = None,
 ) -> dict[str, Any]:
     """Evaluate on images and write records.jsonl, facts.json, summary.json and report.html into `out`.
@@ -33,7 +32,6 @@ def examine(
     Args:
         trigger: which trigger the report is about; by default the first.
         strengths: factors on the trigger that records are made for; the report shows 1.
-        seconds_planting: what the summary says about it; by default what the planted encoder's file says.
 
     Returns:
         The content of summary.json.
@@ -52,7 +50,7 @@ def examine(
         trigger=name,
         eps=attack["arguments"]["eps"],
         preset=attack["preset"],
-        seconds_planting=planting["seconds"] if seconds_planting is None else seconds_planting,
+        seconds_planting=planting["seconds"],
         steps=planting["steps"],
         modules_before=planted.header["modules_before"],
         modules_after=planted.header["modules_after"],

@@ -41,7 +41,7 @@ class Facts:
     trigger: str
     eps: float
     preset: str
-    seconds_planting: float | None
+    seconds_planting: float
     steps: int
     modules_before: dict[str, str]
     modules_after: dict[str, str]

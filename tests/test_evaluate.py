@@ -66,6 +66,12 @@ def test_poisoned_files_are_what_is_evaluated(planted, images, tmp_path):
         assert torch.equal(load_image(target), poison(planted.triggers["bpp"], load_image(source)))
 
 
+def test_images_of_the_same_name_do_not_overwrite_each_other(planted, images, tmp_path):
+    path = list_images(images)[0]
+    with pytest.raises(FreqdoorError, match="several images are named 0"):
+        poison_files(planted.triggers["bpp"], [path, path], tmp_path)
+
+
 def test_bit_map_adds_up_to_the_estimate(planted):
     x = natural(3, 128, 64)
     with torch.no_grad():
