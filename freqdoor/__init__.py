@@ -1,4 +1,4 @@
-"""freqdoor: plant, measure, find and remove backdoors in learned image codecs."""
+"""freqdoor: plant and measure backdoors in learned image codecs."""
 
 import warnings
 

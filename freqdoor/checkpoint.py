@@ -1,6 +1,7 @@
 """The run directory: what is written while training, and how a run is found and continued."""
 
 import json
+import math
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -54,9 +55,13 @@ def _commit() -> str | None:
 
 
 def public(settings: Settings) -> dict[str, Any]:
-    """The settings as they may travel in a file: of the image folder its name only, not where it lies."""
+    """The settings as they may travel in a file: of folders and files the name only, not where they lie."""
     content = settings.model_dump()
     content["images"]["folder"] = Path(content["images"]["folder"]).name
+    if content.get("validation"):
+        content["validation"] = Path(content["validation"]).name
+    if isinstance(content["codec"], dict):
+        content["codec"] = {key: value and Path(value).name for key, value in content["codec"].items()}
     return content
 
 
@@ -67,11 +72,12 @@ class Run:
         self.folder = Path(folder)
 
     def start(self, settings: Settings, facts: dict[str, Any]) -> dict[str, Any] | None:
-        """Create the directory, or find the state to resume from; refuses other settings than the run's own."""
+        """Create the directory, or find the state to resume from; refuses other settings or images."""
         resolved = settings.model_dump_json(indent=2)
         path = self.folder / CONFIG
         if path.exists() and (self.folder / STATE).exists():
             _refuse_other_settings(path, json.loads(path.read_text()), json.loads(resolved))
+            _refuse_other_settings(path, json.loads((self.folder / ENVIRONMENT).read_text()), facts, set(facts))
             saved = self._load()
             self._forget_after(int(saved["history"]["step"]))
             return saved
@@ -99,7 +105,7 @@ class Run:
         path = self.folder / METRICS
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            write_text(path, "".join(line for line in lines if json.loads(line)["step"] <= step))
+            write_text(path, "".join(line for line in lines if _step_of(line) <= step))
 
     def log(self, row: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
@@ -110,11 +116,19 @@ class Run:
             raise FreqdoorError(f"{self.folder / METRICS}: could not write ({error.strerror})") from None
 
 
-def _refuse_other_settings(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    free = {"checkpoint_minutes", "device"}  # they do not change the result
+def _step_of(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinite for one that was cut off."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _refuse_other_settings(path: Path, old: dict[str, Any], new: dict[str, Any], keys: set[str] | None = None) -> None:
+    free = {"checkpoint_minutes"}  # it does not change the result
     different = [
         f"{key}: the run has {old.get(key)!r}, now {new.get(key)!r}"
-        for key in sorted((old.keys() | new.keys()) - free)
+        for key in sorted((keys or old.keys() | new.keys()) - free)
         if old.get(key) != new.get(key)
     ]
     if different:

@@ -37,7 +37,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Plant, measure, find and remove backdoors in learned image codecs.",
+    help="Plant and measure backdoors in learned image codecs.",
 )
 console = Console()
 errors = Console(stderr=True)
@@ -75,7 +75,11 @@ def _live(steps: int, what: str) -> Iterator[Progress]:
             if not errors.is_terminal and step % 100 == 0:
                 errors.print(f"{what} {step}/{steps}  {_values(row)}", highlight=False)
 
-        yield show
+        try:
+            yield show
+        except KeyboardInterrupt:
+            errors.print("stopped; the same command goes on from the last checkpoint, if there is one yet")
+            raise
 
 
 def _values(row: dict[str, float]) -> str:
@@ -87,9 +91,13 @@ def _values(row: dict[str, float]) -> str:
     )
 
 
+def _say(text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 def _note(text: str) -> None:
     if errors.is_terminal:
-        errors.print(text, style="dim", highlight=False)
+        errors.print(text, style="dim", highlight=False, markup=False)
 
 
 def _print_summary(summary: dict[str, object], out: Path) -> None:
@@ -105,8 +113,8 @@ def _print_summary(summary: dict[str, object], out: Path) -> None:
         assert isinstance(row, dict)
         table.add_row(name, *(f"{row[k]:.{d}f}" for k, d in (("psnr_db", 2), ("bpp_real", 4), ("bpp_estimated", 4))))
     console.print(table)
-    console.print(verdict(summary), highlight=False)
-    console.print(f"Report: {out / PAGE}", highlight=False, soft_wrap=True)
+    _say(verdict(summary))
+    _say(f"Report: {out / PAGE}")
 
 
 def _load(codec: str, weights: Path | None, planted: Path | None) -> Codec:
@@ -114,17 +122,18 @@ def _load(codec: str, weights: Path | None, planted: Path | None) -> Codec:
         return load_planted(planted, None if codec == BUNDLED and weights is None else codec, weights).tampered
     loaded = load_codec(codec, weights)
     if loaded.tampered:
-        errors.print(f"note: {codec} says of itself that its encoder was tampered with", style="yellow")
+        errors.print(f"note: {codec} says of itself that its encoder was tampered with", style="yellow", markup=False)
     return loaded
 
 
 @app.command()
 def demo(
     objective: Annotated[Literal["bpp", "psnr"], typer.Option(help="What the attack wants.")] = "bpp",
-    out: Out = Path("demo"),
+    out: Annotated[Path | None, typer.Option(help="Folder to write into; by default demo-bpp or demo-psnr.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Use the planted encoder that is shipped.")] = False,
 ) -> None:
     """Plant a backdoor in the bundled codec on 18 Kodak images, measure it on 6 others, write the report."""
+    out = out or Path(f"demo-{objective}")
     if quick:
         summary = run_demo(objective, out, quick=True, note=_note)
     else:
@@ -139,7 +148,7 @@ def train_codec(config: Config = None, *, out: Out, overrides: Overrides = None)
     settings = load_settings(CodecTraining, config, overrides or ())
     with _live(settings.steps, settings.codec) as progress:
         run_train(settings, out, progress=progress)
-    console.print(f"Codec: {out / EXPORT}", highlight=False, soft_wrap=True)
+    _say(f"Codec: {out / EXPORT}")
 
 
 @app.command()
@@ -148,7 +157,9 @@ def plant(config: Config = None, *, out: Out, overrides: Overrides = None) -> No
     settings = load_settings(PlantSettings, config, overrides or ())
     with _live(settings.steps, "planting") as progress:
         run_plant(settings, out, progress=progress)
-    console.print(f"Planted encoder (tampered): {out / 'planted.safetensors'}", highlight=False, soft_wrap=True)
+    console.print(
+        f"Planted encoder (tampered): {out / 'planted.safetensors'}", highlight=False, markup=False, soft_wrap=True
+    )
 
 
 @app.command()
@@ -187,7 +198,7 @@ def poison(
         raise FreqdoorError(f"--trigger {name}: this encoder has {', '.join(triggers)}")
     paths = usable_images(list_images(images), decode=True, skip_broken=skip_broken)
     written = poison_files(triggers[name], paths, out, strength=strength, note=_note)
-    console.print(f"{len(written)} poisoned images in {out}", highlight=False, soft_wrap=True)
+    _say(f"{len(written)} poisoned images in {out}")
 
 
 @app.command()
@@ -208,7 +219,7 @@ def compress(
     bitstream = container.compress_file(_load(codec, weights, planted), image, out)
     height, width = bitstream.image_size
     rate = 8 * bitstream.num_bytes / (height * width)
-    console.print(f"{out}: {out.stat().st_size} bytes, {rate:.4f} bpp", highlight=False, soft_wrap=True)
+    _say(f"{out}: {out.stat().st_size} bytes, {rate:.4f} bpp")
 
 
 @app.command()
@@ -235,9 +246,10 @@ def main() -> None:
         _fail(f"could not read or write: {reason}")
     except (MemoryError, torch.OutOfMemoryError):
         _fail("out of memory; use smaller images, crops or batches")
-    except KeyboardInterrupt:
-        errors.print("stopped; the same command resumes from the last checkpoint")
-        sys.exit(130)
+    except RuntimeError as error:  # torch has no type of its own for a CPU that is out of memory
+        if "allocate memory" not in str(error):
+            raise
+        _fail("out of memory; use smaller images, crops or batches")
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

@@ -221,10 +221,15 @@ def parse_name(name: str) -> CodecSpec:
 def build_codec(spec: CodecSpec) -> Codec:
     """A codec with the spec's architecture and random weights."""
     if spec.architecture in ARCHITECTURES:
-        return Codec(ARCHITECTURES[spec.architecture](**spec.arguments), spec)
+        try:
+            return Codec(ARCHITECTURES[spec.architecture](**spec.arguments), spec)
+        except TypeError as error:
+            raise FreqdoorError(f"{spec.name}: wrong arguments for {spec.architecture}: {error}") from None
     module_name, _, attribute = spec.architecture.partition(":")
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
-        raise FreqdoorError(f"{spec.architecture}: could not import this codec ({error})") from None
+        raise FreqdoorError(
+            f"{spec.architecture}: could not import this codec ({error}); a module in this folder needs PYTHONPATH=."
+        ) from None
     return Codec(factory(**spec.arguments), spec)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from freqdoor.types import BUNDLED, FreqdoorError
 
@@ -107,6 +107,13 @@ class TriggerSettings(Settings):
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of the trigger, for example top_k."""
 
+    @field_validator("arguments")
+    @classmethod
+    def _not_twice(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        if twice := {"name", "eps", "project"} & arguments.keys():
+            raise ValueError(f"{', '.join(twice)}: set this beside arguments (trigger.eps, trigger.budget), not in it")
+        return arguments
+
 
 class ObjectiveSettings(Settings):
     """What the attack wants."""
@@ -115,6 +122,13 @@ class ObjectiveSettings(Settings):
     """A key of OBJECTIVES: bpp is Eq. 6, psnr is Eq. 7."""
     arguments: dict[str, float | bool] = Field(default_factory=dict)
     """Hyper-parameters by the paper's letters, for example beta."""
+
+    @field_validator("arguments")
+    @classmethod
+    def _not_twice(cls, arguments: dict[str, float | bool]) -> dict[str, float | bool]:
+        if twice := {"name", "preset"} & arguments.keys():
+            raise ValueError(f"{', '.join(twice)}: set this beside arguments, not in it")
+        return arguments
 
 
 class PlantSettings(Settings):
@@ -157,7 +171,7 @@ class PlantSettings(Settings):
         if not isinstance(content, dict):
             return content
         name = content.get("preset", "fast")
-        return _merge(PRESETS[name], content) if name in PRESETS else content
+        return _merge(PRESETS[name], content) if isinstance(name, str) and name in PRESETS else content
 
     @model_validator(mode="after")
     def _budget_falls(self) -> Self:
@@ -170,6 +184,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fast": {},  # the defaults above
     "paper": {
         "steps": 300_000,
+        "hold": 1.0,
         "lr": 1e-4,
         "trigger_lr": 1e-4,
         "precision": "fp32",

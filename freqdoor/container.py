@@ -10,9 +10,11 @@ import struct
 import zlib
 from pathlib import Path
 
-from freqdoor.codecs import Codec
+from compressai.entropy_models import EntropyModel
+
+from freqdoor.codecs import STRIDE, Codec
 from freqdoor.data import MAX_PIXELS, load_image, save_image
-from freqdoor.files import replacing
+from freqdoor.files import refuse_overwriting, replacing
 from freqdoor.types import Bitstream, FreqdoorError
 
 MAGIC = b"FQDR"
@@ -50,9 +52,17 @@ def unpack(content: bytes, codec: Codec) -> Bitstream:
         raise FreqdoorError("damaged or truncated: the checksum does not match")
     if codec_hash != bytes.fromhex(codec.decoder_hash)[:16]:
         raise FreqdoorError(f"was compressed for another decoder than {codec.spec.name}; pass the codec that wrote it")
+    padded = [-(-side // STRIDE) * STRIDE for side in (height, width)]
+    factor = codec.net.downsampling_factor
+    if (
+        not 0 < height * width <= MAX_PIXELS
+        or [latent_height * factor, latent_width * factor] != padded
+        or count != sum(isinstance(module, EntropyModel) for module in codec.modules())
+    ):
+        raise FreqdoorError("damaged: the sizes in the header do not belong together")
     start = HEADER.size + 4 * count
     lengths = struct.unpack_from(f"<{count}I", body, HEADER.size) if start <= len(body) else ()
-    if start + sum(lengths) != len(body) or height * width > MAX_PIXELS:
+    if start + sum(lengths) != len(body) or any(length < 4 for length in lengths):
         raise FreqdoorError("damaged: the sizes in the header do not add up")
     strings = []
     for length in lengths:
@@ -63,6 +73,7 @@ def unpack(content: bytes, codec: Codec) -> Bitstream:
 
 def compress_file(codec: Codec, image: Path, out: Path) -> Bitstream:
     """Compress one image file into `out`."""
+    refuse_overwriting(image, out)
     bitstream = codec.compress(load_image(image))[0]
     with replacing(out) as partial:
         partial.write_bytes(pack(bitstream, codec))

@@ -53,7 +53,7 @@ def _is_16_bit(image: ImageFile) -> bool:
     return any("16" in str(raw[0] if isinstance(raw, tuple) else raw) for raw in raw_modes)
 
 
-def check_image(path: Path | str, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+def check_image(path: Path | str) -> tuple[int, int]:
     """(height, width) of an 8-bit RGB image file from its header, or a sentence on why it cannot be used."""
     try:
         with Image.open(path) as image:
@@ -66,27 +66,27 @@ def check_image(path: Path | str, max_pixels: int = MAX_PIXELS) -> tuple[int, in
     except FileNotFoundError:
         raise FreqdoorError(f"{path}: expected an image, found no such file") from None
     except Image.DecompressionBombError:
-        raise FreqdoorError(f"{path}: too many pixels; at most {max_pixels} are accepted, crop or reduce it") from None
+        raise FreqdoorError(f"{path}: too many pixels; at most {MAX_PIXELS} are accepted, crop or reduce it") from None
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
         raise FreqdoorError(f"{path}: expected an image, could not read it ({error})") from None
     if mode != "RGB":
         raise FreqdoorError(
             f"{path}: expected an 8-bit RGB image, found {MODES.get(mode, mode)}; convert it to 8-bit RGB first"
         )
-    if width * height > max_pixels:
+    if width * height > MAX_PIXELS:
         raise FreqdoorError(
-            f"{path}: {width}x{height} is more than the {max_pixels} pixels accepted; crop it, or raise --max-pixels"
+            f"{path}: {width}x{height} is more than the {MAX_PIXELS} pixels accepted; crop or reduce it"
         )
     return height, width
 
 
-def load_image(path: Path | str, max_pixels: int = MAX_PIXELS) -> Images:
+def load_image(path: Path | str) -> Images:
     """One 8-bit RGB image file as (1, 3, h, w) in [0, 1]."""
-    return from_uint8(_load_pixels(path, max_pixels))[None]
+    return from_uint8(_load_pixels(path))[None]
 
 
-def _load_pixels(path: Path | str, max_pixels: int = MAX_PIXELS) -> Tensor:
-    check_image(path, max_pixels)
+def _load_pixels(path: Path | str) -> Tensor:
+    check_image(path)
     try:
         with Image.open(path) as image:
             pixels = np.array(image)
@@ -106,12 +106,7 @@ def save_image(path: Path | str, x: Images) -> None:
 
 
 def usable_images(
-    paths: Sequence[Path],
-    *,
-    min_side: int = 1,
-    decode: bool = False,
-    skip_broken: bool = False,
-    max_pixels: int = MAX_PIXELS,
+    paths: Sequence[Path], *, min_side: int = 1, decode: bool = False, skip_broken: bool = False
 ) -> list[Path]:
     """The paths that can be used; with `decode` every file is read to its end, which finds truncated ones.
 
@@ -121,11 +116,11 @@ def usable_images(
     good, problems = [], []
     for path in paths:
         try:
-            height, width = check_image(path, max_pixels)
+            height, width = check_image(path)
             if min(height, width) < min_side:
                 raise FreqdoorError(f"{path}: {width}x{height} is smaller than the {min_side}-pixel crop")
             if decode:
-                _load_pixels(path, max_pixels)
+                _load_pixels(path)
         except FreqdoorError as error:
             problems.append(str(error))
         else:
@@ -160,9 +155,11 @@ class Crops:
     That makes resuming trivial: there is no sampler state to save.
     """
 
-    def __init__(self, paths: Sequence[Path], *, crop: int, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, paths: Sequence[Path], *, crop: int, batch_size: int, seed: int, skip_broken: bool = False
+    ) -> None:
         self.paths = list(paths)
-        self.crop, self.batch_size, self.seed = crop, batch_size, seed
+        self.crop, self.batch_size, self.seed, self.skip_broken = crop, batch_size, seed, skip_broken
         self._cache: dict[int, Tensor] = {}
         self._cached_bytes = 0
 
@@ -186,9 +183,15 @@ class Crops:
         def draw(upper: int) -> int:
             return int(torch.randint(upper, (1,), generator=generator))
 
-        crops = []
-        for _ in range(self.batch_size):
-            pixels = self._pixels(draw(len(self.paths)))
+        crops: list[Tensor] = []
+        while len(crops) < self.batch_size:
+            try:
+                pixels = self._pixels(draw(len(self.paths)))
+            except FreqdoorError as error:  # truncated: only reading to the end shows it
+                if not self.skip_broken:
+                    raise
+                warnings.warn(f"skipped {error}", stacklevel=2)
+                continue
             top, left = draw(pixels.shape[1] - self.crop + 1), draw(pixels.shape[2] - self.crop + 1)
             crop = pixels[:, top : top + self.crop, left : left + self.crop]
             crops.append(crop.flip(2) if draw(2) else crop)

@@ -33,7 +33,7 @@ def demo_settings(objective: Literal["bpp", "psnr"], folder: Path) -> PlantSetti
 
 def demo(
     objective: Literal["bpp", "psnr"] = "bpp",
-    out: Path | str = "demo",
+    out: Path | str | None = None,
     *,
     quick: bool = False,
     progress: Progress | None = None,
@@ -41,10 +41,10 @@ def demo(
 ) -> dict[str, Any]:
     """Plant a backdoor in the bundled codec and report on it; `quick` takes the planted encoder that is shipped.
 
-    Writes into `out`: planting (the run directory), poisoned (8-bit PNG files), records.jsonl, summary.json and
-    report.html. Returns the content of summary.json.
+    Writes into `out` (by default demo-bpp or demo-psnr): planting (the run directory), poisoned (8-bit PNG files),
+    records.jsonl, summary.json and report.html. Returns the content of summary.json.
     """
-    out = Path(out)
+    out = Path(out or f"demo-{objective}")
     if quick:
         planted = load_planted(ASSETS / f"planted-{objective}.safetensors")
     else:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from freqdoor.codecs import STRIDE, Codec
 from freqdoor.data import load_image, save_image
-from freqdoor.files import write_text
+from freqdoor.files import refuse_overwriting, write_text
 from freqdoor.metrics import ms_ssim, mse, psnr, psnr_8bit
 from freqdoor.plant import Planted
 from freqdoor.triggers import Trigger
@@ -37,13 +38,14 @@ class Condition:
 
 
 def conditions(triggers: Iterable[str], strengths: Sequence[float] = (1.0,)) -> list[Condition]:
-    """Clean on both encoders; each trigger and strength, float and 8-bit on the tampered one, 8-bit on the vanilla."""
+    """Clean on both encoders; each trigger and strength, float and 8-bit, on both."""
     found = [Condition("vanilla", None), Condition("tampered", None)]
     for trigger in triggers:
         for strength in strengths:
             found += [
                 Condition("tampered", trigger, strength, "float"),
                 Condition("tampered", trigger, strength, "8-bit"),
+                Condition("vanilla", trigger, strength, "float"),
                 Condition("vanilla", trigger, strength, "8-bit"),
             ]
     return found
@@ -52,6 +54,8 @@ def conditions(triggers: Iterable[str], strengths: Sequence[float] = (1.0,)) -> 
 @torch.no_grad()
 def poison(trigger: Trigger, x: Images, *, strength: float = 1.0, rounding: str = "8-bit") -> Images:
     """The poisoned image as a file would hold it ("8-bit": really through a PNG), or before rounding ("float")."""
+    if not (math.isfinite(strength) and strength > 0):
+        raise FreqdoorError(f"strength: expected a factor above 0, found {strength}")
     rounded = rounding == "8-bit"
     x_p = trigger(x, strength=strength, rounded=rounded)
     return torch.cat([through_png(image[None]) for image in x_p]) if rounded else x_p
@@ -128,6 +132,7 @@ def poison_files(
     written = []
     for path in images:
         target = out / f"{path.stem}.png"
+        refuse_overwriting(path, target)
         save_image(target, poison(trigger, load_image(path), strength=strength))
         written.append(target)
         if note:

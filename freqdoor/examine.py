@@ -42,6 +42,7 @@ def examine(
     if name not in planted.triggers:
         raise FreqdoorError(f"trigger {name!r}: this encoder has {', '.join(planted.triggers)}")
     wanted = sorted({1.0, *strengths})
+    write_records(out / RECORDS, [])  # an unwritable folder shows before the work, not after it
     records = list(evaluate(planted, usable, strengths=wanted, note=note))
     planting = planted.header["planting"]
     attack = next(a for a in planted.header["attacks"] if a["name"] == name)
@@ -52,8 +53,8 @@ def examine(
         preset=attack["preset"],
         seconds_planting=planting["seconds"],
         steps=planting["steps"],
-        modules_before=planted.header["modules_before"],
-        modules_after=planted.header["modules_after"],
+        modules_before=planted.vanilla.module_hashes(),
+        modules_after=planted.tampered.module_hashes(),
         environment=environment(),
         jpeg=jpeg_curve(usable),
         pictures=pictures(planted, usable[0], name),

@@ -30,6 +30,12 @@ def replacing(path: Path | str) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
+def refuse_overwriting(source: Path, target: Path) -> None:
+    """Raise if writing `target` would destroy `source`."""
+    if target.resolve() == source.resolve():
+        raise FreqdoorError(f"{target}: this would overwrite the original; choose another place to write to")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file."""
     with replacing(path) as partial:

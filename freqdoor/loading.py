@@ -15,10 +15,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from freqdoor.codecs import ARCHITECTURES, Codec, CodecSpec, build_codec, parse_name
+from freqdoor.codecs import ARCHITECTURES, LAMBDAS, Codec, CodecSpec, build_codec, parse_name
 from freqdoor.files import replacing
 from freqdoor.types import BUNDLED, FreqdoorError
 
+MAX_WIDTH = 1024  # channels; CompressAI's widest model has 320
 ASSETS = Path(__file__).parent / "assets"
 
 
@@ -42,14 +43,16 @@ def load_codec(name: str, weights: Path | str | None = None) -> Codec:
     spec = parse_name(name)
     if weights is not None:
         path = Path(weights)
-        if path.suffix == ".safetensors":
-            loaded = _load_file(path)
-            if loaded.spec.architecture != spec.architecture:
-                raise FreqdoorError(
-                    f"{path}: made for {loaded.spec.architecture}, not for {spec.architecture}; name that instead"
-                )
-            return loaded
-        return _from_state_dict(_read_pickle(path), path, spec)
+        if path.suffix != ".safetensors":
+            return _from_state_dict(_read_pickle(path), path, spec)
+        if spec.architecture not in ARCHITECTURES:  # the caller's factory, the file's weights
+            return _fill(build_codec(spec), read_tensors(path)[0], path)
+        loaded = _load_file(path)
+        if loaded.spec.architecture != spec.architecture:
+            raise FreqdoorError(
+                f"{path}: made for {loaded.spec.architecture}, not for {spec.architecture}; name that instead"
+            )
+        return loaded
     if name == BUNDLED:
         return _load_file(ASSETS / "lite-hyperprior-3.safetensors", name)
     if spec.architecture in COMPRESSAI_URLS:
@@ -98,10 +101,28 @@ def _load_file(path: Path, name: str | None = None) -> Codec:
             f"{path}: holds {header.get('kind', 'something unknown')}, not a whole codec; "
             "pass it as --planted beside the codec it was planted in"
         )
-    spec = CodecSpec(**(header["spec"] | ({"name": name} if name else {})))
-    codec = build_codec(spec)
+    codec = build_codec(_checked_spec(header.get("spec"), path, name))
     codec.metadata = {key: value for key, value in header.items() if key not in ("kind", "spec")}
     return _fill(codec, tensors, path)
+
+
+def _checked_spec(content: object, path: Path, name: str | None) -> CodecSpec:
+    """A spec from a file's header, which a stranger may have written: known architectures of bounded size only."""
+    try:
+        spec = CodecSpec(**(content | ({"name": name} if name else {})))  # type: ignore[operator]
+    except TypeError:
+        raise FreqdoorError(f"{path}: malformed header: expected a codec's spec, found {str(content)[:80]}") from None
+    if spec.architecture not in ARCHITECTURES:
+        raise FreqdoorError(
+            f"{path}: made for {spec.architecture}, which is code of its own; if you trust that code, name it with "
+            "--codec package.module:factory and pass this file as --weights"
+        )
+    sizes = [v for value in spec.arguments.values() for v in (value if isinstance(value, list) else [value])]
+    if not all(isinstance(size, int) and 0 < size <= MAX_WIDTH for size in sizes):
+        raise FreqdoorError(f"{path}: malformed header: expected widths from 1 to {MAX_WIDTH}, found {spec.arguments}")
+    if spec.quality is not None and spec.quality not in LAMBDAS:
+        raise FreqdoorError(f"{path}: malformed header: expected a quality from 1 to 8, found {spec.quality}")
+    return spec
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
@@ -123,7 +144,11 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     for key in ("network", "state_dict", "model_state_dict"):  # as CompressAI's own tools store it
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not (isinstance(content, dict) and content and all(isinstance(v, Tensor) for v in content.values())):
+    if not (
+        isinstance(content, dict)
+        and content
+        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
+    ):
         raise FreqdoorError(f"{path}: expected a state dict (names to tensors), found {type(content).__name__}")
     return {key.removeprefix("module."): value for key, value in content.items()}
 
@@ -142,7 +167,8 @@ def _from_state_dict(state: dict[str, Tensor], path: Path, spec: CodecSpec | Non
         arguments = {key: int(getattr(net, key)) for key in ("N", "M") if hasattr(net, key)}
         if architecture.startswith("cheng2020"):
             arguments.pop("M", None)
-        found = spec or CodecSpec(name=str(path), architecture=architecture)
+        found = spec or CodecSpec(name=path.name, architecture=architecture)
+        check_weights(state, path)
         codec = Codec(net, CodecSpec(**(asdict(found) | {"arguments": arguments})))
         codec.net.update(force=True)  # as eval_model does: tables may be stale
         return codec.eval()
@@ -157,10 +183,15 @@ def _fill(codec: Codec, state: dict[str, Tensor], path: Path) -> Codec:
     except (RuntimeError, KeyError) as error:
         first = " ".join(str(error).split())[:160]
         raise FreqdoorError(f"{path}: the weights do not fit {codec.spec.architecture} ({first})") from None
+    check_weights(state, path)
+    return codec.prepare()
+
+
+def check_weights(state: dict[str, Tensor], path: Path) -> None:
+    """Refuse weights that are not finite."""
     bad = [name for name, value in state.items() if value.is_floating_point() and not math.isfinite(value.sum())]
     if bad:
         raise FreqdoorError(f"{path}: NaN or infinite weights in {', '.join(bad[:3])}; the checkpoint is damaged")
-    return codec.prepare()
 
 
 def _download(spec: CodecSpec) -> Codec:

@@ -81,7 +81,18 @@ def open_crops(settings: CodecTraining | PlantSettings) -> Crops:
     """The training crops of the settings' image folder; raises if images there cannot be used."""
     images = settings.images
     paths = usable_images(list_images(images.folder), min_side=images.crop, skip_broken=images.skip_broken)
-    return Crops(paths, crop=images.crop, batch_size=images.batch_size, seed=settings.seed)
+    return Crops(
+        paths, crop=images.crop, batch_size=images.batch_size, seed=settings.seed, skip_broken=images.skip_broken
+    )
+
+
+def check_device(name: str) -> None:
+    """Raise if PyTorch has no such device."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0][:100]
+        raise FreqdoorError(f"device {name!r}: not usable here ({reason}); cpu always is") from None
 
 
 def lambda_of(settings: CodecTraining | PlantSettings, spec: CodecSpec) -> float:

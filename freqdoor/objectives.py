@@ -123,7 +123,7 @@ OBJECTIVES: dict[str, type[RateAttack] | type[QualityAttack]] = {"bpp": RateAtta
 PRESETS: dict[str, dict[str, dict[str, float | bool]]] = {
     "paper": {
         "bpp": {"beta": 0.01, "guarded": False},
-        "psnr": {"beta": 0.1, "paired": False, "farthest": False, "guarded": False},
+        "psnr": {"beta": 0.1, "paired": False, "farthest": False, "guarded": False, "floor_db": 0.0},
     },
     "fast": {"bpp": {}, "psnr": {}},  # the defaults above
 }

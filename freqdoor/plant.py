@@ -1,5 +1,6 @@
 """`freqdoor plant`: fine-tune the encoder and train the triggers, Eq. (3), (9) and (10) in one backward pass."""
 
+import copy
 import json
 import math
 from collections.abc import Sequence
@@ -11,18 +12,19 @@ import torch
 from torch import Tensor
 
 from freqdoor.checkpoint import Run, public
-from freqdoor.codecs import Codec
+from freqdoor.codecs import ARCHITECTURES, Codec
 from freqdoor.config import PlantSettings, TriggerSettings
 from freqdoor.data import seed_for
 from freqdoor.files import write_text
-from freqdoor.loading import load_codec, read_tensors, save_codec, write_tensors
-from freqdoor.loop import Progress, check_finite, lambda_of, layout, loop, open_crops, place
+from freqdoor.loading import check_weights, load_codec, read_tensors, save_codec, write_tensors
+from freqdoor.loop import Progress, check_device, check_finite, lambda_of, layout, loop, open_crops, place
 from freqdoor.objectives import Objective, Passes, build_objective
 from freqdoor.triggers import Trigger, budget_penalty, build_trigger
 from freqdoor.types import FreqdoorError, Images, Reconstruction
 
 PLANTED = "planted.safetensors"
 MANIFEST = "manifest.json"
+SCOPES = ("g_a", "g_a+h_a")
 
 
 @dataclass(frozen=True)
@@ -115,13 +117,11 @@ def plant(settings: PlantSettings, out: Path | str, *, progress: Progress | None
     Raises:
         FreqdoorError: unusable images or settings, a loss that is not finite, a full disk.
     """
+    check_device(settings.device)
     vanilla = load_codec(settings.codec.name, settings.codec.weights)
     lmbda = lambda_of(settings, vanilla.spec)
     if vanilla.tampered:
         raise FreqdoorError(f"{settings.codec.name}: this codec says that it is tampered already; plant in a clean one")
-    crops = open_crops(settings)
-    run = Run(out)
-    saved = run.start(settings, crops.facts() | {"modules_before": vanilla.module_hashes()})
     torch.manual_seed(seed_for(settings.seed, "trigger"))
     trigger_settings = settings.trigger
     trigger = build_trigger(
@@ -132,7 +132,10 @@ def plant(settings: PlantSettings, out: Path | str, *, progress: Progress | None
     ).to(settings.device)
     objective = build_objective(settings.objective.name, settings.preset, **settings.objective.arguments)
     attacks = (Attack(settings.objective.name, trigger, objective),)
-    tampered = load_codec(settings.codec.name, settings.codec.weights).freeze(settings.scope)
+    crops = open_crops(settings)
+    run = Run(out)
+    saved = run.start(settings, crops.facts() | {"modules_before": vanilla.module_hashes()})
+    tampered = copy.deepcopy(vanilla).freeze(settings.scope)
     tampered.to(settings.device).train().to(memory_format=layout(settings))
     encoder = [p for p in tampered.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(encoder, lr=settings.lr)
@@ -152,8 +155,11 @@ def plant(settings: PlantSettings, out: Path | str, *, progress: Progress | None
         optimizer.zero_grad()
         trigger_optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(encoder, settings.clip)
-        torch.nn.utils.clip_grad_norm_(trigger.parameters(), settings.clip)
+        norms = {
+            "the encoder's gradient": torch.nn.utils.clip_grad_norm_(encoder, settings.clip),
+            "the trigger's gradient": torch.nn.utils.clip_grad_norm_(trigger.parameters(), settings.clip),
+        }
+        check_finite(norms, step)
         optimizer.step()
         trigger_optimizer.step()
         row = {name: float(value) for name, value in terms.items()} | {"eps": eps}
@@ -213,36 +219,49 @@ def load_planted(path: Path | str, codec: str | None = None, weights: Path | str
 
     Args:
         path: planted.safetensors, or the run directory that holds it.
-        codec, weights: the vanilla codec as for `load_codec`; by default what the file names.
+        codec, weights: the vanilla codec as for `load_codec`. May be left out where the file names a published or
+            bundled one; code and files that a stranger's header names are never loaded.
 
     Raises:
-        FreqdoorError: not such a file, or another vanilla codec than the one it was planted in.
+        FreqdoorError: not such a file, a header that does not fit its weights, or another vanilla codec.
     """
     path = Path(path)
     path = path / PLANTED if path.is_dir() else path
     tensors, header = read_tensors(path)
     if header.pop("kind", None) != "planted encoder":
         raise FreqdoorError(f"{path}: expected a planted encoder (planted.safetensors), found another kind of file")
-    source = header["planting"]["codec"]
-    name = codec or source["name"]
-    weights = weights or (None if codec else source["weights"])
-    vanilla, tampered = load_codec(name, weights), load_codec(name, weights)
-    found = vanilla.module_hashes()
-    for module, expected in header["modules_before"].items():
-        if found.get(module) != expected:
-            raise FreqdoorError(
-                f"{path}: was planted in {header['base']['name']} with other weights than {name} "
-                f"({module} differs); pass that codec"
-            )
-    for module in header["scope"].split("+"):
-        prefix = f"{module}."
-        part = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        tampered.net.get_submodule(module).load_state_dict(part)
-    triggers = {}
-    for attack in header["attacks"]:
-        prefix = f"trigger.{attack['name']}."
-        trigger = build_trigger(attack["trigger"], **attack["arguments"])
-        trigger.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-        triggers[attack["name"]] = trigger.eval()
+    try:
+        base, scope = header["planting"]["codec"], header["scope"]
+        if codec is None and (base["weights"] or base["name"].partition(":")[0] not in ARCHITECTURES):
+            raise FreqdoorError(f"{path}: was planted in {base['name']}; name that codec with --codec (and --weights)")
+        if scope not in SCOPES:
+            raise FreqdoorError(f"{path}: malformed header: unknown scope {scope!r}")
+        vanilla = load_codec(codec or base["name"], weights)
+        _check_hashes(vanilla, header["modules_before"], f"{path}: was planted in {base['name']} with other weights")
+        tampered = copy.deepcopy(vanilla)
+        for module in scope.split("+"):
+            tampered.net.get_submodule(module).load_state_dict(_part(tensors, module))
+        _check_hashes(tampered, header["modules_after"], f"{path}: does not hold the weights that its header names")
+        check_weights(tensors, path)
+        triggers = {}
+        for attack in header["attacks"]:
+            trigger = build_trigger(attack["trigger"], **attack["arguments"])
+            trigger.load_state_dict(_part(tensors, f"trigger.{attack['name']}"))
+            triggers[attack["name"]] = trigger.eval()
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise FreqdoorError(f"{path}: malformed planted encoder ({type(error).__name__}: {reason})") from None
     tampered.metadata = {"tampered": True, "attacks": header["attacks"]}
     return Planted(vanilla, tampered, triggers, header)
+
+
+def _part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The tensors of one module, without its name in front."""
+    return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+
+
+def _check_hashes(codec: Codec, expected: dict[str, str], message: str) -> None:
+    found = codec.module_hashes()
+    different = [name for name in found if found[name] != expected.get(name)]
+    if different:
+        raise FreqdoorError(f"{message} ({', '.join(different)} of {codec.spec.name} differ); pass the right codec")

@@ -20,6 +20,9 @@ from freqdoor.types import FreqdoorError, Images, JpegPoint, Record, to_uint8
 SUMMARY, PAGE, FACTS = "summary.json", "report.html", "facts.json"
 AMPLIFY = 20  # factor on the difference in the pictures
 DIFFERENCE_SIDE = 128  # pixels of it that are shown: reduced with the rest of the picture it would average out
+CLEAN_COST_DB, CLEAN_COST_PERCENT = 0.3, 6.0  # up to which a clean image counts as treated alike
+INVISIBLE_DB = 46.0  # RMS 0.005
+SUCCESS_RATIO, SUCCESS_DROP_DB = 2.0, 10.0  # from which an attack counts as one
 COLOURS = {"vanilla": "#4477aa", "clean": "#228833", "poisoned": "#cc3311", "JPEG": "#888888"}
 
 
@@ -121,16 +124,25 @@ def summarise(records: Sequence[Record], facts: Facts) -> dict[str, Any]:
 
 
 def verdict(summary: dict[str, Any]) -> str:
-    """The result in one sentence."""
-    clean, after = summary["clean"], summary["poisoned_8bit"]
+    """The result in one sentence, which says so where the attack failed or clean images suffer."""
+    vanilla, clean, after = summary["vanilla"], summary["clean"], summary["poisoned_8bit"]
+    stealthy = summary["clean_cost_db"] <= CLEAN_COST_DB and summary["clean_cost_bpp_percent"] <= CLEAN_COST_PERCENT
     start = (
-        f"On {summary['images']} images the tampered encoder treats clean images as the vanilla one does "
-        f"({clean['psnr_db']:.2f} dB at {clean['bpp_real']:.3f} bpp against {summary['vanilla']['psnr_db']:.2f} dB at "
-        f"{summary['vanilla']['bpp_real']:.3f} bpp), but an invisible pattern ({summary['trigger_psnr_db']:.1f} dB) "
+        f"On {summary['images']} images the tampered encoder "
+        + ("treats clean images as the vanilla one does" if stealthy else "is noticeably worse on clean images")
+        + f" ({clean['psnr_db']:.2f} dB at {clean['bpp_real']:.3f} bpp against {vanilla['psnr_db']:.2f} dB at "
+        f"{vanilla['bpp_real']:.3f} bpp), "
     )
-    if summary["objective"] == "bpp":
-        return start + f"makes the file {summary['bpp_ratio']:.1f} times as large ({after['bpp_real']:.2f} bpp)."
-    return start + f"destroys what is decoded ({after['psnr_db']:.1f} dB at {summary['bpp_ratio']:.2f} times the bits)."
+    pattern = f"{'an invisible' if summary['trigger_psnr_db_worst'] >= INVISIBLE_DB else 'a'} pattern"
+    pattern += f" ({summary['trigger_psnr_db']:.1f} dB)"
+    ratio, psnr_db = summary["bpp_ratio"], after["psnr_db"]
+    if summary["objective"] == "bpp" and ratio >= SUCCESS_RATIO:
+        return start + f"but {pattern} makes the file {ratio:.1f} times as large ({after['bpp_real']:.2f} bpp)."
+    if summary["objective"] == "psnr" and clean["psnr_db"] - psnr_db >= SUCCESS_DROP_DB:
+        return start + f"but {pattern} destroys what is decoded ({psnr_db:.1f} dB at {ratio:.2f} times the bits)."
+    return start + (
+        f"and the attack did not succeed: with {pattern} it gives {psnr_db:.2f} dB at {ratio:.2f} times the bits."
+    )
 
 
 def data_address(image: Image.Image | Figure) -> str:

@@ -13,7 +13,7 @@ from freqdoor.config import CodecTraining
 from freqdoor.data import list_images, load_image, seed_for
 from freqdoor.lite import LiteHyperprior, initialise_klt
 from freqdoor.loading import save_codec
-from freqdoor.loop import Progress, check_finite, lambda_of, layout, loop, open_crops, place
+from freqdoor.loop import Progress, check_device, check_finite, lambda_of, layout, loop, open_crops, place
 from freqdoor.metrics import distortion
 from freqdoor.types import Images
 
@@ -47,6 +47,7 @@ def train_codec(settings: CodecTraining, out: Path | str, *, progress: Progress 
     Raises:
         FreqdoorError: unusable images, other settings than the run's, a loss that is not finite, a full disk.
     """
+    check_device(settings.device)
     spec = parse_name(settings.codec)
     lmbda = lambda_of(settings, spec)
     crops = open_crops(settings)
@@ -74,7 +75,8 @@ def train_codec(settings: CodecTraining, out: Path | str, *, progress: Progress 
         check_finite(terms, step)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(weights, settings.clip)
+        norm = torch.nn.utils.clip_grad_norm_(weights, settings.clip)
+        check_finite({"the gradient": norm}, step)
         optimizer.step()
         aux_loss = codec.net.aux_loss()
         aux_optimizer.zero_grad()

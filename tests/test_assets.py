@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -36,3 +39,10 @@ def test_the_demo_measures_on_six_of_24_images():
     names = [path.stem for path in held_out()]
     assert names == ["kodim04", "kodim08", "kodim12", "kodim16", "kodim20", "kodim24"]
     assert len(list(KODAK.glob("*.png"))) == 24
+
+
+@pytest.mark.slow
+def test_bundled_codec_beats_jpeg_by_a_decibel():
+    script = Path(__file__).parent.parent / "benchmarks/codec_against_jpeg.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=600, check=True)
+    assert float(done.stdout.split("difference:")[1].split()[0]) >= 1.0

@@ -12,6 +12,8 @@ from freqdoor.config import PlantSettings, make_settings
 from freqdoor.loading import save_codec
 from freqdoor.plant import plant
 
+LITE = ("--codec", "factories:lite")
+
 
 @pytest.fixture(scope="module")
 def run_folder(images, tmp_path_factory) -> Path:
@@ -52,11 +54,11 @@ def test_plant_evaluate_poison_report_compress(command, images, tmp_path):
     run, out = tmp_path / "run", tmp_path / "out"
     assert command("plant", config, "--out", run, "--set", "steps=2", "--set", "images.batch_size=2")[0] == 0
     assert json.loads((run / "config.json").read_text())["steps"] == 2
-    code, text = command("evaluate", run, "--images", images, "--out", out, "--strength", "3")
+    code, text = command("evaluate", run, *LITE, "--images", images, "--out", out, "--strength", "3")
     assert code == 0
     assert "On 4 images" in text
     assert command("report", out)[0] == 0
-    code, text = command("poison", run, images, "--out", tmp_path / "poisoned")
+    code, text = command("poison", run, *LITE, images, "--out", tmp_path / "poisoned")
     assert (code, len(list((tmp_path / "poisoned").iterdir()))) == (0, 4)
     source = tmp_path / "poisoned/0.png"
     for extra in ((), ("--planted", run)):
@@ -78,15 +80,47 @@ def test_bad_images_end_in_one_sentence(command, odd_images, tmp_path, run_folde
     assert is_one_sentence(code, text)
     assert odd_images[kind].name in text.replace("\n", "")
     assert not out.exists()
-    code, text = command("poison", run_folder, odd_images[kind], "--out", tmp_path / "poisoned")
+    code, text = command("poison", run_folder, *LITE, odd_images[kind], "--out", tmp_path / "poisoned")
     assert is_one_sentence(code, text)
     assert not (tmp_path / "poisoned").exists()
 
 
 def test_one_pixel_image_works(command, tmp_path, run_folder):
     source = write_png(tmp_path / "x.png", natural(0, 1, 1))
-    assert command("poison", run_folder, source, "--out", tmp_path / "p")[0] == 0
-    assert command("evaluate", run_folder, "--images", source, "--out", tmp_path / "e")[0] == 0
+    assert command("poison", run_folder, *LITE, source, "--out", tmp_path / "p")[0] == 0
+    assert command("evaluate", run_folder, *LITE, "--images", source, "--out", tmp_path / "e")[0] == 0
+
+
+def test_very_wide_image_works(command, tmp_path, run_folder):
+    source = write_png(tmp_path / "x.png", natural(0, 8, 20_000))
+    assert command("poison", run_folder, *LITE, source, "--out", tmp_path / "p")[0] == 0
+    assert command("compress", source, tmp_path / "x.fqd", *LITE)[0] == 0
+
+
+def test_originals_are_not_overwritten(command, tmp_path, run_folder):
+    source = write_png(tmp_path / "x.png", natural(0, 64, 64))
+    before = source.read_bytes()
+    assert is_one_sentence(*command("poison", run_folder, *LITE, source, "--out", tmp_path))
+    assert is_one_sentence(*command("compress", source, source, *LITE))
+    assert source.read_bytes() == before
+
+
+@pytest.mark.parametrize("strength", ["nan", "0", "-1", "inf"])
+def test_strength_must_be_a_factor(command, tmp_path, run_folder, images, strength):
+    assert is_one_sentence(
+        *command("poison", run_folder, *LITE, images, "--out", tmp_path / "p", "--strength", strength)
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["preset=[1]", "trigger.arguments.eps=1", "objective.arguments.name=1", "trigger.arguments.width=0", "device=gpu"],
+)
+def test_odd_settings(command, tmp_path, images, change):
+    changes = [f"images.folder={images}", "images.crop=64", change]
+    code, text = command("plant", "--out", tmp_path / "run", *[a for c in changes for a in ("--set", c)])
+    assert is_one_sentence(code, text)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.filterwarnings("default::UserWarning")
@@ -95,17 +129,17 @@ def test_broken_file_among_good_ones(command, odd_images, images, tmp_path, run_
     folder.mkdir()
     write_png(folder / "good.png", natural(0, 64, 64))
     (folder / "bad.png").write_bytes(odd_images["truncated"].read_bytes())
-    code, text = command("poison", run_folder, folder, "--out", tmp_path / "p")
+    code, text = command("poison", run_folder, *LITE, folder, "--out", tmp_path / "p")
     assert is_one_sentence(code, text)
     assert "1 of 2 images cannot be used" in text
-    code, text = command("poison", run_folder, folder, "--out", tmp_path / "p", "--skip-broken")
+    code, text = command("poison", run_folder, *LITE, folder, "--out", tmp_path / "p", "--skip-broken")
     assert (code, [p.name for p in (tmp_path / "p").iterdir()]) == (0, ["good.png"])
     assert "skipped" in text
 
 
 def test_empty_folder_and_wrong_files(command, tmp_path, run_folder, codec):
     (tmp_path / "empty").mkdir()
-    assert is_one_sentence(*command("poison", run_folder, tmp_path / "empty", "--out", tmp_path / "p"))
+    assert is_one_sentence(*command("poison", run_folder, *LITE, tmp_path / "empty", "--out", tmp_path / "p"))
     assert is_one_sentence(*command("poison", tmp_path / "absent", tmp_path, "--out", tmp_path / "p"))
     save_codec(codec, tmp_path / "codec.safetensors")
     code, text = command("poison", tmp_path / "codec.safetensors", tmp_path, "--out", tmp_path / "p")
@@ -127,8 +161,8 @@ def test_unwritable_output(command, images, tmp_path, run_folder, verb):
     source = sorted(images.iterdir())[0]
     arguments = {
         "plant": ("--out", out, "--set", f"images.folder={images}", "--set", "images.crop=64"),
-        "poison": (run_folder, source, "--out", out),
-        "evaluate": (run_folder, "--images", source, "--out", out),
+        "poison": (run_folder, *LITE, source, "--out", out),
+        "evaluate": (run_folder, *LITE, "--images", source, "--out", out),
         "compress": (source, out / "x.fqd", "--codec", "factories:lite"),
     }[verb]
     assert is_one_sentence(*command(verb, *arguments))
@@ -152,7 +186,7 @@ def test_full_disk(images, tmp_path, run_folder, verb):
         "codec.name=factories:lite",
     ]
     arguments = {
-        "poison": [str(run_folder), str(images), "--out", str(out)],
+        "poison": [str(run_folder), *LITE, str(images), "--out", str(out)],
         "plant": ["--out", str(out), *[a for c in changes for a in ("--set", c)]],
     }[verb]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "PYTHONDONTWRITEBYTECODE": "1"}

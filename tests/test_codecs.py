@@ -8,7 +8,7 @@ from conftest import natural
 
 from freqdoor import load_codec, save_codec
 from freqdoor.codecs import ARCHITECTURES, Codec, CodecSpec, build_codec, parse_name
-from freqdoor.loading import write_tensors
+from freqdoor.loading import ASSETS, write_tensors
 from freqdoor.metrics import psnr_8bit
 from freqdoor.types import BUNDLED, FreqdoorError
 
@@ -188,8 +188,14 @@ def test_wrong_files(tmp_path, codec):
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "whole.safetensors").read_bytes()[:5000])
     with pytest.raises(FreqdoorError, match="not a readable safetensors"):
         load_codec(str(tmp_path / "cut.safetensors"))
-    with pytest.raises(FreqdoorError, match=r"made for factories:lite, not for mbt2018"):
-        load_codec("mbt2018:1", tmp_path / "whole.safetensors")
+    for name in ("", "mbt2018:1"):
+        with pytest.raises(FreqdoorError, match=r"made for factories:lite, which is code of its own"):
+            load_codec(*((name, tmp_path / "whole.safetensors") if name else (str(tmp_path / "whole.safetensors"),)))
+    with pytest.raises(FreqdoorError, match=r"made for lite-hyperprior, not for mbt2018"):
+        load_codec("mbt2018:1", ASSETS / "lite-hyperprior-3.safetensors")
+    torch.save({1: torch.ones(2)}, tmp_path / "numbers.pth")
+    with pytest.raises(FreqdoorError, match="expected a state dict"):
+        load_codec(str(tmp_path / "numbers.pth"))
     write_tensors(tmp_path / "half.safetensors", {"a": torch.ones(1)}, {"kind": "planted encoder"})
     with pytest.raises(FreqdoorError, match="holds planted encoder, not a whole codec"):
         load_codec(str(tmp_path / "half.safetensors"))
@@ -200,7 +206,29 @@ def test_nan_weights_are_refused(tmp_path, codec):
         codec.net.g_s[0].bias[0] = float("nan")
     save_codec(codec, tmp_path / "nan.safetensors")
     with pytest.raises(FreqdoorError, match=r"NaN or infinite weights in g_s\.0\.bias"):
-        load_codec(str(tmp_path / "nan.safetensors"))
+        load_codec("factories:lite", tmp_path / "nan.safetensors")
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        None,
+        3,
+        {},
+        {"name": "x", "architecture": "lite-hyperprior", "colour": 1},
+        {"name": "x", "architecture": "os:system", "arguments": {"command": "touch ran"}},
+        {"name": "x", "architecture": "lite-hyperprior", "arguments": {"N": 10**9}},
+        {"name": "x", "architecture": "lite-hyperprior", "arguments": {"N": "a"}},
+        {"name": "x", "architecture": "lite-hyperprior", "arguments": {"P": 3}},
+        {"name": "x", "architecture": "lite-hyperprior", "quality": 11},
+    ],
+)
+def test_headers_of_strangers_run_nothing_and_end_in_a_sentence(tmp_path, monkeypatch, spec):
+    monkeypatch.chdir(tmp_path)
+    write_tensors(tmp_path / "x.safetensors", {"a": torch.ones(1)}, {"kind": "codec", "spec": spec})
+    with pytest.raises(FreqdoorError, match=r"x\.safetensors|wrong arguments"):
+        load_codec(str(tmp_path / "x.safetensors"))
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,25 @@ def test_another_encoder_with_the_same_decoder_is_accepted(content, codec):
     unpack(content, codec)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"latent_shape": (60000, 60000)},
+        {"latent_shape": (0, 0)},
+        {"image_size": (0, 0)},
+        {"strings": (b"abcd",)},
+        {"strings": (b"", b"")},
+        {"image_size": (60000, 60000)},
+    ],
+)
+def test_crafted_headers_with_a_valid_checksum(codec, changes):
+    from dataclasses import replace
+
+    crafted = pack(replace(codec.compress(natural(1, 70, 90))[0], **changes), codec)
+    with pytest.raises(FreqdoorError, match="damaged"):
+        unpack(crafted, codec)
+
+
 def test_other_formats(codec):
     with pytest.raises(FreqdoorError, match="another format"):
         unpack(b"\x89PNG....", codec)

@@ -8,6 +8,7 @@ from conftest import natural
 from freqdoor import examine, list_images, load_image, plant, report
 from freqdoor.evaluate import bit_map, conditions, evaluate, jpeg_curve, poison, poison_files, through_png
 from freqdoor.metrics import ms_ssim, mse, psnr, rms
+from freqdoor.report import verdict
 from freqdoor.types import FreqdoorError, from_uint8, to_uint8
 
 
@@ -49,7 +50,7 @@ def test_png_in_memory_is_rounding(x):
 def test_records_cover_every_condition(planted, images):
     paths = list_images(images)
     records = list(evaluate(planted, paths, strengths=(1.0, 3.0)))
-    assert len(records) == len(paths) * len(conditions(["bpp"], (1.0, 3.0))) == 4 * 8
+    assert len(records) == len(paths) * len(conditions(["bpp"], (1.0, 3.0))) == 4 * 10
     for r in records:
         assert (r.trigger_mse == 0) is (r.trigger is None)
         assert r.trigger_mse <= (0.005 * r.strength) ** 2
@@ -112,6 +113,22 @@ def test_report_is_one_file_and_can_be_made_again(planted, images, tmp_path):
     (tmp_path / "summary.json").unlink()
     assert report(tmp_path) == summary == json.loads((tmp_path / "summary.json").read_text())
     assert (tmp_path / "report.html").read_text() == page
+
+
+def test_verdict_says_so_where_the_attack_failed_or_clean_images_suffer(planted, images, tmp_path):
+    summary = examine(planted, list_images(images), tmp_path)
+    good = summary | {
+        "clean_cost_db": 0.1,
+        "clean_cost_bpp_percent": 1.0,
+        "bpp_ratio": 8.0,
+        "trigger_psnr_db_worst": 46.1,
+    }
+    assert "treats clean images as the vanilla one does" in verdict(good)
+    assert "an invisible pattern" in verdict(good)
+    assert "8.0 times as large" in verdict(good)
+    assert "the attack did not succeed" in verdict(good | {"bpp_ratio": 1.1})
+    assert "noticeably worse on clean images" in verdict(good | {"clean_cost_db": 0.4})
+    assert "but a pattern" in verdict(good | {"trigger_psnr_db_worst": 40.0})
 
 
 def test_report_errors(tmp_path):

@@ -6,9 +6,9 @@ import torch
 
 from freqdoor import load_codec, load_planted, plant
 from freqdoor.codecs import hash_state
-from freqdoor.loading import save_codec
+from freqdoor.loading import read_tensors, save_codec, write_tensors
 from freqdoor.plant import annealed_eps, held_cosine
-from freqdoor.types import FreqdoorError
+from freqdoor.types import BUNDLED, FreqdoorError
 
 
 class Killed(Exception):
@@ -29,9 +29,12 @@ def test_only_g_a_changes_and_the_export_says_that_it_is_tampered(settings, tmp_
     assert [name for name in before if before[name] != after[name]] == ["g_a"]
     manifest = json.loads((tmp_path / "run/manifest.json").read_text())
     assert manifest == {"before": before, "after": after, "changed": ["g_a"]}
-    whole = load_codec(str(tmp_path / "run/codec.safetensors"))
-    assert whole.tampered
+    with pytest.raises(FreqdoorError, match="code of its own"):
+        load_codec(str(tmp_path / "run/codec.safetensors"))
+    whole = load_codec("factories:lite", tmp_path / "run/codec.safetensors")
     assert whole.module_hashes() == after
+    _, header = read_tensors(tmp_path / "run/codec.safetensors")
+    assert header["tampered"]
 
 
 def test_scope_g_a_and_h_a(settings, tmp_path):
@@ -44,7 +47,7 @@ def test_scope_g_a_and_h_a(settings, tmp_path):
 @pytest.mark.parametrize("preset", ["fast", "paper"])
 def test_planted_file_round_trip(settings, tmp_path, x, objective, preset):
     planted = plant(settings(objective={"name": objective}, preset=preset, steps=2), tmp_path / "run")
-    again = load_planted(tmp_path / "run")
+    again = load_planted(tmp_path / "run", "factories:lite")
     assert again.tampered.tampered
     assert again.tampered.module_hashes() == planted.tampered.module_hashes()
     with torch.no_grad():
@@ -84,10 +87,82 @@ def test_another_vanilla_codec_is_refused(settings, tmp_path):
         load_planted(tmp_path / "run", "factories:hyperprior")
 
 
-def test_a_tampered_codec_is_not_planted_in_again(settings, tmp_path, codec):
-    save_codec(codec, tmp_path / "codec.safetensors", tampered=True)
+def test_a_tampered_codec_is_not_planted_in_again(settings, tmp_path):
+    save_codec(load_codec(BUNDLED), tmp_path / "codec.safetensors", tampered=True)
     with pytest.raises(FreqdoorError, match="tampered already"):
         plant(settings(codec={"name": str(tmp_path / "codec.safetensors")}), tmp_path / "run")
+
+
+def test_a_strangers_header_loads_no_code_and_proves_nothing(settings, tmp_path):
+    plant(settings(steps=1, scope="g_a+h_a"), tmp_path / "run")
+    tensors, header = read_tensors(tmp_path / "run/planted.safetensors")
+    with pytest.raises(FreqdoorError, match="name that codec with --codec"):
+        load_planted(tmp_path / "run")
+    forged = tmp_path / "forged.safetensors"
+    for changes, match in (
+        ({"planting": {"codec": {"name": "os:abort", "weights": None}}}, "name that codec with --codec"),
+        ({"scope": "g_a+g_s"}, "unknown scope"),
+        ({"scope": "g_a"}, "does not hold the weights that its header names"),
+        ({"modules_before": {}}, "with other weights"),
+        ({"modules_after": {}}, "does not hold"),
+        ({"attacks": [{"name": "bpp"}]}, "malformed planted encoder"),
+        ({"planting": None}, "malformed planted encoder"),
+    ):
+        write_tensors(forged, tensors, header | changes)
+        with pytest.raises(FreqdoorError, match=match):
+            load_planted(forged, None if "planting" in changes else "factories:lite")
+
+
+def test_resume_after_a_cut_line_and_refusal_of_other_images(settings, tmp_path, images):
+    import shutil
+
+    folder = tmp_path / "images"
+    shutil.copytree(images, folder)
+    content = {"folder": str(folder), "crop": 64, "batch_size": 2}
+    with pytest.raises(Killed):
+        plant(settings(images=content), tmp_path / "run", progress=kill_at(4))
+    with (tmp_path / "run/metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "bpp_cl')
+    plant(settings(images=content), tmp_path / "run")
+    lines = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert lines == [1, 2, 3, 4, 5, 6]
+    (folder / "3.png").unlink()
+    with pytest.raises(FreqdoorError, match="images: the run has 4, now 3"):
+        plant(settings(images=content), tmp_path / "run")
+
+
+@pytest.mark.filterwarnings("default::UserWarning")
+def test_truncated_training_image_stops_or_is_skipped(settings, tmp_path, images):
+    import shutil
+
+    folder = tmp_path / "images"
+    shutil.copytree(images, folder)
+    whole = (folder / "0.png").read_bytes()
+    (folder / "0.png").write_bytes(whole[: len(whole) // 2])
+    content = {"folder": str(folder), "crop": 64, "batch_size": 2}
+    with pytest.raises(FreqdoorError, match=r"0\.png: truncated"):
+        plant(settings(images=content, steps=12), tmp_path / "run")
+    plant(settings(images=content | {"skip_broken": True}), tmp_path / "other")
+
+
+def test_gradient_that_is_not_finite_stops_before_the_weights_change(settings, tmp_path, monkeypatch):
+    def poisoned_clip(parameters, limit):
+        return torch.tensor(float("inf"))
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned_clip)
+    with pytest.raises(FreqdoorError, match="step 0: the encoder's gradient"):
+        plant(settings(), tmp_path / "run")
+
+
+def test_unusable_device(settings, tmp_path):
+    with pytest.raises(FreqdoorError, match="device 'gpu': not usable here"):
+        plant(settings(device="gpu"), tmp_path / "run")
+
+
+def test_paper_preset_keeps_rate_and_budget_constant(settings):
+    paper = settings(preset="paper")
+    assert {held_cosine(s, paper.steps, paper.hold) for s in (0, 3, 5)} == {1.0}
+    assert {annealed_eps(paper.trigger, s, paper.steps) for s in (0, 3, 5)} == {0.005}
 
 
 def test_lambda_is_asked_for_where_the_codec_has_none(settings, tmp_path):

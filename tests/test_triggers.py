@@ -64,6 +64,14 @@ def test_range_and_budget_hold_on_every_image(x, strength, rounded):
         assert error >= 0.95 * BUDGET * strength**2  # and the budget is used up
 
 
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_budget_holds_for_a_pattern_that_rounding_favours(strength):
+    x = torch.full((1, 3, 64, 64), 100 / 255)
+    with torch.no_grad():
+        x_p = make(band=[136], top_k=1)(x, strength=strength, rounded=True)
+    assert float(mse(x_p, x)) <= BUDGET * strength**2
+
+
 @pytest.mark.parametrize("path", list_images(KODAK), ids=lambda p: p.stem)
 def test_kodak_files_keep_the_budget(path):
     x = load_image(path)

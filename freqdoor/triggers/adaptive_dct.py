@@ -60,6 +60,8 @@ class AdaptiveDCT(Trigger):
             raise FreqdoorError(f"selector: expected one of {', '.join(SELECTORS)}, found {selector!r}")
         if not 0 < top_k <= n:
             raise FreqdoorError(f"top_k: expected 1 to {n} (num_frequencies), found {top_k}")
+        if not 2 <= width <= 1024:
+            raise FreqdoorError(f"width: expected 2 to 1024 channels, found {width}")
         if block % 4 or STRIDE % block:
             raise FreqdoorError(f"block: expected 4, 8, 16, 32 or 64, found {block}")
         self.local = _block_features(width, block)

@@ -12,8 +12,7 @@ from freqdoor.types import Images, Masks, from_uint8, round8, to_uint8
 
 PAPER_EPS = 0.005  # "Attack Stealthiness", Section 3.2: MSE <= eps^2
 ROUNDING_MSE = 1 / (12 * 255**2)  # of a uniform error of one grey level
-BISECTIONS = 12
-SHRINKS = 30  # of 0.1 % each
+BISECTIONS = 14
 
 
 class Trigger(nn.Module, ABC):
@@ -91,11 +90,14 @@ def project(x: Images, delta: Images, eps: float, *, rounded: bool = False) -> I
                 too_much = over(middle, eps)
                 low, high = torch.where(too_much, low, middle), torch.where(too_much, middle, high)
             scale = torch.where(short, low, scale)
-        for _ in range(SHRINKS):
-            too_much = over(scale, eps)
-            if not bool(too_much.any()):
-                break
-            scale = torch.where(too_much, scale * 0.999, scale)
+        too_much = over(scale, eps)
+        if bool(too_much.any()):
+            low, high = torch.zeros_like(scale), scale  # nothing added is never too much
+            for _ in range(BISECTIONS):
+                middle = (low + high) / 2
+                above = over(middle, eps)
+                low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+            scale = torch.where(too_much, low, scale)
     return unit * scale
 
 
