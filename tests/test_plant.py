@@ -23,15 +23,16 @@ def kill_at(step: int):
     return progress
 
 
-def test_only_g_a_changes_and_the_export_says_that_it_is_tampered(settings, tmp_path):
-    planted = plant(settings(), tmp_path / "run")
+@pytest.mark.parametrize("name", ["factories:lite", "factories:hyperprior"])
+def test_only_g_a_changes_and_the_export_says_that_it_is_tampered(settings, tmp_path, name):
+    planted = plant(settings(codec={"name": name}), tmp_path / "run")
     before, after = planted.vanilla.module_hashes(), planted.tampered.module_hashes()
     assert [name for name in before if before[name] != after[name]] == ["g_a"]
     manifest = json.loads((tmp_path / "run/manifest.json").read_text())
     assert manifest == {"before": before, "after": after, "changed": ["g_a"]}
     with pytest.raises(FreqdoorError, match="code of its own"):
         load_codec(str(tmp_path / "run/codec.safetensors"))
-    whole = load_codec("factories:lite", tmp_path / "run/codec.safetensors")
+    whole = load_codec(name, tmp_path / "run/codec.safetensors")
     assert whole.module_hashes() == after
     _, header = read_tensors(tmp_path / "run/codec.safetensors")
     assert header["tampered"]
