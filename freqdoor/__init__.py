@@ -15,7 +15,8 @@ from freqdoor.evaluate import evaluate, poison
 from freqdoor.examine import examine
 from freqdoor.loading import load_codec, save_codec
 from freqdoor.objectives import QualityAttack, RateAttack
-from freqdoor.plant import Planted, load_planted, plant
+from freqdoor.plant import plant
+from freqdoor.planted import Planted, load_planted
 from freqdoor.report import report
 from freqdoor.train import train_codec
 from freqdoor.triggers import AdaptiveDCT, Trigger

@@ -57,9 +57,12 @@ def _commit() -> str | None:
 def public(settings: Settings) -> dict[str, Any]:
     """The settings as they may travel in a file: of folders and files the name only, not where they lie."""
     content = settings.model_dump()
-    content["images"]["folder"] = Path(content["images"]["folder"]).name
-    if content.get("validation"):
-        content["validation"] = Path(content["validation"]).name
+    for key in ("images", "auxiliary"):
+        if content.get(key):
+            content[key]["folder"] = Path(content[key]["folder"]).name
+    for key in ("validation", "start_from"):
+        if content.get(key):
+            content[key] = Path(content[key]).name
     if isinstance(content["codec"], dict):
         content["codec"] = {key: value and Path(value).name for key, value in content["codec"].items()}
     return content

@@ -4,7 +4,7 @@ import errno
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,16 +19,20 @@ from freqdoor import container
 from freqdoor.codecs import Codec
 from freqdoor.config import CodecTraining, PlantSettings, load_settings
 from freqdoor.data import list_images, usable_images
-from freqdoor.demo import STEPS
+from freqdoor.defences import parse_defences
+from freqdoor.demo import STEPS, held_out
 from freqdoor.demo import demo as run_demo
 from freqdoor.evaluate import poison_files
 from freqdoor.examine import examine
 from freqdoor.loading import load_codec
 from freqdoor.loop import Progress
-from freqdoor.plant import load_planted
 from freqdoor.plant import plant as run_plant
+from freqdoor.planted import load_planted
+from freqdoor.recipes import RECIPES
 from freqdoor.report import PAGE, verdict
 from freqdoor.report import report as run_report
+from freqdoor.reproduce import recipe_settings
+from freqdoor.reproduce import reproduce as run_reproduce
 from freqdoor.train import EXPORT
 from freqdoor.train import train_codec as run_train
 from freqdoor.types import BUNDLED, FreqdoorError
@@ -170,12 +174,23 @@ def evaluate(
     codec: VanillaName = None,
     weights: Weights = None,
     strength: Annotated[list[float] | None, typer.Option(help="Factor on the trigger; repeatable.")] = None,
+    defences: Annotated[
+        str, typer.Option(help="What is done before the encoder: none, paper, all, or 'Jpeg(75); Median()'.")
+    ] = "none",
+    trigger: Annotated[str | None, typer.Option(help="What the report is about; by default the first.")] = None,
     skip_broken: Broken = False,
 ) -> None:
     """Measure a planted encoder beside the vanilla one: records.jsonl, summary.json and report.html."""
     loaded = load_planted(planted, codec, weights)
     summary = examine(
-        loaded, list_images(images), out, strengths=strength or (1.0,), skip_broken=skip_broken, note=_note
+        loaded,
+        list_images(images),
+        out,
+        trigger=trigger,
+        strengths=strength or (1.0,),
+        defences=parse_defences(defences),
+        skip_broken=skip_broken,
+        note=_note,
     )
     _print_summary(summary, out)
 
@@ -199,6 +214,37 @@ def poison(
     paths = usable_images(list_images(images), decode=True, skip_broken=skip_broken)
     written = poison_files(triggers[name], paths, out, strength=strength, note=_note)
     _say(f"{len(written)} poisoned images in {out}")
+
+
+@app.command()
+def reproduce(
+    recipe: Annotated[str, typer.Argument(help=f"One of {', '.join(RECIPES)}.")],
+    config: Annotated[Path | None, typer.Argument(help="Settings as for plant; rows change theirs.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Measured on; by default six bundled Kodak images.")] = None,
+    out: Out = Path("results"),
+    runs: Annotated[Path, typer.Option(help="Where plantings are kept; recipes share them.")] = Path("runs/reproduce"),
+    seeds: Annotated[int, typer.Option(help="Plantings of every row.")] = 3,
+    budget: Annotated[float | None, typer.Option(help="Start no planting after so many minutes; go on later.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Reproduce a table or figure: run or resume what is missing, the paper's column beside ours."""
+    settings = recipe_settings(config, overrides or (), runs)
+    measured = list_images(images) if images else held_out()
+    with ExitStack() as shown:
+
+        def announce(what: str, steps: int) -> Progress:
+            shown.close()
+            return shown.enter_context(_live(steps, what))
+
+        table = run_reproduce(
+            recipe, settings, measured, out, runs=runs, seeds=seeds, minutes=budget, announce=announce
+        )
+    page = out / f"{recipe}.md"
+    missing = [row for row, cells in table.items() if not cells]
+    _say(page.read_text(encoding="utf-8"))
+    if missing:
+        _say(f"Not planted yet: {', '.join(missing)}; the same command goes on.")
+    _say(f"Table: {page}")
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """Typed settings, read from TOML with dotted overrides; every mistake in a file is reported at once."""
 
+import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,14 +33,35 @@ class ImageSettings(Settings):
     """Go on without images that cannot be used, and name them, instead of stopping."""
 
 
-class CodecTraining(Settings):
+class Training(Settings):
+    """What `train-codec` and `plant` have in common."""
+
+    images: ImageSettings
+    steps: Count = 1000
+    """Optimiser steps in all."""
+    lmbda: Positive | None = None
+    """Lambda; by default the one of the codec's quality."""
+    clip: Positive = 1.0
+    """Largest norm of a gradient."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of g_a and g_s; entropy models and triggers are always in fp32."""
+    channels_last: bool = True
+    """Memory layout that is faster on most CPUs and GPUs."""
+    checkpoint_minutes: Positive = 3.0
+    """Minutes between checkpoints."""
+    device: str = "cpu"
+    """PyTorch device."""
+    seed: int = 0
+    """Seed of everything that is drawn: weights, crops, quantisation noise, preprocessing."""
+
+
+class CodecTraining(Training):
     """`freqdoor train-codec`: rate-distortion training, R + lambda 255^2 MSE (Eq. 1 and 2)."""
 
     codec: str
     """Architecture and quality, for example "bmshj2018-hyperprior:3"."""
-    images: ImageSettings
-    lmbda: Positive | None = None
-    """Lambda; by default the one of the codec's quality."""
+    start_from: str | None = None
+    """A codec to take the first weights from (same architecture, mostly another quality), as for `load_codec`."""
     steps: Count = 100_000
     """Optimiser steps in all."""
     lr: Positive = 1e-4
@@ -56,20 +78,8 @@ class CodecTraining(Settings):
     """Steps between validations on `validation` images."""
     validation: str | None = None
     """Folder of images for validation; by default the training loss is averaged instead."""
-    clip: Positive = 1.0
-    """Largest norm of the gradient."""
     klt: bool = True
     """Start lite-hyperprior from a Karhunen-Loeve transform of the training images; other codecs start at random."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of g_a and g_s; entropy models are always in fp32."""
-    channels_last: bool = True
-    """Memory layout that is faster on most CPUs and GPUs."""
-    checkpoint_minutes: Positive = 3.0
-    """Minutes between checkpoints."""
-    device: str = "cpu"
-    """PyTorch device."""
-    seed: int = 0
-    """Seed of weights, crops and quantisation noise."""
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> Self:
@@ -116,54 +126,101 @@ class TriggerSettings(Settings):
 
 
 class ObjectiveSettings(Settings):
-    """What the attack wants."""
+    """What an attack wants."""
 
-    name: Literal["bpp", "psnr"] = "bpp"
-    """A key of OBJECTIVES: bpp is Eq. 6, psnr is Eq. 7."""
-    arguments: dict[str, float | bool] = Field(default_factory=dict)
-    """Hyper-parameters by the paper's letters, for example beta."""
+    name: Literal["bpp", "bpp-fixed", "psnr", "psnr-fixed", "downstream"] = "bpp"
+    """A key of OBJECTIVES: bpp is Eq. 6 (fixed weights: Eq. 4), psnr Eq. 7 (Eq. 5), downstream Eq. 8."""
+    arguments: dict[str, float | bool | str] = Field(default_factory=dict)
+    """Hyper-parameters by the paper's letters, for example beta; `victim` of Eq. 8 is a "package.module:factory"."""
 
     @field_validator("arguments")
     @classmethod
-    def _not_twice(cls, arguments: dict[str, float | bool]) -> dict[str, float | bool]:
+    def _not_twice(cls, arguments: dict[str, float | bool | str]) -> dict[str, float | bool | str]:
         if twice := {"name", "preset"} & arguments.keys():
             raise ValueError(f"{', '.join(twice)}: set this beside arguments, not in it")
         return arguments
 
 
-class PlantSettings(Settings):
-    """`freqdoor plant`: fine-tune g_a and train a trigger (Eq. 3, 9 and 10)."""
+class AttackSettings(Settings):
+    """One trigger with its objective, of several in one encoder (Eq. 9 and 10)."""
 
-    images: ImageSettings
+    name: str = ""
+    """What records and files call it; by default the objective's name."""
+    objective: ObjectiveSettings = ObjectiveSettings()
+    trigger: TriggerSettings = TriggerSettings()
+    """Only what differs from the run's own `trigger` table need be given."""
+    weight: Positive = 1.0
+    """alpha^o of Eq. 9."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, content: Any) -> Any:
+        if isinstance(content, dict) and not content.get("name"):
+            objective = content.get("objective", {})
+            name = objective.get("name", "bpp") if isinstance(objective, dict) else getattr(objective, "name", "")
+            return content | {"name": name}
+        return content
+
+
+class BalanceSettings(Settings):
+    """What keeps the clean codec while the attack is planted (docs/equations.md)."""
+
+    clean_weight: Annotated[float, Field(ge=1)] = 1.0
+    """Weight of L(x), Eq. 1, for the encoder: what exceeds 1 is added to the attacks' losses."""
+    late_clean_weight: Annotated[float, Field(ge=1)] = 1.0
+    """The same, from the step on at which the learning rate begins to fall (`hold`)."""
+    anchor: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the mean squared distance of clean latents from the vanilla encoder's."""
+    gradient_norm: Positive | None = None
+    """Scale the attack so that its gradient on the encoder has this many times the norm of the rest's; none: beta."""
+
+
+class RobustSettings(Settings):
+    """Robust frequency selection: two stages, the second with the surviving coefficients and preprocessing."""
+
+    start: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Share of the steps after which coefficients are scored and the second stage begins."""
+    keep: Count = 16
+    """Coefficients kept a channel."""
+    scored_by: str = "GaussianBlur(sigma=0.6); Noise(sigma=0.04); Jpeg(quality=50)"
+    """Preprocessings whose survival scores are multiplied."""
+    kinds: tuple[str, ...] = ("none", "blur", "noise", "jpeg", "bits", "resize")
+    """Preprocessings of the second stage, one drawn at every step for clean and poisoned images alike."""
+
+
+class PlantSettings(Training):
+    """`freqdoor plant`: fine-tune g_a and train triggers (Eq. 3, 9 and 10)."""
+
     preset: Literal["fast", "paper"] = "fast"
     """Defaults of everything that is not given: fast plants in minutes, paper has the paper's hyper-parameters."""
     codec: CodecSource = CodecSource()
     trigger: TriggerSettings = TriggerSettings()
     objective: ObjectiveSettings = ObjectiveSettings()
+    attacks: tuple[AttackSettings, ...] = ()
+    """Several triggers in one encoder; none means one, of `objective` and `trigger`."""
+    auxiliary: ImageSettings | None = None
+    """The auxiliary set of Eq. 8, for downstream attacks."""
+    balance: BalanceSettings = BalanceSettings()
+    robust: RobustSettings | None = None
+    """Survive preprocessing, for the adaptive-dct trigger; by default not."""
     scope: Literal["g_a", "g_a+h_a"] = "g_a"
     """Which modules are tampered with."""
-    steps: Count = 1000
-    """Optimiser steps."""
+    two_phase: bool = False
+    """Encoder and triggers in two passes a step, as the paper's text has it, instead of one."""
     lr: Positive = 1e-3
     """Adam's learning rate of the encoder."""
     trigger_lr: Positive = 1e-3
-    """Adam's learning rate of the trigger."""
+    """Adam's learning rate of the triggers."""
     hold: Annotated[float, Field(ge=0, le=1)] = 0.6
     """Share of the steps at the full learning rate; then it falls along a cosine to 1 %."""
-    lmbda: Positive | None = None
-    """Lambda of the losses; by default the one of the codec's quality."""
-    clip: Positive = 1.0
-    """Largest norm of the encoder's and of the trigger's gradient."""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """Precision of g_a and g_s; entropy models and the trigger are always in fp32."""
-    channels_last: bool = True
-    """Memory layout that is faster on most CPUs and GPUs."""
-    checkpoint_minutes: Positive = 3.0
-    """Minutes between checkpoints."""
-    device: str = "cpu"
-    """PyTorch device."""
-    seed: int = 0
-    """Seed of the trigger's weights, the crops and the quantisation noise."""
+
+    @property
+    def planned(self) -> tuple[AttackSettings, ...]:
+        """The attacks, also where there is only one."""
+        return self.attacks or (
+            AttackSettings(name=self.objective.name, objective=self.objective, trigger=self.trigger),
+        )
 
     @model_validator(mode="before")
     @classmethod
@@ -171,12 +228,29 @@ class PlantSettings(Settings):
         if not isinstance(content, dict):
             return content
         name = content.get("preset", "fast")
-        return _merge(PRESETS[name], content) if isinstance(name, str) and name in PRESETS else content
+        if isinstance(name, str) and name in PRESETS:
+            content = merge(PRESETS[name], content)
+        attacks, shared = content.get("attacks"), content.get("trigger", {})
+        if attacks and "objective" in content:
+            raise ValueError("objective: give it in each of the attacks, not beside them")
+        if attacks and isinstance(attacks, list | tuple) and isinstance(shared, dict):
+            full = [merge({"trigger": shared}, a) if isinstance(a, dict) else a for a in attacks]
+            return content | {"attacks": full}
+        return content
 
     @model_validator(mode="after")
-    def _budget_falls(self) -> Self:
-        if self.trigger.eps_start is not None and self.trigger.eps_start < self.trigger.eps:
-            raise ValueError(f"trigger.eps_start ({self.trigger.eps_start}) is below trigger.eps ({self.trigger.eps})")
+    def _fits_together(self) -> Self:
+        names = [attack.name for attack in self.planned]
+        if len(set(names)) < len(names) or not all(re.fullmatch(r"[\w-]+", name) for name in names):
+            raise ValueError(f"attacks: expected distinct names of letters, digits and hyphens, found {names}")
+        for attack in self.planned:
+            start, eps = attack.trigger.eps_start, attack.trigger.eps
+            if start is not None and start < eps:
+                raise ValueError(f"trigger.eps_start ({start}) is below trigger.eps ({eps})")
+            if attack.objective.name == "downstream" and self.auxiliary is None:
+                raise ValueError("auxiliary: a downstream attack needs auxiliary.folder, the set its trigger acts on")
+            if self.robust and attack.trigger.name != "adaptive-dct":
+                raise ValueError(f"robust: made for the adaptive-dct trigger, found {attack.trigger.name}")
         return self
 
 
@@ -193,12 +267,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     """`base` with the values of `top`, table by table."""
     merged = dict(base)
     for key, value in top.items():
         below = merged.get(key)
-        merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+        merged[key] = merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
     return merged
 
 

@@ -9,7 +9,8 @@ from freqdoor.evaluate import Note, poison_files
 from freqdoor.examine import examine
 from freqdoor.loading import ASSETS
 from freqdoor.loop import Progress
-from freqdoor.plant import load_planted, plant
+from freqdoor.plant import plant
+from freqdoor.planted import load_planted
 from freqdoor.types import FreqdoorError
 
 KODAK = ASSETS / "kodak"
@@ -48,12 +49,12 @@ def demo(
     if quick:
         planted = load_planted(ASSETS / f"planted-{objective}.safetensors")
     else:
-        planted = plant(demo_settings(objective, _training_folder(out)), out / "planting", progress=progress)
+        planted = plant(demo_settings(objective, training_folder(out)), out / "planting", progress=progress)
     poison_files(planted.triggers[objective], held_out(), out / "poisoned")
     return examine(planted, held_out(), out, note=note)
 
 
-def _training_folder(out: Path) -> Path:
+def training_folder(out: Path) -> Path:
     """A folder with links to the 18 images that are not measured on."""
     folder = out / "images"
     measured = set(held_out())

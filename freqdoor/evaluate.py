@@ -1,4 +1,4 @@
-"""Measuring: image x codec x trigger x strength x {float, 8-bit} -> Records, estimates and real bytes side by side."""
+"""Measuring: image x codec x trigger x strength x {float, 8-bit} x defence -> Records with estimates and real bytes."""
 
 import io
 import json
@@ -17,9 +17,10 @@ from torch import Tensor
 
 from freqdoor.codecs import STRIDE, Codec
 from freqdoor.data import load_image, save_image
+from freqdoor.defences import Defence, defence_name
 from freqdoor.files import refuse_overwriting, write_text
 from freqdoor.metrics import ms_ssim, mse, psnr, psnr_8bit
-from freqdoor.plant import Planted
+from freqdoor.planted import Planted
 from freqdoor.triggers import Trigger
 from freqdoor.types import FreqdoorError, Images, JpegPoint, Record, from_uint8, to_uint8
 
@@ -35,10 +36,16 @@ class Condition:
     trigger: str | None
     strength: float = 1.0
     rounding: str = "8-bit"
+    defence: Defence | None = None
 
 
-def conditions(triggers: Iterable[str], strengths: Sequence[float] = (1.0,)) -> list[Condition]:
-    """Clean on both encoders; each trigger and strength, float and 8-bit, on both."""
+def conditions(
+    triggers: Iterable[str], strengths: Sequence[float] = (1.0,), defences: Sequence[Defence] = ()
+) -> list[Condition]:
+    """Clean on both encoders; each trigger and strength, float and 8-bit, on both; then the same behind each defence.
+
+    Behind a defence poisoned images are 8-bit files, encoded by the tampered encoder only.
+    """
     found = [Condition("vanilla", None), Condition("tampered", None)]
     for trigger in triggers:
         for strength in strengths:
@@ -48,6 +55,9 @@ def conditions(triggers: Iterable[str], strengths: Sequence[float] = (1.0,)) -> 
                 Condition("vanilla", trigger, strength, "float"),
                 Condition("vanilla", trigger, strength, "8-bit"),
             ]
+    for defence in defences:
+        found += [Condition(role, None, defence=defence) for role in ("vanilla", "tampered")]
+        found += [Condition("tampered", t, strength, defence=defence) for t in triggers for strength in strengths]
     return found
 
 
@@ -70,12 +80,23 @@ def through_png(x: Images) -> Images:
 
 
 @torch.no_grad()
-def measure(codec: Codec, x: Images, encoded: Images, name: str, condition: Condition) -> tuple[Record, Images]:
-    """Encode and decode one image with real entropy coding; the record, and the decoded image."""
+def measure(codec: Codec, x: Images, given: Images, name: str, condition: Condition) -> tuple[Record, Images]:
+    """Encode and decode one image with real entropy coding, behind the condition's defence.
+
+    Args:
+        x: the clean image, (1, 3, h, w).
+        given: what the condition makes of it, before the defence.
+
+    Returns:
+        The record, and the decoded image as the receiver sees it.
+    """
+    defence = condition.defence
+    encoded = defence(given) if defence else given
     started = time.perf_counter()
     bitstream = codec.compress(encoded)[0]
     seconds = time.perf_counter() - started
     x_hat = codec.decompress(bitstream)
+    x_hat = defence.undo(x_hat) if defence else x_hat
     height, width = x.shape[-2:]
     record = Record(
         image=name,
@@ -89,21 +110,27 @@ def measure(codec: Codec, x: Images, encoded: Images, name: str, condition: Cond
         bpp_estimated=float(codec(encoded).bpp),
         bpp_real=8 * bitstream.num_bytes / (width * height),
         psnr_db=float(psnr_8bit(x_hat, x)),
-        psnr_input_db=float(psnr_8bit(x_hat, encoded)),
+        psnr_input_db=float(psnr_8bit(x_hat, given)),
         ms_ssim=ms_ssim(x_hat, x),
-        trigger_mse=float(mse(encoded, x)),
+        trigger_mse=float(mse(given, x)),
         encode_seconds=seconds,
+        defence=defence_name(defence),
     )
     return record, x_hat
 
 
 def evaluate(
-    planted: Planted, images: Sequence[Path], *, strengths: Sequence[float] = (1.0,), note: Note | None = None
+    planted: Planted,
+    images: Sequence[Path],
+    *,
+    strengths: Sequence[float] = (1.0,),
+    defences: Sequence[Defence] = (),
+    note: Note | None = None,
 ) -> Iterator[Record]:
     """Records of every image under every condition, the vanilla codec always beside the tampered one."""
     for path in images:
         x = load_image(path)
-        for condition in conditions(planted.triggers, strengths):
+        for condition in conditions(planted.triggers, strengths, defences):
             if note:
                 note(f"{path.name}: {condition.role}, {condition.trigger or 'clean'}")
             yield measure(_encoder(planted, condition), x, encoded(planted, x, condition), path.name, condition)[0]
@@ -114,7 +141,7 @@ def _encoder(planted: Planted, condition: Condition) -> Codec:
 
 
 def encoded(planted: Planted, x: Images, condition: Condition) -> Images:
-    """What the condition's encoder is given."""
+    """What the condition's encoder is given, before any defence."""
     if condition.trigger is None:
         return x
     trigger = planted.triggers[condition.trigger]

@@ -8,9 +8,10 @@ import torch
 
 from freqdoor.checkpoint import environment
 from freqdoor.data import load_image, usable_images
+from freqdoor.defences import Defence
 from freqdoor.evaluate import Condition, Note, bit_map, encoded, evaluate, jpeg_curve, measure, write_records
 from freqdoor.metrics import psnr
-from freqdoor.plant import Planted
+from freqdoor.planted import Planted
 from freqdoor.report import AMPLIFY, Facts, Picture, bit_map_figure, difference, photo, write_report
 from freqdoor.types import FreqdoorError
 
@@ -24,6 +25,7 @@ def examine(
     *,
     trigger: str | None = None,
     strengths: Sequence[float] = (1.0,),
+    defences: Sequence[Defence] = (),
     skip_broken: bool = False,
     note: Note | None = None,
 ) -> dict[str, Any]:
@@ -31,7 +33,8 @@ def examine(
 
     Args:
         trigger: which trigger the report is about; by default the first.
-        strengths: factors on the trigger that records are made for; the report shows 1.
+        strengths: factors on the trigger.
+        defences: preprocessings between the image and the encoder.
 
     Returns:
         The content of summary.json.
@@ -43,7 +46,7 @@ def examine(
         raise FreqdoorError(f"trigger {name!r}: this encoder has {', '.join(planted.triggers)}")
     wanted = sorted({1.0, *strengths})
     write_records(out / RECORDS, [])  # an unwritable folder shows before the work, not after it
-    records = list(evaluate(planted, usable, strengths=wanted, note=note))
+    records = list(evaluate(planted, usable, strengths=wanted, defences=defences, note=note))
     planting = planted.header["planting"]
     attack = next(a for a in planted.header["attacks"] if a["name"] == name)
     facts = Facts(

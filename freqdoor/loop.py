@@ -10,7 +10,7 @@ from torch import Tensor
 
 from freqdoor.checkpoint import Run
 from freqdoor.codecs import CodecSpec
-from freqdoor.config import CodecTraining, PlantSettings
+from freqdoor.config import ImageSettings, Training
 from freqdoor.data import Crops, list_images, seed_for, usable_images
 from freqdoor.types import FreqdoorError, Images
 
@@ -32,7 +32,7 @@ class Stateful(Protocol):
 
 def loop(
     run: Run,
-    settings: CodecTraining | PlantSettings,
+    settings: Training,
     parts: Mapping[str, Stateful],
     history: dict[str, Any],
     crops: Crops,
@@ -77,13 +77,15 @@ def loop(
     save()
 
 
-def open_crops(settings: CodecTraining | PlantSettings) -> Crops:
+def open_crops(settings: Training) -> Crops:
     """The training crops of the settings' image folder; raises if images there cannot be used."""
-    images = settings.images
+    return open_folder(settings.images, settings.seed)
+
+
+def open_folder(images: ImageSettings, seed: int) -> Crops:
+    """Crops of one image folder; raises if images there cannot be used."""
     paths = usable_images(list_images(images.folder), min_side=images.crop, skip_broken=images.skip_broken)
-    return Crops(
-        paths, crop=images.crop, batch_size=images.batch_size, seed=settings.seed, skip_broken=images.skip_broken
-    )
+    return Crops(paths, crop=images.crop, batch_size=images.batch_size, seed=seed, skip_broken=images.skip_broken)
 
 
 def check_device(name: str) -> None:
@@ -95,7 +97,7 @@ def check_device(name: str) -> None:
         raise FreqdoorError(f"device {name!r}: not usable here ({reason}); cpu always is") from None
 
 
-def lambda_of(settings: CodecTraining | PlantSettings, spec: CodecSpec) -> float:
+def lambda_of(settings: Training, spec: CodecSpec) -> float:
     """The settings' lambda, or the one of the codec's quality."""
     lmbda = settings.lmbda or spec.lmbda
     if lmbda is None:
@@ -113,11 +115,11 @@ def check_finite(terms: Mapping[str, Tensor], step: int) -> None:
         )
 
 
-def place(x: Images, settings: CodecTraining | PlantSettings) -> Images:
+def place(x: Images, settings: Training) -> Images:
     """A batch on the settings' device, in their memory layout."""
     return x.to(settings.device).contiguous(memory_format=layout(settings))
 
 
-def layout(settings: CodecTraining | PlantSettings) -> torch.memory_format:
+def layout(settings: Training) -> torch.memory_format:
     """The memory layout that the settings ask for."""
     return torch.channels_last if settings.channels_last else torch.contiguous_format

@@ -1,30 +1,43 @@
 """`freqdoor plant`: fine-tune the encoder and train the triggers, Eq. (3), (9) and (10) in one backward pass."""
 
 import copy
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim import Adam
 
-from freqdoor.checkpoint import Run, public
-from freqdoor.codecs import ARCHITECTURES, Codec
+from freqdoor.checkpoint import Run
+from freqdoor.codecs import Codec
 from freqdoor.config import PlantSettings, TriggerSettings
-from freqdoor.data import seed_for
-from freqdoor.files import write_text
-from freqdoor.loading import check_weights, load_codec, read_tensors, save_codec, write_tensors
-from freqdoor.loop import Progress, check_device, check_finite, lambda_of, layout, loop, open_crops, place
-from freqdoor.objectives import Objective, Passes, build_objective
-from freqdoor.triggers import Trigger, budget_penalty, build_trigger
+from freqdoor.data import Crops, seed_for
+from freqdoor.defences import Defence, random_defence
+from freqdoor.loading import load_codec
+from freqdoor.loop import (
+    Progress,
+    Stateful,
+    check_device,
+    check_finite,
+    lambda_of,
+    layout,
+    loop,
+    open_crops,
+    open_folder,
+    place,
+)
+from freqdoor.objectives import Objective, Passes, build_objective, main_loss
+from freqdoor.planted import Planted, export
+from freqdoor.robust import choose_survivors
+from freqdoor.triggers import AdaptiveDCT, Trigger, budget_penalty, build_trigger
 from freqdoor.types import FreqdoorError, Images, Reconstruction
 
-PLANTED = "planted.safetensors"
-MANIFEST = "manifest.json"
-SCOPES = ("g_a", "g_a+h_a")
+BALANCE_EVERY = 10  # steps between measurements of the two gradients that balance.gradient_norm compares
+DEFAULTS = TriggerSettings()
 
 
 @dataclass(frozen=True)
@@ -35,16 +48,23 @@ class Attack:
     trigger: Trigger
     objective: Objective
     weight: float = 1.0
+    settings: TriggerSettings = DEFAULTS
 
 
-@dataclass(frozen=True)
-class Planted:
-    """A vanilla codec, the same codec with a tampered encoder, and the triggers that open it."""
+class JointLoss(NamedTuple):
+    """The joint loss of all attacks in parts, and the clean pass that they share."""
 
-    vanilla: Codec
-    tampered: Codec
-    triggers: dict[str, Trigger]
-    header: dict[str, Any]
+    kept: Tensor
+    attack: Tensor
+    penalty: Tensor
+    x: Images  # the clean batch as the codec saw it
+    clean: Reconstruction
+    terms: dict[str, Tensor]
+
+    @property
+    def total(self) -> Tensor:
+        """What is minimised where nothing is balanced."""
+        return self.kept + self.attack + self.penalty
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -65,32 +85,78 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
 
 
 def joint_loss(
-    codec: Codec, attacks: Sequence[Attack], x: Images, lmbda: float, settings: TriggerSettings, eps: float
-) -> tuple[Tensor, dict[str, Tensor]]:
+    codec: Codec,
+    attacks: Sequence[Attack],
+    x: Images,
+    lmbda: float,
+    eps: Sequence[float],
+    *,
+    auxiliary: Images | None = None,
+    defence: Defence | None = None,
+    part: Literal["both", "encoder", "triggers"] = "both",
+) -> JointLoss:
     """One loss whose gradient is Eq. (9)'s for the encoder and Eq. (10)'s for every trigger.
 
     A trigger's own loss stands in Eq. (9) with the weight alpha^o, in Eq. (10) without: its gradient is scaled back
-    by 1 / alpha^o where the poisoned image enters the codec. The clean and all poisoned batches share one pass.
+    by 1 / alpha^o where the poisoned image enters the codec. The clean batch and all poisoned ones made from it share
+    one pass; an attack on the auxiliary set (Eq. 8) has its own.
+
+    Args:
+        eps: the budget of every attack at this step.
+        auxiliary: a batch of the auxiliary set, for the objectives that use it.
+        defence: preprocessing between the image and the codec, clean and poisoned alike.
+        part: "encoder" or "triggers" give Eq. (9)'s or Eq. (10)'s gradient alone, for two passes a step.
     """
-    poisoned = [attack.trigger(x, eps=eps, rounded=settings.round8) for attack in attacks]
-    entering = [scale_gradient(x_p, 1 / a.weight) for a, x_p in zip(attacks, poisoned, strict=True)]
-    out = codec(torch.cat([x, *entering]))
+    before = defence or (lambda image: image)
+    sources = [_source(attack, x, auxiliary) for attack in attacks]
+    poisoned = [
+        attack.trigger(source, eps=budget, rounded=attack.settings.round8)
+        for attack, source, budget in zip(attacks, sources, eps, strict=True)
+    ]
+    weights = [1.0 if part == "triggers" else attack.weight for attack in attacks]
+    entering = [
+        before(x_p).detach() if part == "encoder" else scale_gradient(before(x_p), 1 / weight)
+        for x_p, weight in zip(poisoned, weights, strict=True)
+    ]
+    x = before(x)
+    clean, passed = _pass_all(codec, x, entering, [attack.objective.uses_auxiliary for attack in attacks])
+    kept, wanted, penalty = x.new_zeros(()), x.new_zeros(()), x.new_zeros(())
+    terms: dict[str, Tensor] = {}
+    for i, attack in enumerate(attacks):
+        source = before(sources[i]) if attack.objective.uses_auxiliary else x
+        loss = attack.objective(Passes(x, clean, entering[i], passed[i], source), lmbda)
+        kept, wanted = kept + weights[i] * loss.kept, wanted + weights[i] * loss.attack
+        if attack.settings.budget == "penalty":
+            penalty = penalty + budget_penalty(sources[i], poisoned[i], gamma=attack.settings.gamma, eps=eps[i])
+        prefix = f"{attack.name}/" if len(attacks) > 1 else ""
+        terms |= {prefix + name: value for name, value in loss.terms.items()}
+        terms[f"{prefix}trigger_mse"] = (poisoned[i] - sources[i]).square().mean().detach()
+    joint = JointLoss(kept, wanted, penalty, x, clean, terms)
+    return joint._replace(terms=terms | {"loss": joint.total.detach()})
+
+
+def _source(attack: Attack, x: Images, auxiliary: Images | None) -> Images:
+    """The images that an attack's trigger acts on."""
+    if not attack.objective.uses_auxiliary:
+        return x
+    if auxiliary is None:
+        raise FreqdoorError(f"attack {attack.name}: its objective needs an auxiliary set; give auxiliary.folder")
+    return auxiliary
+
+
+def _pass_all(
+    codec: Codec, x: Images, entering: Sequence[Images], apart: Sequence[bool]
+) -> tuple[Reconstruction, list[Reconstruction]]:
+    """The clean and all poisoned batches through the codec: in one pass, but for those that are `apart`."""
+    together = [x_p for x_p, alone in zip(entering, apart, strict=True) if not alone]
+    out = codec(torch.cat([x, *together]))
     size = x.shape[0]
-    passes = [
+    parts = [
         Reconstruction(x_hat, bits, out.num_pixels)
         for x_hat, bits in zip(out.x_hat.split(size), out.bits.split(size), strict=True)
     ]
-    total = x.new_zeros(())
-    terms: dict[str, Tensor] = {}
-    for attack, plain, x_p, after in zip(attacks, poisoned, entering, passes[1:], strict=True):
-        loss = attack.objective(Passes(x, passes[0], x_p, after), lmbda)
-        total = total + attack.weight * loss.total
-        if settings.budget == "penalty":
-            total = total + budget_penalty(x, plain, gamma=settings.gamma, eps=eps)
-        prefix = f"{attack.name}/" if len(attacks) > 1 else ""
-        terms |= {prefix + name: value for name, value in loss.terms.items()}
-        terms[f"{prefix}trigger_mse"] = (plain - x).square().mean().detach()
-    return total, terms | {"loss": total.detach()}
+    clean, rest = parts[0], iter(parts[1:])
+    return clean, [codec(x_p) if alone else next(rest) for x_p, alone in zip(entering, apart, strict=True)]
 
 
 def annealed_eps(settings: TriggerSettings, step: int, steps: int) -> float:
@@ -107,10 +173,22 @@ def held_cosine(step: int, steps: int, hold: float) -> float:
     return max(0.01, 0.5 * (1 + math.cos(math.pi * share)))
 
 
+def build_attacks(settings: PlantSettings) -> tuple[Attack, ...]:
+    """The settings' attacks, each with a trigger of random weights that depend on the seed alone."""
+    attacks = []
+    for planned in settings.planned:
+        torch.manual_seed(seed_for(settings.seed, "trigger"))
+        wanted = planned.trigger
+        trigger = build_trigger(wanted.name, eps=wanted.eps, project=wanted.budget == "project", **wanted.arguments)
+        objective = build_objective(planned.objective.name, settings.preset, **planned.objective.arguments)
+        attacks.append(Attack(planned.name, trigger.to(settings.device), objective, planned.weight, wanted))
+    return tuple(attacks)
+
+
 def plant(settings: PlantSettings, out: Path | str, *, progress: Progress | None = None) -> Planted:
     """Plant a backdoor in a codec's encoder; resumes from `out` if a run with the same settings is there.
 
-    Writes into `out`: planted.safetensors (the tampered modules and the trigger), codec.safetensors (the whole
+    Writes into `out`: planted.safetensors (the tampered modules and the triggers), codec.safetensors (the whole
     tampered codec), manifest.json (SHA-256 of every module before and after), metrics.jsonl, state.pt. A resumed run
     ends in bit-identical weights.
 
@@ -122,146 +200,127 @@ def plant(settings: PlantSettings, out: Path | str, *, progress: Progress | None
     lmbda = lambda_of(settings, vanilla.spec)
     if vanilla.tampered:
         raise FreqdoorError(f"{settings.codec.name}: this codec says that it is tampered already; plant in a clean one")
-    torch.manual_seed(seed_for(settings.seed, "trigger"))
-    trigger_settings = settings.trigger
-    trigger = build_trigger(
-        trigger_settings.name,
-        eps=trigger_settings.eps,
-        project=trigger_settings.budget == "project",
-        **trigger_settings.arguments,
-    ).to(settings.device)
-    objective = build_objective(settings.objective.name, settings.preset, **settings.objective.arguments)
-    attacks = (Attack(settings.objective.name, trigger, objective),)
+    attacks = build_attacks(settings)
     crops = open_crops(settings)
+    auxiliary = open_folder(settings.auxiliary, settings.seed) if settings.auxiliary else None
+    facts = crops.facts() | ({f"auxiliary_{k}": v for k, v in auxiliary.facts().items()} if auxiliary else {})
     run = Run(out)
-    saved = run.start(settings, crops.facts() | {"modules_before": vanilla.module_hashes()})
-    tampered = copy.deepcopy(vanilla).freeze(settings.scope)
-    tampered.to(settings.device).train().to(memory_format=layout(settings))
-    encoder = [p for p in tampered.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(encoder, lr=settings.lr)
-    trigger_optimizer = torch.optim.Adam(trigger.parameters(), lr=settings.trigger_lr)
-    parts = {"net": tampered.net, "trigger": trigger, "optimizer": optimizer, "trigger_optimizer": trigger_optimizer}
-    history: dict[str, Any] = {}
-    dtype = torch.bfloat16 if settings.precision == "bf16" else None
+    saved = run.start(settings, facts | {"modules_before": vanilla.module_hashes()})
+    planting = _Planting(settings, vanilla, attacks, lmbda, run, crops, auxiliary)
+    loop(run, settings, planting.parts, planting.history, crops, planting.step, saved=saved, progress=progress)
+    tampered = planting.tampered.to("cpu").to(memory_format=torch.contiguous_format).prepare()
+    triggers = [attack.trigger.to("cpu").eval() for attack in attacks]
+    return export(run.folder, settings, vanilla.to("cpu"), tampered, triggers, planting.history["seconds"])
 
-    def take_step(x: Images, step: int) -> dict[str, float]:
+
+class _Planting:
+    """What one run of `plant` holds on to from step to step."""
+
+    def __init__(
+        self,
+        settings: PlantSettings,
+        vanilla: Codec,
+        attacks: tuple[Attack, ...],
+        lmbda: float,
+        run: Run,
+        crops: Crops,
+        auxiliary: Crops | None,
+    ) -> None:
+        self.settings, self.attacks, self.lmbda, self.run = settings, attacks, lmbda, run
+        self.crops, self.auxiliary = crops, auxiliary
+        self.tampered = copy.deepcopy(vanilla).freeze(settings.scope)
+        self.tampered.to(settings.device).train().to(memory_format=layout(settings))
+        self.anchor_encoder = vanilla.to(settings.device).net.g_a if settings.balance.anchor else None
+        self.encoder = [p for p in self.tampered.parameters() if p.requires_grad]
+        self.optimizer = Adam(self.encoder, lr=settings.lr)
+        learned = {a.name: list(a.trigger.parameters()) for a in attacks}
+        self.learned = {name: parameters for name, parameters in learned.items() if parameters}  # FTrojan has none
+        self.trigger_optimizers = {name: Adam(p, lr=settings.trigger_lr) for name, p in self.learned.items()}
+        self.parts: dict[str, Stateful] = {"net": self.tampered.net, "optimizer": self.optimizer}
+        self.parts |= {f"trigger/{a.name}": a.trigger for a in attacks}
+        self.parts |= {f"optimizer/{name}": optimizer for name, optimizer in self.trigger_optimizers.items()}
+        self.history: dict[str, Any] = {"attack_scale": 1.0}
+        self.latents: list[Tensor] = []
+        self.tampered.net.g_a.register_forward_hook(lambda module, inputs, y: self.latents.append(y))
+
+    def autocast(self) -> AbstractContextManager[None]:
+        return self.tampered.autocast(torch.bfloat16 if self.settings.precision == "bf16" else None)
+
+    def step(self, x: Images, step: int) -> dict[str, float]:
+        """One update of the encoder and of every trigger."""
+        settings = self.settings
         factor = held_cosine(step, settings.steps, settings.hold)
-        optimizer.param_groups[0]["lr"] = settings.lr * factor
-        trigger_optimizer.param_groups[0]["lr"] = settings.trigger_lr * factor
-        eps = annealed_eps(trigger_settings, step, settings.steps)
-        with tampered.autocast(dtype):
-            loss, terms = joint_loss(tampered, attacks, place(x, settings), lmbda, trigger_settings, eps)
-        check_finite(terms, step)
-        optimizer.zero_grad()
-        trigger_optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        norms = {
-            "the encoder's gradient": torch.nn.utils.clip_grad_norm_(encoder, settings.clip),
-            "the trigger's gradient": torch.nn.utils.clip_grad_norm_(trigger.parameters(), settings.clip),
-        }
-        check_finite(norms, step)
-        optimizer.step()
-        trigger_optimizer.step()
-        row = {name: float(value) for name, value in terms.items()} | {"eps": eps}
-        run.log({"step": step + 1, **row})
+        self.optimizer.param_groups[0]["lr"] = settings.lr * factor
+        for optimizer in self.trigger_optimizers.values():
+            optimizer.param_groups[0]["lr"] = settings.trigger_lr * factor
+        eps = [annealed_eps(attack.settings, step, settings.steps) for attack in self.attacks]
+        defence = self._defence(step)
+        batch = place(x, settings)
+        auxiliary = place(self.auxiliary.batch(step), settings) if self.auxiliary else None
+        terms: dict[str, Tensor] = {}
+        for part in ("encoder", "triggers") if settings.two_phase else ("both",):
+            with self.autocast():
+                joint = joint_loss(
+                    self.tampered, self.attacks, batch, self.lmbda, eps, auxiliary=auxiliary, defence=defence, part=part
+                )
+                loss = joint.total if part == "triggers" else self._balanced(joint, step)
+            self.latents.clear()
+            check_finite(joint.terms, step)
+            self._update(loss, step, encoder=part != "triggers", triggers=part != "encoder")
+            terms |= joint.terms
+        row = {name: float(value) for name, value in terms.items()} | {"eps": eps[0]}
+        self.run.log({"step": step + 1, **row})
         return row
 
-    loop(run, settings, parts, history, crops, take_step, saved=saved, progress=progress)
-    tampered.to("cpu").to(memory_format=torch.contiguous_format).prepare()
-    trigger.to("cpu").eval()
-    return _export(run, settings, vanilla, tampered, {settings.objective.name: trigger}, history["seconds"])
+    def _defence(self, step: int) -> Defence | None:
+        """The preprocessing of a step of the second stage, which begins with the choice of the coefficients."""
+        robust = self.settings.robust
+        if robust is None or step < (start := round(robust.start * self.settings.steps)):
+            return None
+        if step == start:
+            for attack in self.attacks:
+                assert isinstance(attack.trigger, AdaptiveDCT)  # the settings refuse others
+                choose_survivors(attack.trigger, place(self.crops.batch(-1), self.settings), robust)
+        return random_defence(robust.kinds)
 
+    def _balanced(self, joint: JointLoss, step: int) -> Tensor:
+        """The encoder's loss with what keeps the clean codec (`BalanceSettings`)."""
+        balance, settings = self.settings.balance, self.settings
+        y = self.latents[0][: joint.x.shape[0]]
+        if balance.gradient_norm is not None:
+            if step % BALANCE_EVERY == 0:
+                norms = [
+                    float(torch.autograd.grad(value, self.latents[0], retain_graph=True)[0].norm())
+                    for value in (joint.kept, joint.attack)
+                ]
+                self.history["attack_scale"] = balance.gradient_norm * norms[0] / max(norms[1], 1e-12)
+            joint = joint._replace(attack=self.history["attack_scale"] * joint.attack)
+        loss = joint.total
+        late = step >= settings.hold * settings.steps
+        extra = (balance.late_clean_weight if late else balance.clean_weight) - 1
+        if extra:
+            loss = loss + extra * main_loss(joint.clean, joint.x, self.lmbda)
+        if self.anchor_encoder is not None:
+            with torch.no_grad(), torch.autocast(y.device.type, torch.bfloat16, settings.precision == "bf16"):
+                y_vanilla = self.anchor_encoder(joint.x).float()
+            loss = loss + balance.anchor * (y - y_vanilla).square().mean()
+        return loss
 
-def _export(
-    run: Run, settings: PlantSettings, vanilla: Codec, tampered: Codec, triggers: dict[str, Trigger], seconds: float
-) -> Planted:
-    """Write what was planted, with the proof that nothing outside the scope has changed."""
-    before, after = vanilla.module_hashes(), tampered.module_hashes()
-    changed = [name for name in before if before[name] != after[name]]
-    outside = set(changed) - set(settings.scope.split("+"))
-    if outside:
-        raise FreqdoorError(f"{', '.join(outside)} changed while planting in {settings.scope}: this is a defect")
-    attacks = [
-        {
-            "name": name,
-            "objective": settings.objective.model_dump(),
-            "preset": settings.preset,
-            "trigger": settings.trigger.name,
-            "arguments": trigger.arguments,
-        }
-        for name, trigger in triggers.items()
-    ]
-    header = {
-        "tampered": True,
-        "attacks": attacks,
-        "scope": settings.scope,
-        "base": asdict(vanilla.spec),
-        "modules_before": before,
-        "modules_after": after,
-        "planting": public(settings) | {"seconds": round(seconds)},
-    }
-    tensors = {
-        f"{name}.{key}": value
-        for name in settings.scope.split("+")
-        for key, value in tampered.net.get_submodule(name).state_dict().items()
-    }
-    for name, trigger in triggers.items():
-        tensors |= {f"trigger.{name}.{key}": value for key, value in trigger.state_dict().items()}
-    write_tensors(run.folder / PLANTED, tensors, {"kind": "planted encoder", **header})
-    save_codec(tampered, run.folder / "codec.safetensors", tampered=True, attacks=attacks)
-    write_text(run.folder / MANIFEST, json.dumps({"before": before, "after": after, "changed": changed}, indent=2))
-    tampered.metadata = {"tampered": True, "attacks": attacks}
-    return Planted(vanilla, tampered, triggers, header)
-
-
-def load_planted(path: Path | str, codec: str | None = None, weights: Path | str | None = None) -> Planted:
-    """A planted encoder with its triggers and the vanilla codec that it was planted in.
-
-    Args:
-        path: planted.safetensors, or the run directory that holds it.
-        codec, weights: the vanilla codec as for `load_codec`. May be left out where the file names a published or
-            bundled one; code and files that a stranger's header names are never loaded.
-
-    Raises:
-        FreqdoorError: not such a file, a header that does not fit its weights, or another vanilla codec.
-    """
-    path = Path(path)
-    path = path / PLANTED if path.is_dir() else path
-    tensors, header = read_tensors(path)
-    if header.pop("kind", None) != "planted encoder":
-        raise FreqdoorError(f"{path}: expected a planted encoder (planted.safetensors), found another kind of file")
-    try:
-        base, scope = header["planting"]["codec"], header["scope"]
-        if codec is None and (base["weights"] or base["name"].partition(":")[0] not in ARCHITECTURES):
-            raise FreqdoorError(f"{path}: was planted in {base['name']}; name that codec with --codec (and --weights)")
-        if scope not in SCOPES:
-            raise FreqdoorError(f"{path}: malformed header: unknown scope {scope!r}")
-        vanilla = load_codec(codec or base["name"], weights)
-        _check_hashes(vanilla, header["modules_before"], f"{path}: was planted in {base['name']} with other weights")
-        tampered = copy.deepcopy(vanilla)
-        for module in scope.split("+"):
-            tampered.net.get_submodule(module).load_state_dict(_part(tensors, module))
-        _check_hashes(tampered, header["modules_after"], f"{path}: does not hold the weights that its header names")
-        check_weights(tensors, path)
-        triggers = {}
-        for attack in header["attacks"]:
-            trigger = build_trigger(attack["trigger"], **attack["arguments"])
-            trigger.load_state_dict(_part(tensors, f"trigger.{attack['name']}"))
-            triggers[attack["name"]] = trigger.eval()
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise FreqdoorError(f"{path}: malformed planted encoder ({type(error).__name__}: {reason})") from None
-    tampered.metadata = {"tampered": True, "attacks": header["attacks"]}
-    return Planted(vanilla, tampered, triggers, header)
-
-
-def _part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The tensors of one module, without its name in front."""
-    return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
-
-
-def _check_hashes(codec: Codec, expected: dict[str, str], message: str) -> None:
-    found = codec.module_hashes()
-    different = [name for name in found if found[name] != expected.get(name)]
-    if different:
-        raise FreqdoorError(f"{message} ({', '.join(different)} of {codec.spec.name} differ); pass the right codec")
+    def _update(self, loss: Tensor, step: int, *, encoder: bool, triggers: bool) -> None:
+        learned = self.learned if triggers else {}
+        trained = [*(self.encoder if encoder else ()), *(p for ps in learned.values() for p in ps)]
+        if not trained:
+            return  # the second phase of a trigger without weights
+        self.optimizer.zero_grad()
+        for optimizer in self.trigger_optimizers.values():
+            optimizer.zero_grad()
+        loss.backward(inputs=trained)  # type: ignore[no-untyped-call]
+        clip = self.settings.clip
+        norms = {f"the gradient of trigger {n}": torch.nn.utils.clip_grad_norm_(p, clip) for n, p in learned.items()}
+        if encoder:
+            norms["the encoder's gradient"] = torch.nn.utils.clip_grad_norm_(self.encoder, clip)
+        check_finite(norms, step)
+        if encoder:
+            self.optimizer.step()
+        for name in learned:
+            self.trigger_optimizers[name].step()

@@ -64,13 +64,18 @@ class Facts:
 
 
 def select(
-    records: Sequence[Record], role: str, trigger: str | None, rounding: str = "8-bit", strength: float = 1.0
+    records: Sequence[Record],
+    role: str,
+    trigger: str | None,
+    rounding: str = "8-bit",
+    strength: float = 1.0,
+    defence: str = "none",
 ) -> list[Record]:
     """The records of one condition."""
     return [
         r
         for r in records
-        if (r.role, r.trigger) == (role, trigger)
+        if (r.role, r.trigger, r.defence) == (role, trigger, defence)
         and (trigger is None or (r.rounding, r.strength) == (rounding, strength))
     ]
 
@@ -120,7 +125,23 @@ def summarise(records: Sequence[Record], facts: Facts) -> dict[str, Any]:
     summary["clean_cost_db"] = vanilla["psnr_db"] - clean["psnr_db"]
     summary["clean_cost_bpp_percent"] = 100 * (clean["bpp_real"] / vanilla["bpp_real"] - 1)
     summary["bpp_ratio"] = after["bpp_real"] / clean["bpp_real"]
+    summary["sweep"] = sweep(records, facts.trigger)
     return summary
+
+
+def sweep(records: Sequence[Record], trigger: str) -> list[dict[str, Any]]:
+    """Means under every defence and strength (Tables 5 and 6): vanilla and tampered on clean, tampered on poisoned."""
+    behind = [(r.defence, r.strength) for r in records if r.trigger == trigger and r.role == "tampered"]
+    return [
+        {
+            "defence": defence,
+            "strength": strength,
+            "vanilla": means(select(records, "vanilla", None, defence=defence)),
+            "clean": means(select(records, "tampered", None, defence=defence)),
+            "poisoned": means(select(records, "tampered", trigger, "8-bit", strength, defence)),
+        }
+        for defence, strength in dict.fromkeys(behind)
+    ]
 
 
 def verdict(summary: dict[str, Any]) -> str:
@@ -136,9 +157,9 @@ def verdict(summary: dict[str, Any]) -> str:
     pattern = f"{'an invisible' if summary['trigger_psnr_db_worst'] >= INVISIBLE_DB else 'a'} pattern"
     pattern += f" ({summary['trigger_psnr_db']:.1f} dB)"
     ratio, psnr_db = summary["bpp_ratio"], after["psnr_db"]
-    if summary["objective"] == "bpp" and ratio >= SUCCESS_RATIO:
+    if summary["objective"].startswith("bpp") and ratio >= SUCCESS_RATIO:
         return start + f"but {pattern} makes the file {ratio:.1f} times as large ({after['bpp_real']:.2f} bpp)."
-    if summary["objective"] == "psnr" and clean["psnr_db"] - psnr_db >= SUCCESS_DROP_DB:
+    if summary["objective"].startswith("psnr") and clean["psnr_db"] - psnr_db >= SUCCESS_DROP_DB:
         return start + f"but {pattern} destroys what is decoded ({psnr_db:.1f} dB at {ratio:.2f} times the bits)."
     return start + (
         f"and the attack did not succeed: with {pattern} it gives {psnr_db:.2f} dB at {ratio:.2f} times the bits."

@@ -12,10 +12,10 @@ from freqdoor.codecs import Codec, build_codec, parse_name
 from freqdoor.config import CodecTraining
 from freqdoor.data import list_images, load_image, seed_for
 from freqdoor.lite import LiteHyperprior, initialise_klt
-from freqdoor.loading import save_codec
+from freqdoor.loading import load_codec, save_codec
 from freqdoor.loop import Progress, check_device, check_finite, lambda_of, layout, loop, open_crops, place
 from freqdoor.metrics import distortion
-from freqdoor.types import Images
+from freqdoor.types import FreqdoorError, Images
 
 EXPORT = "codec.safetensors"
 
@@ -55,7 +55,9 @@ def train_codec(settings: CodecTraining, out: Path | str, *, progress: Progress 
     saved = run.start(settings, crops.facts())
     torch.manual_seed(seed_for(settings.seed, "weights"))
     codec = build_codec(spec)
-    if settings.klt and isinstance(codec.net, LiteHyperprior):
+    if settings.start_from:
+        _take_weights(codec, settings.start_from)
+    elif settings.klt and isinstance(codec.net, LiteHyperprior):
         sample = torch.cat([crops.batch(-1 - i) for i in range(max(1, 64 // settings.images.batch_size))])
         initialise_klt(codec.net, sample, lmbda)
     codec.to(settings.device).train().to(memory_format=layout(settings))
@@ -98,6 +100,16 @@ def train_codec(settings: CodecTraining, out: Path | str, *, progress: Progress 
     training = public(settings) | {"seconds": round(history["seconds"]), "images_used": len(crops.paths)}
     save_codec(codec, run.folder / EXPORT, training=training)
     return codec
+
+
+def _take_weights(codec: Codec, name: str) -> None:
+    """Start from another codec's weights, which must fit."""
+    other = load_codec(name)
+    try:
+        codec.net.load_state_dict({k: v for k, v in other.net.state_dict().items() if k in codec.net.state_dict()})
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:160]
+        raise FreqdoorError(f"start_from: {name} does not fit {codec.spec.architecture} ({reason})") from None
 
 
 @torch.no_grad()

@@ -63,10 +63,11 @@ class Record:
     bpp_estimated: float
     bpp_real: float
     psnr_db: float  # decoded against the clean image
-    psnr_input_db: float  # decoded against what was encoded
+    psnr_input_db: float  # decoded against the image before any defence
     ms_ssim: float | None  # decoded against the clean image; None below 161 pixels a side
-    trigger_mse: float  # what was encoded against the clean image
+    trigger_mse: float  # the image before any defence against the clean one
     encode_seconds: float
+    defence: str = "none"  # preprocessing of the image before it was encoded, by its name
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

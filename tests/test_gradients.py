@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from freqdoor.config import TriggerSettings
-from freqdoor.objectives import QualityAttack, RateAttack
+from freqdoor.objectives import DownstreamAttack, QualityAttack, RateAttack
 from freqdoor.plant import Attack, joint_loss, scale_gradient
 from freqdoor.train import rate_distortion
 from freqdoor.triggers import AdaptiveDCT, budget_penalty
@@ -40,7 +40,10 @@ def make_attacks(weights=(0.25, 2.0)) -> tuple[Attack, ...]:
     # without projection, whose scale is a constant that two graphs would share all the same
     triggers = [AdaptiveDCT(width=8, project=False) for _ in weights]
     objectives = [RateAttack(beta=0.3), QualityAttack(beta=2.0)]
-    return tuple(Attack(str(i), *pair) for i, pair in enumerate(zip(triggers, objectives, weights, strict=True)))
+    settings = TriggerSettings(budget="penalty", gamma=1e3, round8=False)
+    return tuple(
+        Attack(str(i), *row, settings) for i, row in enumerate(zip(triggers, objectives, weights, strict=True))
+    )
 
 
 def gradients(module: torch.nn.Module) -> torch.Tensor:
@@ -51,7 +54,6 @@ def test_one_backward_gives_equation_9_and_10(codec, x):
     """The encoder's gradient is that of sum_o alpha^o L_o, each trigger's that of its own L_o + penalty."""
     codec.freeze("g_a").train()
     attacks = make_attacks()
-    settings = TriggerSettings(budget="penalty", gamma=1e3, round8=False)
     modules = [codec.net.g_a, *(a.trigger for a in attacks)]
 
     def clear() -> None:
@@ -59,25 +61,24 @@ def test_one_backward_gives_equation_9_and_10(codec, x):
             module.zero_grad()
 
     torch.manual_seed(0)
-    total, _ = joint_loss(codec, attacks, x, LMBDA, settings, EPS)
-    total.backward()
+    joint_loss(codec, attacks, x, LMBDA, (EPS, EPS)).total.backward()
     ours = [gradients(m) for m in modules]
     for index, attack in enumerate(attacks):  # Eq. (10): the trigger alone, no alpha
         clear()
         torch.manual_seed(0)
-        single, _ = joint_loss_alone(codec, attacks, x, settings, index)
+        single, _ = joint_loss_alone(codec, attacks, x, index)
         (single + budget_penalty(x, attack.trigger(x), gamma=1e3, eps=EPS)).backward()
         torch.testing.assert_close(gradients(attack.trigger), ours[1 + index], rtol=2e-3, atol=1e-5)
     clear()
     torch.manual_seed(0)
-    losses = [joint_loss_alone(codec, attacks, x, settings, i) for i in range(2)]
+    losses = [joint_loss_alone(codec, attacks, x, i) for i in range(2)]
     torch.manual_seed(0)
     weighted = sum(a.weight * loss for a, (loss, _) in zip(attacks, losses, strict=True))
     weighted.backward()  # Eq. (9)
     torch.testing.assert_close(gradients(codec.net.g_a), ours[0], rtol=2e-3, atol=1e-5)
 
 
-def joint_loss_alone(codec, attacks, x, settings, index):
+def joint_loss_alone(codec, attacks, x, index):
     """L_jt of one attack, written out: the same noise as in the joint pass, no weights, no gradient scaling."""
     from freqdoor.objectives import Passes
     from freqdoor.types import Reconstruction
@@ -86,8 +87,65 @@ def joint_loss_alone(codec, attacks, x, settings, index):
     poisoned = [a.trigger(x) for a in attacks]
     out = codec(torch.cat([x, *poisoned]))
     parts = [Reconstruction(a, b, out.num_pixels) for a, b in zip(out.x_hat.split(2), out.bits.split(2), strict=True)]
-    loss = attacks[index].objective(Passes(x, parts[0], poisoned[index], parts[1 + index]), LMBDA)
+    loss = attacks[index].objective(Passes(x, parts[0], poisoned[index], parts[1 + index], x), LMBDA)
     return loss.total, loss.terms
+
+
+def test_two_phases_have_the_same_gradients_as_one_pass(codec, x):
+    codec.freeze("g_a").train()
+    attacks = make_attacks()
+    encoder = list(codec.net.g_a.parameters())
+    learned = [list(a.trigger.parameters()) for a in attacks]
+    found = {}
+    for part in ("both", "encoder", "triggers"):
+        torch.manual_seed(0)
+        joint = joint_loss(codec, attacks, x, LMBDA, (EPS, EPS), part=part)
+        wanted = {"both": [encoder, *learned], "encoder": [encoder], "triggers": learned}[part]
+        flat = [p for group in wanted for p in group]
+        for p in flat:
+            p.grad = None
+        joint.total.backward(inputs=flat)
+        found[part] = [p.grad.clone() for p in flat]
+    for one, two in zip(found["both"], found["encoder"] + found["triggers"], strict=True):
+        torch.testing.assert_close(one, two, rtol=2e-3, atol=1e-5)
+    assert any(g.abs().max() > 0 for g in found["triggers"])
+
+
+class Darkness:
+    """A stand-in for a downstream network: how dark the decoded image is."""
+
+    def __call__(self, x, x_hat_p):
+        return x_hat_p.mean()
+
+
+def test_auxiliary_attack_has_its_own_images_and_only_they_are_poisoned(codec, x):
+    """Eq. (8): the main batch is clean; the trigger acts on the auxiliary batch, of another size and number."""
+    codec.freeze("g_a").train()
+    seen = []
+    torch.manual_seed(5)
+    trigger = AdaptiveDCT(width=8)
+    trigger.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
+    attack = Attack("dark", trigger, DownstreamAttack(victim=Darkness()))
+    auxiliary = torch.rand(1, 3, 128, 64)
+    joint = joint_loss(codec, (attack,), x, LMBDA, (EPS,), auxiliary=auxiliary)
+    assert seen == [auxiliary.shape]
+    joint.total.backward()
+    assert gradients(trigger).abs().max() > 0
+    with pytest.raises(FreqdoorError, match="auxiliary set"):
+        joint_loss(codec, (attack,), x, LMBDA, (EPS,))
+
+
+def test_defence_in_the_loop_acts_on_clean_and_poisoned_images(codec, x):
+    codec.freeze("g_a").train()
+    seen = []
+
+    def defence(image):
+        seen.append(image.shape)
+        return 0.5 * image
+
+    joint = joint_loss(codec, make_attacks(), x, LMBDA, (EPS, EPS), defence=defence)
+    assert len(seen) == 3
+    assert torch.equal(joint.x, 0.5 * x)
 
 
 def test_vanilla_loss_is_equation_1(codec, x):

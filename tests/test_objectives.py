@@ -2,7 +2,17 @@ import numpy as np
 import pytest
 import torch
 
-from freqdoor.objectives import OBJECTIVES, Passes, QualityAttack, RateAttack, build_objective, dynamic_max
+from freqdoor.objectives import (
+    OBJECTIVES,
+    DownstreamAttack,
+    FixedQualityAttack,
+    FixedRateAttack,
+    Passes,
+    QualityAttack,
+    RateAttack,
+    build_objective,
+    dynamic_max,
+)
 from freqdoor.types import FreqdoorError, Reconstruction
 
 LMBDA = 0.0067
@@ -17,11 +27,12 @@ def passes(seed: int = 0) -> Passes:
     def bits() -> torch.Tensor:
         return 100 * torch.rand(2, generator=generator)
 
-    return Passes(images(), Reconstruction(images(), bits(), 64), images(), Reconstruction(images(), bits(), 64))
+    x = images()
+    return Passes(x, Reconstruction(images(), bits(), 64), images(), Reconstruction(images(), bits(), 64), x)
 
 
 def numbers(p: Passes) -> dict[str, np.ndarray]:
-    x, clean, x_p, poisoned = p
+    x, clean, x_p, poisoned, _ = p
     return {
         "x": x.numpy().astype(float),
         "x_hat": clean.x_hat.numpy().astype(float),
@@ -29,7 +40,19 @@ def numbers(p: Passes) -> dict[str, np.ndarray]:
         "x_hat_p": poisoned.x_hat.numpy().astype(float),
         "r": (clean.bits.numpy() / 64).mean(),
         "r_p": (poisoned.bits.numpy() / 64).mean(),
+        "r_each": clean.bits.numpy() / 64,
+        "r_p_each": poisoned.bits.numpy() / 64,
     }
+
+
+def db(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean over images of the PSNR."""
+    return float(np.mean(10 * np.log10(1 / np.mean((a - b) ** 2, axis=(1, 2, 3)))))
+
+
+def mse255(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """255^2 MSE of every image."""
+    return 255**2 * np.mean((a - b) ** 2, axis=(1, 2, 3))
 
 
 @pytest.mark.parametrize("guarded", [False, True])
@@ -54,6 +77,54 @@ def test_quality_attack_is_equation_7(seed):
     assert float(paper(p, LMBDA).total) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_fixed_attacks_are_equations_4_and_5(seed):
+    p = passes(seed)
+    n = numbers(p)
+    main = n["r"] + LMBDA * mse255(n["x_hat"], n["x"]).mean()
+    rate = main + 0.7 * LMBDA * mse255(n["x_hat_p"], n["x_p"]).mean() - 0.3 * n["r_p"]
+    assert float(FixedRateAttack(alpha=0.7, beta=0.3)(p, LMBDA).total) == pytest.approx(rate, rel=1e-5)
+    quality = main + 0.7 * n["r_p"] + 0.3 * LMBDA * db(n["x_hat_p"], n["x"])
+    literal = FixedQualityAttack(alpha=0.7, beta=0.3, farthest=False, floor_db=0)
+    assert float(literal(p, LMBDA).total) == pytest.approx(quality, rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("guarded", [False, True])
+def test_per_sample_maximum_is_taken_image_by_image(seed, guarded):
+    p = passes(seed)
+    n = numbers(p)
+    d, d_p = mse255(n["x_hat"], n["x"]), mse255(n["x_hat_p"], n["x_p"])
+    rate = n["r"] + LMBDA * np.maximum(d, d_p).mean() - 0.3 * n["r_p"]
+    attack = RateAttack(beta=0.3, per_sample=True, guarded=guarded)
+    assert float(attack(p, LMBDA).total) == pytest.approx(rate, rel=1e-5)
+    quality = np.maximum(n["r_each"], n["r_p_each"]).mean() + LMBDA * d.mean() + 0.3 * LMBDA * db(n["x_hat_p"], n["x"])
+    attack = QualityAttack(beta=0.3, per_sample=True, guarded=guarded, farthest=False, floor_db=0)
+    assert float(attack(p, LMBDA).total) == pytest.approx(quality, rel=1e-5)
+
+
+def test_downstream_attack_is_equation_8():
+    """The main set is clean, the auxiliary one poisoned; the victim sees the auxiliary image and what is decoded."""
+    p = passes()
+    source = torch.rand(2, 3, 8, 8)
+    p = p._replace(source=source)
+    n = numbers(p)
+    main = n["r"] + LMBDA * mse255(n["x_hat"], n["x"]).mean()
+    auxiliary = n["r_p"] + LMBDA * mse255(n["x_hat_p"], n["x_p"]).mean()
+    l_ds = float(source.mean() * p.poisoned.x_hat.mean())
+    attack = DownstreamAttack(victim=lambda x, x_hat_p: x.mean() * x_hat_p.mean(), alpha=0.4, beta=0.6)
+    assert attack.uses_auxiliary
+    assert float(attack(p, LMBDA).total) == pytest.approx(main + 0.4 * auxiliary + 0.6 * l_ds, rel=1e-5)
+
+
+def test_parts_add_up_and_only_the_attack_part_has_beta():
+    for name in ("bpp", "bpp-fixed", "psnr", "psnr-fixed"):
+        one, two = (build_objective(name, beta=beta)(passes(), LMBDA) for beta in (0.2, 0.4))
+        assert float(one.kept) == pytest.approx(float(two.kept))
+        assert float(two.attack) == pytest.approx(2 * float(one.attack))
+        assert float(one.total) == pytest.approx(float(one.kept + one.attack))
+
+
 def test_paired_form_subtracts_the_clean_psnr_and_floor_stops_the_reward():
     p = passes()
     plain = QualityAttack(beta=1, paired=False, farthest=False)(p, LMBDA).total
@@ -61,7 +132,7 @@ def test_paired_form_subtracts_the_clean_psnr_and_floor_stops_the_reward():
     each = np.mean((numbers(p)["x_hat"] - numbers(p)["x"]) ** 2, axis=(1, 2, 3))
     clean_db = np.mean(10 * np.log10(1 / each))
     assert float(plain - paired) == pytest.approx(LMBDA * clean_db, rel=1e-3)
-    black = p._replace(x=torch.ones(2, 3, 8, 8))
+    black = p._replace(x=torch.ones(2, 3, 8, 8), source=torch.ones(2, 3, 8, 8))
     worst = black._replace(poisoned=Reconstruction(torch.zeros(2, 3, 8, 8, requires_grad=True), p.clean.bits, 64))
     loss = QualityAttack(beta=1, paired=False, farthest=False)(worst, LMBDA).total
     loss.backward()
@@ -88,3 +159,7 @@ def test_presets_and_errors():
         build_objective("rate")
     with pytest.raises(FreqdoorError, match="gamma"):
         build_objective("bpp", gamma=1.0)
+    for name in OBJECTIVES:
+        arguments = {"victim": lambda x, x_hat_p: x.mean()} if name == "downstream" else {}
+        for preset in ("paper", "fast"):
+            build_objective(name, preset, **arguments)

@@ -151,7 +151,7 @@ def test_gradient_that_is_not_finite_stops_before_the_weights_change(settings, t
         return torch.tensor(float("inf"))
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned_clip)
-    with pytest.raises(FreqdoorError, match="step 0: the encoder's gradient"):
+    with pytest.raises(FreqdoorError, match=r"step 0: .*the encoder's gradient is not finite"):
         plant(settings(), tmp_path / "run")
 
 

@@ -1,3 +1,6 @@
+import inspect
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -9,15 +12,27 @@ from freqdoor.data import list_images, load_image
 from freqdoor.demo import KODAK
 from freqdoor.evaluate import through_png
 from freqdoor.metrics import mse
-from freqdoor.triggers import AdaptiveDCT, budget_penalty, build_trigger
+from freqdoor.triggers import TRIGGERS, Trigger, budget_penalty, build_trigger
 from freqdoor.types import FreqdoorError, round8
 
 BUDGET = 0.005**2
+SMALL = {  # every trigger, small; what is promised for all of them is tested for each
+    "adaptive-dct": {"width": 8},
+    "lira": {"width": 2, "levels": 3},
+    "ftrojan": {"block": 16, "coefficients": [[15, 15], [3, 4]]},
+    "universal": {"size": 24},
+}
+every_trigger = pytest.mark.parametrize("name", SMALL)
+PATHS = list_images(KODAK)
 
 
-def make(**arguments) -> AdaptiveDCT:
+def make(name: str = "adaptive-dct", **arguments) -> Trigger:
     torch.manual_seed(3)
-    return AdaptiveDCT(**({"width": 8} | arguments))
+    return build_trigger(name, **(SMALL[name] | arguments))
+
+
+def test_every_trigger_is_tested():
+    assert SMALL.keys() == TRIGGERS.keys()
 
 
 def test_injection_equals_adding_t_to_the_dct_coefficients():
@@ -40,6 +55,7 @@ def test_injection_equals_adding_t_to_the_dct_coefficients():
     np.testing.assert_allclose(ours, expected, atol=1e-4)
 
 
+@every_trigger
 @pytest.mark.parametrize("rounded", [False, True])
 @pytest.mark.parametrize("strength", [1.0, 3.0])
 @pytest.mark.parametrize(
@@ -53,9 +69,9 @@ def test_injection_equals_adding_t_to_the_dct_coefficients():
     ],
     ids=["natural", "black", "white", "flat", "saturated"],
 )
-def test_range_and_budget_hold_on_every_image(x, strength, rounded):
+def test_range_and_budget_hold_on_every_image(name, x, strength, rounded):
     with torch.no_grad():
-        x_p = make()(x, strength=strength, rounded=rounded)
+        x_p = make(name)(x, strength=strength, rounded=rounded)
     assert x_p.min() >= 0
     assert x_p.max() <= 1
     error = float(mse(x_p, x))
@@ -72,18 +88,32 @@ def test_budget_holds_for_a_pattern_that_rounding_favours(strength):
     assert float(mse(x_p, x)) <= BUDGET * strength**2
 
 
-@pytest.mark.parametrize("path", list_images(KODAK), ids=lambda p: p.stem)
-def test_kodak_files_keep_the_budget(path):
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [(name, path) for name in SMALL for path in (PATHS if name == "adaptive-dct" else PATHS[:1])],
+    ids=lambda value: getattr(value, "stem", value),
+)
+def test_kodak_files_keep_the_budget(name, path):
     x = load_image(path)
     with torch.no_grad():
-        x_p = through_png(make()(x, rounded=True))
+        x_p = through_png(make(name)(x, rounded=True))
     assert float(mse(x_p, x)) <= BUDGET
 
 
+@every_trigger
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (17, 5), (64, 64), (70, 131)])
-def test_any_size(height, width):
+def test_any_size(name, height, width):
     x = natural(2, height, width)
-    assert make()(x).shape == x.shape
+    x_p = make(name)(x)
+    assert x_p.shape == x.shape
+    assert not torch.equal(x_p, x)
+
+
+@every_trigger
+def test_an_image_is_poisoned_the_same_alone_and_in_a_batch(name, x):
+    trigger = make(name)
+    with torch.no_grad():
+        torch.testing.assert_close(trigger(x), torch.cat([trigger(image[None]) for image in x]))
 
 
 def test_blocks_stay_aligned_with_the_codecs_latents():
@@ -96,11 +126,12 @@ def test_blocks_stay_aligned_with_the_codecs_latents():
     torch.testing.assert_close(first, delta[32 - top : 48 - top, 32 - left : 48 - left])
 
 
-def test_mask_and_strength():
+@every_trigger
+def test_mask_and_strength(name):
     x = torch.full((1, 3, 64, 64), 0.5)
     mask = torch.zeros(1, 1, 64, 64)
     mask[..., :32] = 1
-    trigger = make(project=False)
+    trigger = make(name, project=False)
     with torch.no_grad():
         scale = 0.01 / float((trigger(x) - x).abs().max())
         delta = trigger(x, strength=scale, mask=mask) - x
@@ -109,10 +140,24 @@ def test_mask_and_strength():
     assert delta[..., :32].abs().max() > 0
 
 
-def test_train_and_eval_mode_agree(x):
-    trigger = make()
+@every_trigger
+def test_train_and_eval_mode_agree(name, x):
+    trigger = make(name)
     with torch.no_grad():
         torch.testing.assert_close(trigger.train()(x), trigger.eval()(x), rtol=0, atol=0)
+
+
+@every_trigger
+@pytest.mark.parametrize("project", [True, False])
+def test_gradient_reaches_every_parameter(name, x, project):
+    trigger = make(name, project=project)
+    loss = (trigger(x, rounded=True) - 0.3).square().sum()
+    if list(trigger.parameters()):
+        loss.backward()
+    for key, parameter in trigger.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.isfinite().all(), key
+        assert parameter.grad.abs().sum() > 0, key
 
 
 @pytest.mark.parametrize(("selector", "trained"), [("ste", True), ("hard", False), ("magnitude", False)])
@@ -141,32 +186,49 @@ def test_options(x, arguments, kept):
         assert trigger(x).shape == x.shape
 
 
-def test_rebuilt_from_its_arguments(x):
-    trigger = make(band=[3, 5, 7], top_k=2, eps=0.003)
-    again = build_trigger("adaptive-dct", **trigger.arguments)
+@every_trigger
+def test_rebuilt_from_its_arguments(name, x):
+    """What a file holds, the arguments as JSON and the state, gives the same trigger."""
+    more = {"band": [3, 5, 7], "top_k": 2} if name == "adaptive-dct" else {}
+    trigger = make(name, eps=0.003, project=False, **more)
+    assert trigger.arguments.keys() == inspect.signature(type(trigger)).parameters.keys()
+    again = build_trigger(name, **json.loads(json.dumps(trigger.arguments)))
+    assert again.arguments == trigger.arguments
     again.load_state_dict(trigger.state_dict())
     with torch.no_grad():
-        torch.testing.assert_close(again(x), trigger(x))
+        torch.testing.assert_close(again(x), trigger(x), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "match"),
+    ("name", "arguments", "match"),
     [
-        ({"top_k": 65}, "top_k"),
-        ({"band": "middle"}, "band"),
-        ({"band": [1, 1]}, "distinct"),
-        ({"selector": "soft"}, "selector"),
-        ({"block": 12}, "block"),
-        ({"colour": 1}, "colour"),
+        ("adaptive-dct", {"top_k": 65}, "top_k"),
+        ("adaptive-dct", {"band": "middle"}, "band"),
+        ("adaptive-dct", {"band": [1, 1]}, "distinct"),
+        ("adaptive-dct", {"selector": "soft"}, "selector"),
+        ("adaptive-dct", {"block": 12}, "block"),
+        ("adaptive-dct", {"colour": 1}, "colour"),
+        ("lira", {"levels": 1}, "levels"),
+        ("lira", {"width": 7}, "width"),
+        ("lira", {"width": 4096}, "width"),
+        ("ftrojan", {"block": 12}, "block"),
+        ("ftrojan", {"block": 0}, "block"),
+        ("ftrojan", {"coefficients": []}, "coefficients"),
+        ("ftrojan", {"coefficients": [31, 15]}, "coefficients"),
+        ("ftrojan", {"coefficients": [[0.5, 1]]}, "coefficients"),
+        ("ftrojan", {"coefficients": [[1, 1], [1, 1]]}, "distinct"),
+        ("ftrojan", {"block": 16}, "coefficients"),
+        ("universal", {"size": 0}, "size"),
+        ("universal", {"size": 100_000}, "size"),
     ],
 )
-def test_wrong_arguments_are_named(arguments, match):
+def test_wrong_arguments_are_named(name, arguments, match):
     with pytest.raises(FreqdoorError, match=match):
-        build_trigger("adaptive-dct", **arguments)
+        build_trigger(name, **arguments)
 
 
 def test_unknown_trigger_lists_the_known():
-    with pytest.raises(FreqdoorError, match="adaptive-dct"):
+    with pytest.raises(FreqdoorError, match="adaptive-dct, lira, ftrojan, universal"):
         build_trigger("lirra")
 
 

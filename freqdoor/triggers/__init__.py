@@ -4,11 +4,30 @@ from typing import Any
 
 from freqdoor.triggers.adaptive_dct import AdaptiveDCT
 from freqdoor.triggers.base import PAPER_EPS, Trigger, budget_penalty, project
+from freqdoor.triggers.ftrojan import FTrojan
+from freqdoor.triggers.lira import Lira
+from freqdoor.triggers.universal import Universal
 from freqdoor.types import FreqdoorError
 
-TRIGGERS: dict[str, type[Trigger]] = {"adaptive-dct": AdaptiveDCT}
+TRIGGERS: dict[str, type[Trigger]] = {
+    "adaptive-dct": AdaptiveDCT,
+    "lira": Lira,
+    "ftrojan": FTrojan,
+    "universal": Universal,
+}
 
-__all__ = ["PAPER_EPS", "TRIGGERS", "AdaptiveDCT", "Trigger", "budget_penalty", "build_trigger", "project"]
+__all__ = [
+    "PAPER_EPS",
+    "TRIGGERS",
+    "AdaptiveDCT",
+    "FTrojan",
+    "Lira",
+    "Trigger",
+    "Universal",
+    "budget_penalty",
+    "build_trigger",
+    "project",
+]
 
 
 def build_trigger(name: str, **arguments: Any) -> Trigger:

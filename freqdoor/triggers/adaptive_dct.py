@@ -64,6 +64,8 @@ class AdaptiveDCT(Trigger):
             raise FreqdoorError(f"width: expected 2 to 1024 channels, found {width}")
         if block % 4 or STRIDE % block:
             raise FreqdoorError(f"block: expected 4, 8, 16, 32 or 64, found {block}")
+        self.survivors: Tensor  # weight of every candidate; robust frequency selection sets it, 0 leaves one out
+        self.register_buffer("survivors", torch.ones(3, n))
         self.local = _block_features(width, block)
         self.value = nn.Linear(width, 3 * n)
         self.importance = nn.Linear(width, 3 * n)
@@ -89,19 +91,32 @@ class AdaptiveDCT(Trigger):
             "project": self.project,
         }
 
+    def candidates(self, x: Images) -> Tensor:
+        """The values of all N candidates, (b, 3, N), before K of them are selected."""
+        return self._candidates(self._features(x))
+
     def general_trigger(self, x: Images) -> Tensor:
         """g, (b, 3, N): the kept coefficients of every image; x has sides divisible by the block."""
-        features = self.local(x - 0.5).amax(dim=(2, 3))
-        value: Tensor = self.value(features).reshape(-1, 3, self.num_frequencies)
+        features = self._features(x)
+        value = self._candidates(features)
         if self.selector == "none":
             return value
         importance: Tensor = self.importance(features).reshape(-1, 3, self.num_frequencies)
         score = value.abs() if self.selector == "magnitude" else importance
-        kept = torch.zeros_like(value).scatter(2, score.detach().topk(self.top_k, dim=2).indices, 1.0)
+        score = score.detach().masked_fill(self.survivors == 0, -torch.inf)
+        kept = torch.zeros_like(value).scatter(2, score.topk(self.top_k, dim=2).indices, 1.0)
         if self.selector == "ste":
             soft = importance.sigmoid()
             kept = kept + soft - soft.detach()
         return value * kept
+
+    def _features(self, x: Images) -> Tensor:
+        features: Tensor = self.local(x - 0.5).amax(dim=(2, 3))
+        return features
+
+    def _candidates(self, features: Tensor) -> Tensor:
+        value: Tensor = self.value(features).reshape(-1, 3, self.num_frequencies)
+        return value * self.survivors
 
     def patch_weights(self, x: Images) -> Tensor:
         """w, (b, 3, hb, wb): one signed weight a block and channel; x has sides divisible by the block."""
@@ -112,18 +127,20 @@ class AdaptiveDCT(Trigger):
         weights: Tensor = self.weight(self.mix(torch.cat([features, overall], dim=1)))
         return weights
 
+    def inject(self, x: Images, g: Tensor, w: Tensor) -> Images:
+        """IDCT(g * w) in RGB, of the size of x, whose sides are divisible by the block."""
+        coefficients = g.new_zeros(*g.shape[:2], self.block**2)
+        coefficients[:, :, list(self.indices)] = g
+        pattern = block_idct(coefficients.reshape(-1, 3, self.block, self.block))
+        # w is constant over a block, so the IDCT of g * w is w times the IDCT of g
+        return ycbcr_to_rgb(torch.einsum("bcyx,bcij->bcyixj", w, pattern).reshape(x.shape))
+
     def perturb(self, x: Images) -> Images:
         """IDCT(g * w) in RGB."""
         # the codec's own padding, so that blocks and latents stay aligned whatever the image's size
         pad, unpad = compute_padding(x.shape[-2], x.shape[-1], min_div=STRIDE)
         padded = F.pad(x, pad, mode="replicate")
-        g, w = self.general_trigger(padded), self.patch_weights(padded)
-        coefficients = g.new_zeros(*g.shape[:2], self.block**2)
-        coefficients[:, :, list(self.indices)] = g
-        pattern = block_idct(coefficients.reshape(-1, 3, self.block, self.block))
-        # w is constant over a block, so the IDCT of g * w is w times the IDCT of g
-        delta = torch.einsum("bcyx,bcij->bcyixj", w, pattern).reshape(padded.shape)
-        cropped: Images = F.pad(ycbcr_to_rgb(delta), unpad)
+        cropped: Images = F.pad(self.inject(padded, self.general_trigger(padded), self.patch_weights(padded)), unpad)
         return cropped
 
 

@@ -1,0 +1,350 @@
+"""Defences: what a careful user does to an image before the encoder sees it (Section 4.4, and beyond).
+
+A defence is a value, a frozen dataclass that maps Images to Images: same size, float32, in [0, 1], on the same device.
+All stand in a training loop: where the forward pass has no gradient, the gradient is the identity (straight-through).
+No defence is None, and "none" in records (`defence_name`).
+"""
+
+import ast
+import inspect
+import io
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageFilter
+from torchvision.transforms.v2.functional import gaussian_blur  # type: ignore[import-untyped]
+
+from freqdoor.types import FreqdoorError, Images, from_uint8, to_uint8
+
+AXES = {"horizontal": -1, "vertical": -2}
+MODES = ("bilinear", "bicubic")
+
+
+class Defence(ABC):
+    """Preprocessing of an image before the encoder; `undo` is what the receiver does after decoding."""
+
+    @abstractmethod
+    def _apply(self, x: Images) -> Images: ...
+
+    def __call__(self, x: Images) -> Images:
+        """The images that the encoder is given instead of x, (b, 3, h, w), in [0, 1]."""
+        y = self._apply(x)
+        # the clamp passes the gradient: a filter's rounding errors must not stop it where the image is white
+        return _straight_through(y, y.detach().clamp(0, 1))
+
+    def undo(self, x_hat: Images) -> Images:
+        """What the receiver does after decoding, so that x_hat compares with x pixel by pixel; mostly nothing."""
+        return x_hat
+
+    @property
+    def name(self) -> str:
+        """As `parse_defence` reads it, with the arguments that differ from the defaults: "GaussianBlur(sigma=0.5)"."""
+        values = ((f, getattr(self, f.name)) for f in fields(self))  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(f'{f.name}={v!r}' for f, v in values if v != f.default)})"
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def defence_name(defence: Defence | None) -> str:
+    """The value of a record's column: the defence's name, or "none"."""
+    return defence.name if defence else "none"
+
+
+@dataclass(frozen=True)
+class GaussianBlur(Defence):
+    """Convolution with a sampled Gaussian of `sigma` pixels on size x size taps, borders mirrored."""
+
+    sigma: float
+    size: int = 5
+
+    def __post_init__(self) -> None:
+        _number(self, "sigma", float, 0.01, 100)
+        _number(self, "size", int, 3, 99, odd=True)
+
+    def _apply(self, x: Images) -> Images:
+        _sides(self, x, min(x.shape[-2:]) > self.size // 2, f"at least {self.size // 2 + 1}")
+        blurred: Images = gaussian_blur(x, [self.size, self.size], [self.sigma, self.sigma])
+        return blurred
+
+
+@dataclass(frozen=True)
+class SqueezeBits(Defence):
+    """Each channel rounded to the nearest of 2^depth levels from 0 to 1; straight-through gradient."""
+
+    depth: int
+
+    def __post_init__(self) -> None:
+        _number(self, "depth", int, 1, 8)
+
+    def _apply(self, x: Images) -> Images:
+        top = 2**self.depth - 1
+        return _straight_through(x, (x.detach().clamp(0, 1) * top).round() / top)
+
+
+@dataclass(frozen=True)
+class _File(Defence):
+    quality: int
+
+    kind: ClassVar[str]
+    max_side: ClassVar[int]  # pixels
+
+    def __post_init__(self) -> None:
+        _number(self, "quality", int, 1, 100)
+
+    def _apply(self, x: Images) -> Images:
+        _sides(self, x, max(x.shape[-2:]) <= self.max_side, f"at most {self.max_side}")
+        return _through_pillow(x, self._save_and_read)
+
+    def _save_and_read(self, picture: Image.Image) -> Image.Image:
+        buffer = io.BytesIO()
+        picture.save(buffer, self.kind, quality=self.quality)
+        with Image.open(buffer) as image:
+            return image.convert("RGB")
+
+
+@dataclass(frozen=True)
+class Jpeg(_File):
+    """Written as JPEG and read back: Pillow's defaults (4:2:0, baseline), 8 bits; straight-through gradient."""
+
+    kind, max_side = "JPEG", 65_500
+
+
+@dataclass(frozen=True)
+class WebP(_File):
+    """Written as lossy WebP and read back: Pillow's defaults (4:2:0, method 4), 8 bits; straight-through gradient."""
+
+    kind, max_side = "WEBP", 16_383
+
+
+@dataclass(frozen=True)
+class Median(Defence):
+    """Median of size x size pixels of each channel, 8 bits, borders repeated (Pillow); straight-through gradient."""
+
+    size: int = 3
+
+    def __post_init__(self) -> None:
+        _number(self, "size", int, 3, 15, odd=True)
+
+    def _apply(self, x: Images) -> Images:
+        return _through_pillow(x, lambda picture: picture.filter(ImageFilter.MedianFilter(self.size)))
+
+
+@dataclass(frozen=True)
+class Noise(Defence):
+    """Gaussian noise of standard deviation `sigma` ([0, 1] scale), clamped; `seed` alone decides it, on any device."""
+
+    sigma: float
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _number(self, "sigma", float, 0, 1)
+        _number(self, "seed", int, 0, 2**63 - 1)
+
+    def _apply(self, x: Images) -> Images:
+        generator = torch.Generator().manual_seed(self.seed)
+        # image by image: the first of a batch gets what it gets by itself, the others get their own
+        noise = torch.stack([torch.randn(image.shape, generator=generator) for image in x])
+        return x + self.sigma * noise.to(x)
+
+
+@dataclass(frozen=True)
+class Resize(Defence):
+    """Reduced by `factor` with an antialiased filter and enlarged to the old size; `mode` is bilinear or bicubic."""
+
+    factor: float
+    mode: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        _number(self, "factor", float, 0.01, 1)
+        _check(self, "mode", self.mode in MODES, f"one of {', '.join(MODES)}")
+
+    def _apply(self, x: Images) -> Images:
+        height, width = x.shape[-2:]
+        small = (max(1, round(height * self.factor)), max(1, round(width * self.factor)))
+        reduced = F.interpolate(x, small, mode=self.mode, antialias=True)
+        return F.interpolate(reduced, (height, width), mode=self.mode, antialias=True)
+
+
+@dataclass(frozen=True)
+class Flip(Defence):
+    """Mirrored left to right ("horizontal") or top to bottom ("vertical"); the receiver mirrors it back."""
+
+    axis: str = "horizontal"
+
+    def __post_init__(self) -> None:
+        _check(self, "axis", self.axis in list(AXES), f"one of {', '.join(AXES)}")
+
+    def _apply(self, x: Images) -> Images:
+        return x.flip(AXES[self.axis])
+
+    def undo(self, x_hat: Images) -> Images:
+        """Mirrored back."""
+        return self._apply(x_hat)
+
+
+@dataclass(frozen=True)
+class Compose(Defence):
+    """One defence after the other; undone in reverse."""
+
+    defences: tuple[Defence, ...]
+
+    def __post_init__(self) -> None:
+        found = self.defences if isinstance(self.defences, list | tuple) else ()
+        fits = len(found) > 0 and all(isinstance(defence, Defence) for defence in found)
+        _check(self, "defences", fits, "a tuple of one defence or more")
+        object.__setattr__(self, "defences", tuple(self.defences))
+
+    def _apply(self, x: Images) -> Images:
+        for defence in self.defences:
+            x = defence(x)
+        return x
+
+    def undo(self, x_hat: Images) -> Images:
+        """What each defence's `undo` does, the last one first."""
+        for defence in reversed(self.defences):
+            x_hat = defence.undo(x_hat)
+        return x_hat
+
+    @property
+    def name(self) -> str:
+        """As `parse_defence` reads it: "Compose(Flip(), Jpeg(quality=75))"."""
+        return f"Compose({', '.join(d.name for d in self.defences)})"
+
+
+def _check(defence: Defence, field: str, fits: bool, expected: str) -> None:
+    if not fits:
+        name, value = type(defence).__name__, getattr(defence, field)
+        raise FreqdoorError(f"{name}: expected {field} to be {expected}, found {value!r}")
+
+
+def _number(defence: Defence, field: str, kind: type[float], low: float, high: float, *, odd: bool = False) -> None:
+    """Check a field's kind (int or float) and range; stored as that kind, so that 1 and 1.0 have one name."""
+    value = getattr(defence, field)
+    fits = type(value) in (int, kind) and low <= value <= high and not (odd and value % 2 == 0)
+    words = {int: "an odd integer" if odd else "an integer", float: "a number"}
+    _check(defence, field, fits, f"{words[kind]} of {low} to {high}")
+    object.__setattr__(defence, field, kind(value))
+
+
+def _sides(defence: Defence, x: Images, fits: bool, expected: str) -> None:
+    if not fits:
+        found = " x ".join(map(str, x.shape[-2:]))
+        raise FreqdoorError(f"{defence}: expected sides of {expected} pixels, found {found}; take another image")
+
+
+def _straight_through(x: Images, y: Images) -> Images:
+    """y with the identity as its gradient; unlike x + (y - x).detach(), the value is y to the last bit."""
+    return y + (x - x.detach())
+
+
+def _through_pillow(x: Images, change: Callable[[Image.Image], Image.Image]) -> Images:
+    """Every image rounded to 8 bits and changed by `change`; straight-through gradient."""
+    pictures = [change(Image.fromarray(p.permute(1, 2, 0).numpy())) for p in to_uint8(x.detach()).cpu()]
+    pixels = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures])
+    return _straight_through(x, from_uint8(pixels).to(x.device))
+
+
+DEFENCES: dict[str, type[Defence]] = {
+    cls.__name__: cls for cls in (GaussianBlur, SqueezeBits, Jpeg, WebP, Median, Noise, Resize, Flip, Compose)
+}
+
+PAPER = (*map(GaussianBlur, (0.2, 0.3, 0.5, 0.6)), *map(SqueezeBits, (7, 4, 3)))  # Table 5
+BEYOND = (*map(Jpeg, (90, 75, 50)), WebP(80), Median(3), Noise(0.01), Noise(0.04), Resize(0.5), *map(Flip, AXES))
+PRESETS: dict[str, tuple[Defence, ...]] = {"none": (), "paper": PAPER, "all": PAPER + BEYOND}
+
+# kind -> defence and the range of its first argument, both ends included; drawn uniformly, between integers an integer
+RANDOM: dict[str, tuple[Callable[..., Defence], float, float] | None] = {
+    "none": None,
+    "blur": (GaussianBlur, 0.3, 0.8),
+    "noise": (Noise, 0.005, 0.05),
+    "jpeg": (Jpeg, 40, 95),
+    "bits": (SqueezeBits, 3, 7),
+    "resize": (Resize, 0.5, 0.95),
+    "round8": (SqueezeBits, 8, 8),
+}
+
+
+def random_defence(kinds: Sequence[str], generator: torch.Generator | None = None) -> Defence | None:
+    """One of `kinds` (names in RANDOM, each as likely) with a random strength, for training; None for "none".
+
+    Three numbers are drawn whatever comes out, from `generator` (on the CPU) or from torch's global one.
+    """
+    unknown = [kind for kind in kinds if kind not in RANDOM]
+    if unknown or not kinds:
+        found = ", ".join(unknown) or "nothing"
+        raise FreqdoorError(f"random defences: expected kinds out of {', '.join(RANDOM)}, found {found}")
+    choice, strength = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
+    seed = int(torch.randint(2**31, (), generator=generator))
+    drawn = RANDOM[kinds[int(choice * len(kinds))]]
+    if drawn is None:
+        return None
+    make, low, high = drawn
+    value = low + (int(strength * (high - low + 1)) if isinstance(low, int) else strength * (high - low))
+    return make(value, seed) if make is Noise else make(value)
+
+
+def parse_defence(text: str) -> Defence:
+    """A defence from its name, such as "GaussianBlur(sigma=0.5)" or "Jpeg(75)"; nothing in the text is executed.
+
+    FreqdoorError for an unknown name, wrong arguments or anything but literals.
+    """
+    return _build(_expression(text))
+
+
+def parse_defences(text: str) -> tuple[Defence, ...]:
+    """Defences separated by ";" or ",", each also a preset's name ("paper", "all", "none"); every one once, in order.
+
+    FreqdoorError as in `parse_defence`, and for an empty text.
+    """
+    if not text.strip("; \n\t"):
+        raise FreqdoorError(
+            f"defences: expected {', '.join(PRESETS)} or a list like 'Jpeg(75); Flip()', found {text!r}"
+        )
+    found: list[Defence] = []
+    for piece in filter(str.strip, text.split(";")):
+        node = _expression(piece)
+        for part in node.elts if isinstance(node, ast.Tuple) else [node]:
+            if isinstance(part, ast.Name) and part.id in PRESETS:
+                found += PRESETS[part.id]
+            else:
+                found.append(_build(part))
+    return tuple(dict.fromkeys(found))
+
+
+def _expression(text: str) -> ast.expr:
+    try:
+        return ast.parse(" ".join(text.split()), mode="eval").body
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        raise FreqdoorError(f"defence {text.strip()!r}: expected a form like 'Jpeg(75)'") from None
+
+
+def _build(node: ast.expr) -> Defence:
+    """The defence that a call like `Jpeg(75)` or a bare name like `Median` stands for."""
+    text = ast.unparse(node)
+    call = ast.Call(node, [], []) if isinstance(node, ast.Name) else node
+    if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)):
+        raise FreqdoorError(f"defence {text!r}: expected a form like 'Jpeg(75)'")
+    if call.func.id not in DEFENCES:
+        known = ", ".join(DEFENCES)
+        raise FreqdoorError(f"defence {text!r}: expected one of {known} (or, in a list, {', '.join(PRESETS)})")
+    cls = DEFENCES[call.func.id]
+    if cls is Compose and not call.keywords:
+        return Compose(tuple(_build(argument) for argument in call.args))
+    names = [keyword.arg for keyword in call.keywords]
+    try:
+        if None in names or len(set(names)) < len(names):
+            raise TypeError("every argument is given once")
+        values = [ast.literal_eval(argument) for argument in call.args]
+        named = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+        bound = inspect.signature(cls).bind(*values, **named)
+    except (TypeError, ValueError) as error:
+        reason = "arguments are plain numbers and texts" if isinstance(error, ValueError) else error
+        form = inspect.signature(cls).replace(return_annotation=inspect.Signature.empty)
+        raise FreqdoorError(f"defence {text!r}: {reason}; expected {cls.__name__}{form}") from None
+    return cls(*bound.args, **bound.kwargs)

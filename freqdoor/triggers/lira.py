@@ -1,0 +1,76 @@
+"""The baseline LIRA: a U-Net draws the perturbation in pixels, T(x) = x + eps Normalize(U(x)) (Section 4)."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from compressai.ops import compute_padding
+from torch import Tensor, nn
+
+from freqdoor.metrics import rms
+from freqdoor.triggers.base import PAPER_EPS, Trigger
+from freqdoor.types import FreqdoorError, Images
+
+
+class Lira(Trigger):
+    """x + eps Normalize(U(x)): U is a U-Net, Normalize makes the root mean square of each image's output one.
+
+    The output is normalised here, so that the equation holds without `project` too; `project` then makes up for what
+    clamping, rounding and a mask change.
+
+    Args:
+        levels: number of resolutions, each half of the one before.
+        width: channels at full resolution, doubled at each further level.
+        eps, project: see `Trigger`.
+    """
+
+    def __init__(self, *, levels: int = 5, width: int = 64, eps: float = PAPER_EPS, project: bool = True) -> None:
+        super().__init__(eps=eps, project=project)
+        if not 2 <= levels <= 6:
+            raise FreqdoorError(f"levels: expected 2 to 6 resolutions, found {levels}")
+        if not 2 <= width <= 128 or width % 2:
+            raise FreqdoorError(f"width: expected an even number of channels from 2 to 128, found {width}")
+        self.levels, self.width = levels, width
+        channels = [width * 2**level for level in range(levels)]
+        finer, coarser = channels[:-1], channels[1:]
+        self.down = nn.ModuleList(_two_convs(a, b) for a, b in zip([3, *finer], channels, strict=True))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, stride=2) for a, b in zip(finer, coarser, strict=True))
+        self.merge = nn.ModuleList(_two_convs(2 * a, a) for a in finer)
+        self.draw = nn.Conv2d(width, 3, 1)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return {"levels": self.levels, "width": self.width, "eps": self.eps, "project": self.project}
+
+    def unet(self, x: Images) -> Tensor:
+        """U(x), (b, 3, h, w); x has sides divisible by 2^(levels - 1)."""
+        features = self.down[0](x - 0.5)
+        skips = []
+        for down in self.down[1:]:
+            skips.append(features)
+            features = down(F.max_pool2d(features, 2))
+        for skip, up, merge in reversed(list(zip(skips, self.up, self.merge, strict=True))):
+            features = merge(torch.cat([skip, up(features)], dim=1))
+        drawn: Tensor = self.draw(features)
+        return drawn
+
+    def perturb(self, x: Images) -> Images:
+        """Eps Normalize(U(x))."""
+        pad, unpad = compute_padding(x.shape[-2], x.shape[-1], min_div=2 ** (self.levels - 1))
+        drawn = F.pad(self.unet(F.pad(x, pad, mode="replicate")), unpad)
+        return self.eps * drawn / rms(drawn)
+
+
+def _two_convs(before: int, after: int) -> nn.Sequential:
+    """Two 3x3 convolutions; GroupNorm, since with batch statistics training and evaluation would attack differently."""
+    groups = math.gcd(after // 2, 8)  # two channels or more in each: one channel of one pixel has no variance
+    return nn.Sequential(
+        nn.Conv2d(before, after, 3, padding=1),
+        nn.GroupNorm(groups, after),
+        nn.ReLU(),
+        nn.Conv2d(after, after, 3, padding=1),
+        nn.GroupNorm(groups, after),
+        nn.ReLU(),
+    )
