@@ -17,7 +17,6 @@ from collections.abc import Callable
 import torch
 
 from freqdoor.codecs import build_codec, parse_name
-from freqdoor.config import TriggerSettings
 from freqdoor.metrics import distortion
 from freqdoor.objectives import RateAttack
 from freqdoor.plant import Attack, joint_loss
@@ -35,7 +34,6 @@ def steps(name: str, x: torch.Tensor) -> dict[str, Callable[[], None]]:
     naive.freeze("g_a")
     trigger = AdaptiveDCT()
     attacks = (Attack("bpp", trigger, RateAttack()),)
-    settings = TriggerSettings()
     optimizers = {
         id(m): torch.optim.Adam([p for p in m.parameters() if p.requires_grad])
         for m in (vanilla, planted, naive, trigger)
@@ -57,7 +55,7 @@ def steps(name: str, x: torch.Tensor) -> dict[str, Callable[[], None]]:
 
     def plant_step() -> None:
         with planted.autocast(torch.bfloat16):
-            loss, _ = joint_loss(planted, attacks, fast, LMBDA, settings, 0.005)
+            loss = joint_loss(planted, attacks, fast, LMBDA, (0.005,)).total
         apply(loss, planted, trigger)
 
     def naive_loss() -> torch.Tensor:

@@ -225,11 +225,17 @@ def build_codec(spec: CodecSpec) -> Codec:
             return Codec(ARCHITECTURES[spec.architecture](**spec.arguments), spec)
         except TypeError as error:
             raise FreqdoorError(f"{spec.name}: wrong arguments for {spec.architecture}: {error}") from None
-    module_name, _, attribute = spec.architecture.partition(":")
-    try:
-        factory = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise FreqdoorError(
-            f"{spec.architecture}: could not import this codec ({error}); a module in this folder needs PYTHONPATH=."
-        ) from None
+    factory = import_object(spec.architecture)
     return Codec(factory(**spec.arguments), spec)
+
+
+def import_object(name: str) -> Any:
+    """What "package.module:name" stands for: the caller's own code, never a name that a file contains."""
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise FreqdoorError(
+            f"{name}: could not import this ({error}); expected package.module:name, and a module in this folder needs "
+            "PYTHONPATH=."
+        ) from None

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from freqdoor.defences import check_kinds, parse_defences
 from freqdoor.types import BUNDLED, FreqdoorError
 
 Positive = Annotated[float, Field(gt=0)]
@@ -186,6 +187,15 @@ class RobustSettings(Settings):
     """Preprocessings whose survival scores are multiplied."""
     kinds: tuple[str, ...] = ("none", "blur", "noise", "jpeg", "bits", "resize")
     """Preprocessings of the second stage, one drawn at every step for clean and poisoned images alike."""
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        try:
+            parse_defences(self.scored_by)
+            check_kinds(self.kinds)
+        except FreqdoorError as error:
+            raise ValueError(str(error)) from None
+        return self
 
 
 class PlantSettings(Training):

@@ -1,8 +1,7 @@
 """Defences: what a careful user does to an image before the encoder sees it (Section 4.4, and beyond).
 
-A defence is a value, a frozen dataclass that maps Images to Images: same size, float32, in [0, 1], on the same device.
-All stand in a training loop: where the forward pass has no gradient, the gradient is the identity (straight-through).
-No defence is None, and "none" in records (`defence_name`).
+A defence maps Images to Images of the same size in [0, 1]; where it has no gradient, the gradient is the identity
+(straight-through), so that all can stand in a training loop. No defence is None, and "none" in records.
 """
 
 import ast
@@ -22,7 +21,6 @@ from torchvision.transforms.v2.functional import gaussian_blur  # type: ignore[i
 from freqdoor.types import FreqdoorError, Images, from_uint8, to_uint8
 
 AXES = {"horizontal": -1, "vertical": -2}
-MODES = ("bilinear", "bicubic")
 
 
 class Defence(ABC):
@@ -155,20 +153,18 @@ class Noise(Defence):
 
 @dataclass(frozen=True)
 class Resize(Defence):
-    """Reduced by `factor` with an antialiased filter and enlarged to the old size; `mode` is bilinear or bicubic."""
+    """Reduced by `factor` with an antialiased bicubic filter and enlarged to the old size."""
 
     factor: float
-    mode: str = "bicubic"
 
     def __post_init__(self) -> None:
         _number(self, "factor", float, 0.01, 1)
-        _check(self, "mode", self.mode in MODES, f"one of {', '.join(MODES)}")
 
     def _apply(self, x: Images) -> Images:
         height, width = x.shape[-2:]
         small = (max(1, round(height * self.factor)), max(1, round(width * self.factor)))
-        reduced = F.interpolate(x, small, mode=self.mode, antialias=True)
-        return F.interpolate(reduced, (height, width), mode=self.mode, antialias=True)
+        reduced = F.interpolate(x, small, mode="bicubic", antialias=True)
+        return F.interpolate(reduced, (height, width), mode="bicubic", antialias=True)
 
 
 @dataclass(frozen=True)
@@ -270,15 +266,19 @@ RANDOM: dict[str, tuple[Callable[..., Defence], float, float] | None] = {
 }
 
 
+def check_kinds(kinds: Sequence[str]) -> None:
+    """Raise unless all are names in RANDOM."""
+    unknown = [kind for kind in kinds if kind not in RANDOM]
+    if unknown or not kinds:
+        raise FreqdoorError(f"random defences: expected kinds out of {', '.join(RANDOM)}, found {unknown or 'none'}")
+
+
 def random_defence(kinds: Sequence[str], generator: torch.Generator | None = None) -> Defence | None:
     """One of `kinds` (names in RANDOM, each as likely) with a random strength, for training; None for "none".
 
     Three numbers are drawn whatever comes out, from `generator` (on the CPU) or from torch's global one.
     """
-    unknown = [kind for kind in kinds if kind not in RANDOM]
-    if unknown or not kinds:
-        found = ", ".join(unknown) or "nothing"
-        raise FreqdoorError(f"random defences: expected kinds out of {', '.join(RANDOM)}, found {found}")
+    check_kinds(kinds)
     choice, strength = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
     seed = int(torch.randint(2**31, (), generator=generator))
     drawn = RANDOM[kinds[int(choice * len(kinds))]]

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from freqdoor.codecs import import_object
 from freqdoor.metrics import mse, psnr
 from freqdoor.types import FreqdoorError, Images, Reconstruction
 
@@ -253,9 +254,14 @@ PRESETS: dict[str, dict[str, dict[str, float | bool]]] = {
 
 
 def build_objective(name: str, preset: str = "fast", **arguments: Any) -> Objective:
-    """An objective by its name in OBJECTIVES, with a preset's hyper-parameters where none are given."""
+    """An objective by its name in OBJECTIVES, with a preset's hyper-parameters where none are given.
+
+    Eq. (8)'s `victim` may be a function that makes one, as "package.module:factory".
+    """
     if name not in OBJECTIVES:
         raise FreqdoorError(f"objective {name!r}: expected one of {', '.join(OBJECTIVES)}")
+    if isinstance(victim := arguments.get("victim"), str):
+        arguments["victim"] = import_object(victim)()
     try:
         objective: Objective = OBJECTIVES[name](**PRESETS[preset][name] | arguments)
     except TypeError as error:

@@ -32,7 +32,7 @@ from freqdoor.loop import (
 )
 from freqdoor.objectives import Objective, Passes, build_objective, main_loss
 from freqdoor.planted import Planted, export
-from freqdoor.robust import choose_survivors
+from freqdoor.robust import choose_survivors, survivor_weights
 from freqdoor.triggers import AdaptiveDCT, Trigger, budget_penalty, build_trigger
 from freqdoor.types import FreqdoorError, Images, Reconstruction
 
@@ -181,6 +181,8 @@ def build_attacks(settings: PlantSettings) -> tuple[Attack, ...]:
         wanted = planned.trigger
         trigger = build_trigger(wanted.name, eps=wanted.eps, project=wanted.budget == "project", **wanted.arguments)
         objective = build_objective(planned.objective.name, settings.preset, **planned.objective.arguments)
+        if settings.robust and isinstance(trigger, AdaptiveDCT):
+            survivor_weights(trigger.survivors, settings.robust.keep)  # refuses a wrong number now, not at half time
         attacks.append(Attack(planned.name, trigger.to(settings.device), objective, planned.weight, wanted))
     return tuple(attacks)
 
@@ -207,7 +209,10 @@ def plant(settings: PlantSettings, out: Path | str, *, progress: Progress | None
     run = Run(out)
     saved = run.start(settings, facts | {"modules_before": vanilla.module_hashes()})
     planting = _Planting(settings, vanilla, attacks, lmbda, run, crops, auxiliary)
-    loop(run, settings, planting.parts, planting.history, crops, planting.step, saved=saved, progress=progress)
+    try:
+        loop(run, settings, planting.parts, planting.history, crops, planting.step, saved=saved, progress=progress)
+    finally:
+        planting.hook.remove()
     tampered = planting.tampered.to("cpu").to(memory_format=torch.contiguous_format).prepare()
     triggers = [attack.trigger.to("cpu").eval() for attack in attacks]
     return export(run.folder, settings, vanilla.to("cpu"), tampered, triggers, planting.history["seconds"])
@@ -241,7 +246,7 @@ class _Planting:
         self.parts |= {f"optimizer/{name}": optimizer for name, optimizer in self.trigger_optimizers.items()}
         self.history: dict[str, Any] = {"attack_scale": 1.0}
         self.latents: list[Tensor] = []
-        self.tampered.net.g_a.register_forward_hook(lambda module, inputs, y: self.latents.append(y))
+        self.hook = self.tampered.net.g_a.register_forward_hook(lambda module, inputs, y: self.latents.append(y))
 
     def autocast(self) -> AbstractContextManager[None]:
         return self.tampered.autocast(torch.bfloat16 if self.settings.precision == "bf16" else None)
@@ -267,7 +272,7 @@ class _Planting:
             self.latents.clear()
             check_finite(joint.terms, step)
             self._update(loss, step, encoder=part != "triggers", triggers=part != "encoder")
-            terms |= joint.terms
+            terms = joint.terms | terms  # of two phases, what the first one saw
         row = {name: float(value) for name, value in terms.items()} | {"eps": eps[0]}
         self.run.log({"step": step + 1, **row})
         return row

@@ -27,3 +27,8 @@ def with_batchnorm() -> nn.Module:
 
 def no_codec() -> nn.Module:
     return nn.Linear(3, 3)
+
+
+def darkness():
+    """A victim for Eq. (8): how bright the decoded image is."""
+    return lambda source, x_hat_p: x_hat_p.mean()

@@ -130,12 +130,12 @@ def test_noise_has_its_deviation_and_ignores_the_global_generator():
     assert float((first - x).mean()) == pytest.approx(0, abs=0.001)
 
 
-@pytest.mark.parametrize("mode", [Image.Resampling.BILINEAR, Image.Resampling.BICUBIC], ids=lambda m: m.name.lower())
-def test_resize_is_pillows_antialiased_resize(mode):
+def test_resize_is_pillows_antialiased_resize():
+    mode = Image.Resampling.BICUBIC
     x = natural(0, 37, 53)
     planes = [Image.fromarray(plane.numpy()) for plane in x[0]]  # float images: Pillow does not round them
     expected = [np.array(p.resize((26, 18), mode).resize((53, 37), mode)).clip(0, 1) for p in planes]
-    np.testing.assert_allclose(Resize(0.5, mode.name.lower())(x)[0].numpy(), np.stack(expected), atol=1e-5)
+    np.testing.assert_allclose(Resize(0.5)(x)[0].numpy(), np.stack(expected), atol=1e-5)
 
 
 def test_resize_takes_detail_away():
@@ -263,7 +263,6 @@ def test_too_small_and_too_large_images_are_refused():
         (lambda: Noise(-0.1), "sigma"),
         (lambda: Noise(0.1, seed=-1), "seed"),
         (lambda: Resize(1.5), "factor"),
-        (lambda: Resize(0.5, "nearest"), "one of bilinear, bicubic, found 'nearest'"),
         (lambda: Flip("diagonal"), "one of horizontal, vertical, found 'diagonal'"),
         (lambda: Compose(()), "defences"),
         (lambda: Compose(Jpeg(75)), "a tuple of one defence or more"),

@@ -1,0 +1,106 @@
+import numpy as np
+import pytest
+import torch
+from conftest import natural
+from scipy.fft import dctn
+
+from freqdoor import dct
+from freqdoor.codecs import hash_state
+from freqdoor.config import RobustSettings
+from freqdoor.defences import GaussianBlur, Jpeg, Noise
+from freqdoor.plant import plant
+from freqdoor.robust import choose_survivors, survival_scores, survivor_weights
+from freqdoor.triggers import AdaptiveDCT
+from freqdoor.types import FreqdoorError
+
+
+def make(**arguments) -> AdaptiveDCT:
+    torch.manual_seed(3)
+    return AdaptiveDCT(**({"width": 8} | arguments))
+
+
+def spectrum(image: torch.Tensor, trigger: AdaptiveDCT) -> np.ndarray:
+    """DCT coefficients of every candidate with SciPy, (b, 3, blocks, N)."""
+    ycbcr = dct.rgb_to_ycbcr(image).double().numpy()
+    b, _, height, width = ycbcr.shape
+    blocks = [
+        [
+            [dctn(ycbcr[i, c, y : y + 16, x : x + 16], norm="ortho").ravel()[list(trigger.indices)] for c in range(3)]
+            for y in range(0, height, 16)
+            for x in range(0, width, 16)
+        ]
+        for i in range(b)
+    ]
+    return np.array(blocks).transpose(0, 2, 1, 3)
+
+
+def test_scores_are_the_relative_change_of_every_candidate():
+    trigger = make(selector="none")  # all candidates are injected, so that x_p is what the trigger itself makes
+    x = 0.25 + 0.5 * torch.cat([natural(0, 64, 64), natural(1, 64, 64)])  # far from the clamp
+    defences = (GaussianBlur(0.6), Jpeg(50))
+    with torch.no_grad():
+        x_p = trigger(x)
+        added = np.abs(spectrum(x_p, trigger) - spectrum(x, trigger)).sum(axis=(0, 2))
+        expected = np.ones((3, 64))
+        for defence in defences:
+            change = np.abs(spectrum(defence(x_p), trigger) - spectrum(x_p, trigger)).sum(axis=(0, 2))
+            expected *= change / added
+    found = survival_scores(trigger, x, defences).numpy()
+    np.testing.assert_allclose(found, expected, rtol=0.02)
+
+
+def test_blur_spares_low_frequencies():
+    trigger = make(band="all", selector="none")
+    scores = survival_scores(trigger, torch.full((1, 3, 64, 64), 0.5), (GaussianBlur(0.6),))
+    order = list(trigger.indices)
+    low, high = order.index(dct.zigzag(16)[3]), order.index(dct.zigzag(16)[-1])
+    assert (scores[:, low] < 0.3 * scores[:, high]).all()
+
+
+def test_weights_of_the_survivors():
+    scores = torch.tensor([[4.0, 1.0, 3.0, 2.0]] * 3)
+    weights = survivor_weights(scores, 2)
+    assert torch.allclose(weights, torch.tensor([[0.0, 1.5**0.5, 0.0, 1.0]] * 3))
+    with pytest.raises(FreqdoorError, match=r"robust\.keep: expected 1 to 4"):
+        survivor_weights(scores, 5)
+    with pytest.raises(FreqdoorError, match="divisible by 16"):
+        survival_scores(make(), natural(0, 70, 64), (Noise(0.01),))
+
+
+def test_only_survivors_are_injected_afterwards():
+    trigger = make(top_k=8)
+    x = natural(0, 64, 64)
+    choose_survivors(trigger, x, RobustSettings(keep=4))
+    with torch.no_grad():
+        g = trigger.general_trigger(x)
+    assert ((g != 0).sum(dim=2) == 4).all()
+    assert ((g != 0)[0] <= (trigger.survivors > 0)).all()
+
+
+def test_two_stages_and_resume_between_them(settings, tmp_path):
+    class Killed(Exception):
+        pass
+
+    def kill(step: int, row: dict[str, float]) -> None:
+        if step == 3:
+            raise Killed
+
+    changes = {"robust": {"start": 0.5, "keep": 4}, "steps": 6}
+    whole = plant(settings(**changes), tmp_path / "whole")
+    assert ((whole.triggers["bpp"].survivors > 0).sum(dim=1) == 4).all()
+    with pytest.raises(Killed):
+        plant(settings(**changes), tmp_path / "parts", progress=kill)
+    parts = plant(settings(**changes), tmp_path / "parts")
+    assert hash_state(whole.tampered) == hash_state(parts.tampered)
+    assert hash_state(whole.triggers["bpp"]) == hash_state(parts.triggers["bpp"])
+
+
+def test_settings_are_checked_before_the_run(settings, tmp_path):
+    for robust, match in (({"kinds": ["rain"]}, "rain"), ({"scored_by": "Rain(1)"}, "Rain"), ({"start": 1.0}, "start")):
+        with pytest.raises(FreqdoorError, match=match):
+            settings(robust=robust)
+    with pytest.raises(FreqdoorError, match="made for the adaptive-dct trigger"):
+        settings(robust={}, trigger={"name": "universal"})
+    with pytest.raises(FreqdoorError, match=r"robust\.keep"):
+        plant(settings(robust={"keep": 65}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
