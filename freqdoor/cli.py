@@ -17,7 +17,7 @@ from rich.table import Table
 
 from freqdoor import container
 from freqdoor.codecs import Codec
-from freqdoor.config import CodecTraining, PlantSettings, load_settings
+from freqdoor.config import CodecSource, CodecTraining, PlantSettings, load_settings
 from freqdoor.data import list_images, usable_images
 from freqdoor.defences import parse_defences
 from freqdoor.demo import STEPS, held_out
@@ -221,6 +221,9 @@ def reproduce(
     recipe: Annotated[str, typer.Argument(help=f"One of {', '.join(RECIPES)}.")],
     config: Annotated[Path | None, typer.Argument(help="Settings as for plant; rows change theirs.")] = None,
     images: Annotated[Path | None, typer.Option(help="Measured on; by default six bundled Kodak images.")] = None,
+    codec: Annotated[
+        list[str] | None, typer.Option(help="Plant in this codec, or in NAME=WEIGHTS; repeatable for curves.")
+    ] = None,
     out: Out = Path("results"),
     runs: Annotated[Path, typer.Option(help="Where plantings are kept; recipes share them.")] = Path("runs/reproduce"),
     seeds: Annotated[int, typer.Option(help="Plantings of every row.")] = 3,
@@ -230,6 +233,8 @@ def reproduce(
     """Reproduce a table or figure: run or resume what is missing, the paper's column beside ours."""
     settings = recipe_settings(config, overrides or (), runs)
     measured = list_images(images) if images else held_out()
+    named = [text.partition("=") for text in codec or ()]
+    codecs = [CodecSource(name=name, weights=file or None) for name, _, file in named]
     with ExitStack() as shown:
 
         def announce(what: str, steps: int) -> Progress:
@@ -237,7 +242,7 @@ def reproduce(
             return shown.enter_context(_live(steps, what))
 
         table = run_reproduce(
-            recipe, settings, measured, out, runs=runs, seeds=seeds, minutes=budget, announce=announce
+            recipe, settings, measured, out, codecs=codecs, runs=runs, seeds=seeds, minutes=budget, announce=announce
         )
     page = out / f"{recipe}.md"
     missing = [row for row, cells in table.items() if not cells]

@@ -6,13 +6,14 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from scipy.stats import t as student_t  # type: ignore[import-untyped]
 
 from freqdoor.checkpoint import environment
-from freqdoor.config import PlantSettings, load_settings, make_settings, merge
+from freqdoor.config import CodecSource, PlantSettings, load_settings, make_settings, merge
 from freqdoor.data import dataset_hash, load_image, usable_images
 from freqdoor.demo import training_folder
 from freqdoor.evaluate import Condition, encoded, measure
@@ -60,6 +61,7 @@ def reproduce(
     images: Sequence[Path],
     out: Path | str,
     *,
+    codecs: Sequence[CodecSource] = (),
     runs: Path | str = "runs/reproduce",
     seeds: int = 3,
     minutes: float | None = None,
@@ -71,6 +73,7 @@ def reproduce(
         name: a key of RECIPES.
         base: codec, training images, steps; a row changes what its name says.
         images: what is measured on.
+        codecs: plant in each of these instead of in base.codec, for curves over qualities.
         runs: where plantings lie, one folder for each set of settings: recipes share them.
         seeds: plantings of every row, with the seeds base.seed, base.seed + 1, ...
         minutes: start nothing new after so many; the table then has gaps, and the same command goes on.
@@ -83,28 +86,35 @@ def reproduce(
     if seeds < 1:
         raise FreqdoorError(f"seeds: expected 1 or more, found {seeds}")
     recipe = RECIPES[name]()
+    rows = {row.name: row for row in recipe.rows}
     images = usable_images(images, decode=True)
     deadline = time.monotonic() + 60 * minutes if minutes is not None else math.inf
     values: dict[tuple[str, str], list[float]] = {}
     seconds: list[float] = []
-    for seed in range(base.seed, base.seed + seeds):
-        for row in recipe.rows:
-            planted = _planted(base, row, seed, Path(runs), deadline, announce)
-            if planted is None:
-                continue
-            if row.changes is not None:
-                seconds.append(planted.header["planting"]["seconds"])
-            for column, value in _measured(planted, row, recipe, images, Path(runs)):
-                values.setdefault((row.name, column.title), []).append(value)
-    table: Table = {
-        row.name: {
-            column.title: Cell(tuple(found), row.paper.get(column.title))
-            for column in recipe.columns
-            if (found := values.get((row.name, column.title)))
-        }
+    sources = codecs or (base.codec,)
+    labels = {
+        (row.name, source): f"{row.name}, {source.name}" if codecs else row.name
         for row in recipe.rows
+        for source in sources
     }
-    _write(recipe, table, base, images, Path(out), seeds, seconds)
+    for seed, source, row in product(range(base.seed, base.seed + seeds), sources, recipe.rows):
+        on = base.model_copy(update={"codec": source})
+        planted = _planted(on, row, seed, Path(runs), deadline, announce)
+        if planted is None:
+            continue
+        if row.changes is not None:
+            seconds.append(planted.header["planting"]["seconds"])
+        for column, value in _measured(planted, row, recipe, images, Path(runs)):
+            values.setdefault((labels[row.name, source], column.title), []).append(value)
+    table: Table = {
+        label: {
+            column.title: Cell(tuple(found), rows[name].paper.get(column.title) if not codecs else None)
+            for column in recipe.columns
+            if (found := values.get((label, column.title)))
+        }
+        for (name, _), label in labels.items()
+    }
+    _write(recipe, table, base, [source.name for source in sources], images, Path(out), seeds, seconds)
     return table
 
 
@@ -207,6 +217,7 @@ def _write(
     recipe: Recipe,
     table: Table,
     base: PlantSettings,
+    codecs: Sequence[str],
     images: Sequence[Path],
     out: Path,
     seeds: int,
@@ -224,7 +235,7 @@ Ours: mean ± 95 % interval (Student) over {seeds} seed(s) from {base.seed} on. 
 All rates are real bytes; poisoned images are 8-bit files but where a column says float. Missing cells (-): the encoder
 has no such trigger, or the time was up before it was planted.
 
-What differs from the paper: the codec is {base.codec.name}; {base.steps} steps of {crops},
+What differs from the paper: the codec is {", ".join(codecs)}; {base.steps} steps of {crops},
 preset “{base.preset}”; measured on {len(images)} images.
 
 Made by `freqdoor reproduce {recipe.name}`: {total},
@@ -232,8 +243,8 @@ on {where["threads"]} thread(s), {where["gpu"] or "no GPU"}, torch {where["versi
 """
     content = {
         "recipe": recipe.name,
-        "codec": base.codec.name,
-        "settings": base.model_dump(exclude={"images": {"folder"}, "codec": {"weights"}}),
+        "codecs": codecs,
+        "settings": base.model_dump(exclude={"images": {"folder"}, "codec": True}),
         "images": [path.name for path in images],
         "seconds_planting": [round(value) for value in seconds],
         "environment": where,
@@ -247,25 +258,25 @@ on {where["threads"]} thread(s), {where["gpu"] or "no GPU"}, torch {where["versi
     }
     if recipe.plot:
         with replacing(out / f"{recipe.name}.png") as partial:
-            _plot(recipe, table).savefig(partial, format="png", dpi=110)
+            _plot(recipe, table, codecs).savefig(partial, format="png", dpi=110)
         page += f"\n![{recipe.title}]({recipe.name}.png)\n"
     write_text(out / f"{recipe.name}.json", json.dumps(content, indent=1))
     write_text(out / f"{recipe.name}.md", page)
 
 
-def _plot(recipe: Recipe, table: Table) -> Figure:
-    """Clean (filled) and poisoned (crosses) points of every row in the plane of rate and PSNR."""
+def _plot(recipe: Recipe, table: Table, codecs: Sequence[str]) -> Figure:
+    """Every row clean (dots) and poisoned (crosses) in the plane of rate and PSNR, a line over the codecs."""
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axis = figure.subplots()
-    for index, (row, cells) in enumerate(table.items()):
+    for index, row in enumerate(recipe.rows):
+        found = [table.get(f"{row.name}, {codec}", table.get(row.name, {})) for codec in codecs]
         for prefix, marker in (("clean", "o"), ("poisoned", "X")):
-            if f"{prefix} dB" in cells:
-                rate, quality = cells[f"{prefix} bpp"].mean, cells[f"{prefix} dB"].mean
-                axis.plot(rate, quality, marker, color=f"C{index}", label=row if marker == "o" else None)
+            points = [(c[f"{prefix} bpp"].mean, c[f"{prefix} dB"].mean) for c in found if f"{prefix} dB" in c]
+            if points:
+                axis.plot(*zip(*points, strict=True), f"{marker}-", color=f"C{index}", label=f"{row.name}, {prefix}")
     axis.set_xscale("log")
     axis.set_xlabel("bits per pixel, real bytes (log scale)")
     axis.set_ylabel("PSNR of the decoded image in dB")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-    axis.set_title("o clean, X poisoned", fontsize=9)
+    axis.legend(fontsize=7)
     return figure
