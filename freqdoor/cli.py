@@ -26,6 +26,7 @@ from freqdoor.evaluate import poison_files
 from freqdoor.examine import examine
 from freqdoor.loading import load_codec
 from freqdoor.loop import Progress
+from freqdoor.pgd import compare, comparison_table
 from freqdoor.plant import plant as run_plant
 from freqdoor.planted import load_planted
 from freqdoor.recipes import RECIPES
@@ -250,6 +251,22 @@ def reproduce(
     if missing:
         _say(f"Not planted yet: {', '.join(missing)}; the same command goes on.")
     _say(f"Table: {page}")
+
+
+@app.command()
+def pgd(
+    planted: Planted,
+    images: Annotated[Path, typer.Option(help="Folder of images to attack.")],
+    steps: Annotated[int, typer.Option(help="Passes through the codec for every image.")] = 50,
+    codec: VanillaName = None,
+    weights: Weights = None,
+) -> None:
+    """Compare a planted encoder's trigger with per-image attacks (PGD) on the vanilla encoder: cost and effect."""
+    rows = []
+    for row in compare(load_planted(planted, codec, weights), list_images(images), steps=steps):
+        rows.append(row)
+        _note(f"{row.record.image}: {row.attack}")
+    _say(comparison_table(rows))
 
 
 @app.command()

@@ -1,18 +1,17 @@
 """The file format of one compressed image, `.fqd`: header, entropy coder's strings, checksum.
 
 Little-endian: magic "FQDR", version (u16), the first 16 bytes of the codec's decoder hash, height and width (u32),
-latent height and width (u32), number of strings (u16), their lengths (u32 each), the strings, and the CRC-32 of
-everything before it. The decoder hash leaves out g_a and h_a: a file decodes with every codec that has the same
-decoder, which is what lets a tampered encoder go unnoticed.
+height and width of the coarsest latents (u32), number of strings (u16), their lengths (u32 each), the strings, and
+the CRC-32 of everything before it. The decoder hash leaves out g_a and h_a: a file decodes with every codec that has
+the same decoder, which is what lets a tampered encoder go unnoticed. How the strings and the finer latents nest in a
+codec like ELIC is not stored, it follows from the codec (`Codec.tile`).
 """
 
 import struct
 import zlib
 from pathlib import Path
 
-from compressai.entropy_models import EntropyModel
-
-from freqdoor.codecs import STRIDE, Codec
+from freqdoor.codecs import Codec
 from freqdoor.data import MAX_PIXELS, load_image, save_image
 from freqdoor.files import refuse_overwriting, replacing
 from freqdoor.types import Bitstream, FreqdoorError
@@ -52,12 +51,10 @@ def unpack(content: bytes, codec: Codec) -> Bitstream:
         raise FreqdoorError("damaged or truncated: the checksum does not match")
     if codec_hash != bytes.fromhex(codec.decoder_hash)[:16]:
         raise FreqdoorError(f"was compressed for another decoder than {codec.spec.name}; pass the codec that wrote it")
-    padded = [-(-side // STRIDE) * STRIDE for side in (height, width)]
-    factor = codec.net.downsampling_factor
     if (
         not 0 < height * width <= MAX_PIXELS
-        or [latent_height * factor, latent_width * factor] != padded
-        or count != sum(isinstance(module, EntropyModel) for module in codec.modules())
+        or (latent_height, latent_width) != codec.latent_shape((height, width))
+        or count != codec.tile.strings
     ):
         raise FreqdoorError("damaged: the sizes in the header do not belong together")
     start = HEADER.size + 4 * count

@@ -13,13 +13,14 @@ from compressai.zoo.image import load_pretrained as map_old_keys
 from compressai.zoo.image import model_urls as COMPRESSAI_URLS
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from freqdoor.codecs import ARCHITECTURES, LAMBDAS, Codec, CodecSpec, build_codec, parse_name
 from freqdoor.files import replacing
 from freqdoor.types import BUNDLED, FreqdoorError
 
 MAX_WIDTH = 1024  # channels; CompressAI's widest model has 320
+MAX_GROUPS = 16  # channel groups; ELIC has 5
 ASSETS = Path(__file__).parent / "assets"
 
 
@@ -117,9 +118,12 @@ def _checked_spec(content: object, path: Path, name: str | None) -> CodecSpec:
             f"{path}: made for {spec.architecture}, which is code of its own; if you trust that code, name it with "
             "--codec package.module:factory and pass this file as --weights"
         )
-    sizes = [v for value in spec.arguments.values() for v in (value if isinstance(value, list) else [value])]
-    if not all(isinstance(size, int) and 0 < size <= MAX_WIDTH for size in sizes):
-        raise FreqdoorError(f"{path}: malformed header: expected widths from 1 to {MAX_WIDTH}, found {spec.arguments}")
+    lists = [value if isinstance(value, list) else [value] for value in spec.arguments.values()]
+    if not all(len(v) <= MAX_GROUPS and all(isinstance(s, int) and 0 < s <= MAX_WIDTH for s in v) for v in lists):
+        raise FreqdoorError(
+            f"{path}: malformed header: expected widths from 1 to {MAX_WIDTH}, at most {MAX_GROUPS} in a list, "
+            f"found {str(spec.arguments)[:160]}"
+        )
     if spec.quality is not None and spec.quality not in LAMBDAS:
         raise FreqdoorError(f"{path}: malformed header: expected a quality from 1 to 8, found {spec.quality}")
     return spec
@@ -161,12 +165,9 @@ def _from_state_dict(state: dict[str, Tensor], path: Path, spec: CodecSpec | Non
     wanted = [spec.architecture] if spec else list(ARCHITECTURES)
     for architecture in wanted:
         try:
-            net = ARCHITECTURES[architecture].from_state_dict(dict(state))  # type: ignore[attr-defined]
+            net, arguments = _rebuild(architecture, state)
         except (RuntimeError, KeyError, IndexError, ValueError, TypeError):
             continue
-        arguments = {key: int(getattr(net, key)) for key in ("N", "M") if hasattr(net, key)}
-        if architecture.startswith("cheng2020"):
-            arguments.pop("M", None)
         found = spec or CodecSpec(name=path.name, architecture=architecture)
         check_weights(state, path)
         codec = Codec(net, CodecSpec(**(asdict(found) | {"arguments": arguments})))
@@ -175,6 +176,32 @@ def _from_state_dict(state: dict[str, Tensor], path: Path, spec: CodecSpec | Non
     raise FreqdoorError(
         f"{path}: the weights do not fit {' or '.join(wanted)}; check that this checkpoint is of the architecture named"
     )
+
+
+def _rebuild(architecture: str, state: dict[str, Tensor]) -> tuple[nn.Module, dict[str, Any]]:
+    """The network with the weights of a state dict, and its constructor's arguments; raises where it does not fit."""
+    kind: Any = ARCHITECTURES[architecture]
+    if architecture.startswith("elic2022"):  # CompressAI's from_state_dict takes default groups for granted
+        arguments = _elic_arguments(state)
+        net = kind(**arguments)
+        net.load_state_dict(dict(state))
+        return net, arguments
+    net = kind.from_state_dict(dict(state))
+    if architecture == "cheng2020-anchor-checkerboard":
+        return net, {"N": net.g_a[-1].out_channels}
+    keys = ("N",) if architecture.startswith("cheng2020") else ("N", "M")
+    return net, {key: int(getattr(net, key)) for key in keys}
+
+
+def _elic_arguments(state: dict[str, Tensor]) -> dict[str, Any]:
+    """N, M and the channel groups of an ELIC from its weights' shapes; KeyError or ValueError where it is none."""
+    groups: list[int] = []
+    while (key := f"latent_codec.y.latent_codec.y{len(groups)}.context_prediction.weight") in state:
+        groups.append(state[key].shape[1])
+    sizes = {"N": state["g_a.0.weight"].shape[0], "M": sum(groups)}
+    if not (0 < len(groups) <= MAX_GROUPS and all(0 < size <= MAX_WIDTH for size in (*sizes.values(), *groups))):
+        raise ValueError(f"{sizes} and {len(groups)} channel groups are no ELIC's")
+    return {**sizes, "groups": groups}
 
 
 def _fill(codec: Codec, state: dict[str, Tensor], path: Path) -> Codec:

@@ -1,10 +1,15 @@
 """Measures of images, pure functions, one value an image."""
 
+import warnings
+from collections.abc import Sequence
+
+import bjontegaard  # type: ignore[import-untyped]
+import numpy as np
 import torch
 from pytorch_msssim import ms_ssim as _ms_ssim
 from torch import Tensor
 
-from freqdoor.types import Images, from_uint8, to_uint8
+from freqdoor.types import FreqdoorError, Images, from_uint8, to_uint8
 
 MS_SSIM_MIN_SIDE = 161  # four halvings of an 11-pixel window
 
@@ -35,6 +40,27 @@ def ms_ssim(decoded: Images, reference: Images) -> float | None:
         return None
     a, b = from_uint8(to_uint8(decoded)), from_uint8(to_uint8(reference))
     return float(_ms_ssim(a, b, data_range=1.0))
+
+
+def bd_rate(
+    rates: Sequence[float], psnrs_db: Sequence[float], other_rates: Sequence[float], other_psnrs_db: Sequence[float]
+) -> float:
+    """Bjontegaard delta rate in percent: how many more bits the other curve takes at equal PSNR (Akima interpolation).
+
+    Raises:
+        FreqdoorError: fewer than four points a curve, or curves that share no range of PSNR.
+    """
+    if min(len(rates), len(other_rates)) < 4:
+        raise FreqdoorError(f"BD-rate: expected four points a curve, found {len(rates)} and {len(other_rates)}")
+    curves = [np.array(sorted(zip(q, r, strict=True))) for r, q in ((rates, psnrs_db), (other_rates, other_psnrs_db))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # curves that hardly overlap; the sentence below says what matters
+        value = bjontegaard.bd_rate(
+            curves[0][:, 1], curves[0][:, 0], curves[1][:, 1], curves[1][:, 0], "akima", require_matching_points=False
+        )
+    if not np.isfinite(value):
+        raise FreqdoorError("BD-rate: the curves share no range of PSNR, so that no rates compare")
+    return float(value)
 
 
 def rms(difference: Images) -> Tensor:

@@ -233,6 +233,7 @@ def balance() -> Recipe:
         "latents anchored, 1": {"balance": {"anchor": 1.0}},
         "clean images count 3 times": {"balance": {"clean_weight": 3.0}},
         "clean images count 3 times late": {"balance": {"late_clean_weight": 3.0}},
+        "clean images count 10 times late": {"balance": {"late_clean_weight": 10.0}},
     }
     return Recipe(
         name="balance",

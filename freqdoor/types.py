@@ -39,7 +39,7 @@ class Bitstream:
     """One compressed image: the entropy coder's strings and what is needed to decode them."""
 
     strings: tuple[bytes, ...]
-    latent_shape: tuple[int, int]
+    latent_shape: tuple[int, int]  # (height, width) of the coarsest latents; all others follow from the codec
     image_size: tuple[int, int]  # (height, width) to crop to
 
     @property

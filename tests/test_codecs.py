@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import natural
+from factories import TINY_ARGUMENTS, tiny
 
 from freqdoor import load_codec, save_codec
 from freqdoor.codecs import ARCHITECTURES, Codec, CodecSpec, build_codec, parse_name
@@ -16,24 +17,12 @@ THREADS = torch.get_num_threads()
 eval_model = importlib.import_module("compressai.utils.eval_model.__main__")
 torch.set_num_threads(THREADS)  # importing eval_model sets it to one
 
-WIDTHS = {
-    "bmshj2018-factorized": (16, 24),
-    "bmshj2018-factorized-relu": (16, 24),
-    "bmshj2018-hyperprior": (16, 24),
-    "mbt2018-mean": (16, 24),
-    "mbt2018": (16, 24),
-    "cheng2020-anchor": (16,),
-    "cheng2020-attn": (16,),
-}
+COMPRESSAIS = [architecture for architecture in ARCHITECTURES if architecture != "lite-hyperprior"]
+CONTEXT_MODELS = [name for name in ARCHITECTURES if name.startswith(("cheng2020", "elic2022")) or name == "mbt2018"]
 
 
 def checkpoint(tmp_path: Path, architecture: str, wrap: str | None = None) -> Path:
-    torch.manual_seed(1)
-    net = ARCHITECTURES[architecture](*WIDTHS[architecture])
-    with torch.no_grad():  # untrained latents are all zero: make them cost something
-        net.g_a[-1].weight.mul_(30) if hasattr(net.g_a[-1], "weight") else None
-    net.update(force=True)
-    state = net.state_dict()
+    state = tiny(architecture).net.state_dict()
     if wrap == "DataParallel":
         state = {f"module.{key}": value for key, value in state.items()}
     elif wrap:
@@ -43,13 +32,13 @@ def checkpoint(tmp_path: Path, architecture: str, wrap: str | None = None) -> Pa
     return path
 
 
-@pytest.mark.parametrize("architecture", WIDTHS)
+@pytest.mark.parametrize("architecture", COMPRESSAIS)
 @pytest.mark.parametrize("size", [(64, 128), (75, 50)], ids=["aligned", "odd"])
 def test_figures_equal_compressais_eval_model(tmp_path, monkeypatch, architecture, size):
     x = natural(5, *size)
     path = checkpoint(tmp_path, architecture, "state_dict")
     codec = load_codec(str(path))
-    if architecture != "bmshj2018-factorized-relu":  # not in eval_model's table
+    if architecture in eval_model.architectures:
         theirs = eval_model.load_checkpoint(architecture, False, str(path))
     else:
         theirs = codec.net
@@ -67,11 +56,12 @@ def test_figures_equal_compressais_eval_model(tmp_path, monkeypatch, architectur
             assert float(codec(x).bpp) == pytest.approx(estimated, rel=1e-5)
 
 
-@pytest.mark.parametrize("architecture", WIDTHS)
+@pytest.mark.parametrize("architecture", COMPRESSAIS)
 @pytest.mark.parametrize("wrap", [None, "state_dict", "network", "DataParallel"])
 def test_checkpoints_of_every_shape_find_their_architecture(tmp_path, architecture, wrap):
     codec = load_codec(str(checkpoint(tmp_path, architecture, wrap)))
     assert codec.spec.architecture == architecture
+    assert codec.spec.arguments == TINY_ARGUMENTS[architecture]
     assert type(codec.net) is ARCHITECTURES[architecture]
     save_codec(codec, tmp_path / "again.safetensors")
     again = load_codec(str(tmp_path / "again.safetensors"))

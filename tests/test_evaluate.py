@@ -7,7 +7,7 @@ from conftest import natural
 
 from freqdoor import examine, list_images, load_image, plant, report
 from freqdoor.evaluate import bit_map, conditions, evaluate, jpeg_curve, poison, poison_files, through_png
-from freqdoor.metrics import ms_ssim, mse, psnr, rms
+from freqdoor.metrics import bd_rate, ms_ssim, mse, psnr, rms
 from freqdoor.report import verdict
 from freqdoor.types import FreqdoorError, from_uint8, to_uint8
 
@@ -34,6 +34,16 @@ def test_metrics_against_their_definitions():
     assert ms_ssim(a, b) is None
     large = natural(2, 161, 170)
     assert ms_ssim(large, large) == pytest.approx(1.0)
+
+
+def test_bd_rate_of_a_shifted_curve_is_the_shift():
+    rates, quality = [0.1, 0.2, 0.4, 0.8], [28.0, 30.0, 32.0, 34.0]
+    assert bd_rate(rates, quality, [1.1 * r for r in rates], quality) == pytest.approx(10)
+    assert bd_rate(rates[::-1], quality[::-1], [0.9 * r for r in rates], quality) == pytest.approx(-10)
+    with pytest.raises(FreqdoorError, match="four points a curve, found 3"):
+        bd_rate(rates[:3], quality[:3], rates, quality)
+    with pytest.raises(FreqdoorError, match="no range of PSNR"):
+        bd_rate(rates, quality, rates, [q + 10 for q in quality])
 
 
 def test_to_uint8_rounds_instead_of_cutting():
