@@ -36,7 +36,7 @@ def pgd(
 ) -> Images:
     """Images that cost `codec` the most bits ("bpp") or that it decodes worst ("psnr"), of RMS eps from x.
 
-    Steps along the normalised gradient, projected onto the budget after each: delta <- P(delta + step eps g / |g|), from
+    Steps along the normalised gradient, each projected onto the budget: delta <- P(delta + step eps g / |g|), from
     a random start. The codec quantises with noise of a fixed seed, because rounding has no gradient; only the result
     counts, rounded to 8 bits as a file would be.
 

@@ -8,7 +8,7 @@ from conftest import natural
 from factories import TINY_ARGUMENTS, tiny
 
 from freqdoor import load_codec, save_codec
-from freqdoor.codecs import ARCHITECTURES, Codec, CodecSpec, build_codec, parse_name
+from freqdoor.codecs import ARCHITECTURES, DEFAULT_ARGUMENTS, Codec, CodecSpec, build_codec, parse_name
 from freqdoor.loading import ASSETS, write_tensors
 from freqdoor.metrics import psnr_8bit
 from freqdoor.types import BUNDLED, FreqdoorError
@@ -121,6 +121,79 @@ def test_hashes_see_every_bit(codec):
     assert [name for name in before if before[name] != after[name]] == ["g_s"]
 
 
+@pytest.mark.parametrize("architecture", ["cheng2020-anchor-checkerboard", "mbt2018"], ids=["nested h_a", "h_a"])
+def test_every_entry_of_the_state_dict_counts_in_exactly_one_hash(architecture):
+    codec = tiny(architecture)
+    before, decoder = codec.module_hashes(), codec.decoder_hash
+    for key, tensor in codec.net.state_dict().items():
+        kept = tensor.clone()
+        with torch.no_grad():
+            tensor.view(-1)[0] += 1
+        after = codec.module_hashes()
+        part = "h_a" if "h_a" in key.split(".") else key.split(".")[0]
+        assert [name for name in before if before[name] != after[name]] == [part]
+        assert (codec.decoder_hash != decoder) == (part not in ("g_a", "h_a"))
+        with torch.no_grad():
+            tensor.copy_(kept)
+    assert codec.module_hashes() == before
+
+
+def test_a_tensor_of_the_network_itself_is_hashed(codec):
+    codec.net.gain = torch.nn.Parameter(torch.ones(3))
+    before, decoder = codec.module_hashes(), codec.decoder_hash
+    with torch.no_grad():
+        codec.net.gain[1] = 2
+    after = codec.module_hashes()
+    assert [name for name in before if before[name] != after[name]] == ["gain"]
+    assert codec.decoder_hash != decoder
+
+
+def test_h_a_is_found_where_it_is_nested(x):
+    codec = tiny("elic2022-official").freeze("g_a+h_a").train()
+    trained = {name for name, p in codec.net.named_parameters() if p.requires_grad}
+    wanted = ("g_a.", "latent_codec.hyper.h_a.")
+    assert trained == {name for name, _ in codec.net.named_parameters() if name.startswith(wanted)}
+    codec(x).bits.sum().backward()
+    assert all(p.grad is not None for p in codec.part("h_a").parameters())
+    with pytest.raises(FreqdoorError, match=r"expected one submodule h_a, found none.*such as g_a"):
+        tiny("bmshj2018-factorized").freeze("g_a+h_a")
+    codec.net.latent_codec.h_a = torch.nn.Identity()
+    with pytest.raises(FreqdoorError, match=r"found latent_codec\.h_a, latent_codec\.hyper\.h_a"):
+        codec.part("h_a")
+
+
+def test_entropy_models_nested_in_a_latent_codec_must_be_in_the_codecs_mode(x):
+    codec = tiny("elic2022-chandelier").train()
+    codec.net.latent_codec.y.latent_codec["y1"].y.gaussian_conditional.eval()
+    with pytest.raises(FreqdoorError, match=r"y1\.y\.gaussian_conditional is in eval mode and the codec is not"):
+        codec(x)
+
+
+@pytest.mark.parametrize("architecture", CONTEXT_MODELS)
+def test_context_models_code_deterministically(tmp_path, architecture):
+    codec, x = tiny(architecture), natural(6, 75, 130)
+    bitstream = codec.compress(x)[0]
+    save_codec(codec, tmp_path / "codec.safetensors")
+    again = load_codec(str(tmp_path / "codec.safetensors"))
+    assert codec.compress(x)[0] == again.compress(x)[0] == bitstream
+    assert torch.equal(again.decompress(bitstream), codec.decompress(bitstream))
+    padded = torch.nn.functional.pad(x, (31, 31, 26, 27))  # the decoder finds every latent that the encoder meant
+    output = codec.net.compress(padded)
+    assert [s[0] for s in output["strings"]] == list(bitstream.strings)
+    expected = codec.net.decompress(output["strings"], output["shape"])["x_hat"]
+    assert torch.equal(codec.decompress(bitstream), expected[..., 26:-27, 31:-31])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("size", [(1, 1), (64, 64), (75, 200)])
+def test_shapes_of_all_latents_follow_from_the_size(architecture, size):
+    codec = tiny(architecture)
+    bitstream = codec.compress(natural(6, *size))[0]
+    assert bitstream.latent_shape == codec.latent_shape(size)
+    assert len(bitstream.strings) == codec.tile.strings
+    assert codec.decompress(bitstream).shape[2:] == size
+
+
 def test_names():
     spec = parse_name("cheng2020-anchor:3")
     assert spec == CodecSpec(
@@ -128,9 +201,18 @@ def test_names():
     )
     assert spec.lmbda == 0.0067
     assert parse_name("bmshj2018-hyperprior:8").arguments == {"N": 192, "M": 320}
+    assert parse_name("elic2022-official:4").lmbda == 0.0130
     for wrong in ("cheng2020", "cheng2020-anchor", "cheng2020-anchor:9", "no/such.thing"):
         with pytest.raises(FreqdoorError, match="expected a"):
             parse_name(wrong)
+
+
+@pytest.mark.parametrize("architecture", DEFAULT_ARGUMENTS)
+def test_names_without_published_widths_stand_for_compressais_defaults(architecture):
+    with torch.device("meta"):
+        theirs = ARCHITECTURES[architecture]().state_dict()
+        ours = ARCHITECTURES[architecture](**parse_name(f"{architecture}:3").arguments).state_dict()
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
 
 
 def test_bundled_codec_loads():
@@ -172,6 +254,10 @@ def test_wrong_files(tmp_path, codec):
     with pytest.raises(FreqdoorError, match="expected a state dict"):
         load_codec(str(tmp_path / "list.pth"))
     torch.save({"a": torch.ones(2)}, tmp_path / "other.pth")
+    groups = {f"latent_codec.y.latent_codec.y{k}.context_prediction.weight": torch.ones(2, 1) for k in range(99)}
+    torch.save({"g_a.0.weight": torch.ones(16, 3, 5, 5)} | groups, tmp_path / "groups.pth")
+    with pytest.raises(FreqdoorError, match="do not fit"):
+        load_codec(str(tmp_path / "groups.pth"))
     with pytest.raises(FreqdoorError, match="do not fit"):
         load_codec(str(tmp_path / "other.pth"))
     save_codec(codec, tmp_path / "whole.safetensors")
@@ -211,6 +297,11 @@ def test_nan_weights_are_refused(tmp_path, codec):
         {"name": "x", "architecture": "lite-hyperprior", "arguments": {"N": "a"}},
         {"name": "x", "architecture": "lite-hyperprior", "arguments": {"P": 3}},
         {"name": "x", "architecture": "lite-hyperprior", "quality": 11},
+        {"name": "x", "architecture": "elic2022-official", "arguments": {"N": 16, "M": 1024, "groups": [1] * 1024}},
+        {"name": "x", "architecture": "elic2022-official", "arguments": {"N": 16, "M": 24, "groups": [[4, 20]]}},
+        {"name": "x", "architecture": "elic2022-official", "arguments": {"N": 16, "M": 24, "groups": [4, 4]}},
+        {"name": "x", "architecture": "elic2022-chandelier", "arguments": {"N": 16, "M": 24, "groups": 24}},
+        {"name": "x", "architecture": "elic2022-chandelier", "arguments": {"N": 16, "M": 24}},
     ],
 )
 def test_headers_of_strangers_run_nothing_and_end_in_a_sentence(tmp_path, monkeypatch, spec):

@@ -1,5 +1,11 @@
+import hashlib
+import struct
+import zlib
+from dataclasses import replace
+
 import pytest
 from conftest import natural, write_png
+from factories import tiny
 
 from freqdoor import compress_file, decompress_file, load_codec, load_image
 from freqdoor.container import pack, unpack
@@ -19,6 +25,26 @@ def test_file_round_trip(tmp_path, codec):
     expected = to_uint8(codec.decompress(bitstream))
     assert (to_uint8(load_image(tmp_path / "back.png")) == expected).all()
     assert (tmp_path / "x.fqd").stat().st_size - bitstream.num_bytes < 60
+
+
+@pytest.mark.parametrize("architecture", ["lite-hyperprior", "bmshj2018-factorized", "mbt2018"])
+def test_files_of_version_1_are_what_they_were(architecture):
+    """The format as first written, put together by hand; the decoder's hash is that of the direct submodules."""
+    codec = tiny(architecture)
+    bitstream = codec.compress(natural(1, 70, 90))[0]
+    decoder = hashlib.sha256()
+    for name, module in sorted(codec.net.named_children()):
+        digest = hashlib.sha256()
+        for key, tensor in sorted(module.state_dict().items()):
+            digest.update(f"{key}:{tensor.dtype}:{tuple(tensor.shape)};".encode() + tensor.numpy().tobytes())
+        if name not in ("g_a", "h_a"):
+            decoder.update(f"{name}={digest.hexdigest()};".encode())
+    latents = (8, 8) if architecture == "bmshj2018-factorized" else (2, 2)
+    body = struct.pack("<4sH16s4IH", b"FQDR", 1, decoder.digest()[:16], 70, 90, *latents, len(bitstream.strings))
+    body += b"".join(struct.pack("<I", len(s)) for s in bitstream.strings) + b"".join(bitstream.strings)
+    content = body + struct.pack("<I", zlib.crc32(body))
+    assert pack(bitstream, codec) == content
+    assert unpack(content, codec) == bitstream
 
 
 def test_every_flipped_bit_and_every_truncation_is_noticed(content, codec):
@@ -56,9 +82,9 @@ def test_another_encoder_with_the_same_decoder_is_accepted(content, codec):
         {"image_size": (60000, 60000)},
     ],
 )
-def test_crafted_headers_with_a_valid_checksum(codec, changes):
-    from dataclasses import replace
-
+@pytest.mark.parametrize("architecture", ["lite-hyperprior", "elic2022-official"])
+def test_crafted_headers_with_a_valid_checksum(architecture, changes):
+    codec = tiny(architecture)
     crafted = pack(replace(codec.compress(natural(1, 70, 90))[0], **changes), codec)
     with pytest.raises(FreqdoorError, match="damaged"):
         unpack(crafted, codec)

@@ -77,6 +77,19 @@ def test_commands_of_the_tour(tmp_path):
         assert done.returncode == 0, (line, done.stderr)
 
 
+def test_commands_beyond_the_tour(tmp_path):
+    """The block "more", the same way; what would be planted for a table is only listed."""
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/kodim23.png").symlink_to(ROOT / "freqdoor/assets/kodak/kodim23.png")
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    for line in block("more"):
+        words = shlex.split(line)
+        assert words[0] == "freqdoor"
+        few = {"plant": ["--set", "steps=2"], "reproduce": ["--budget", "0"], "pgd": ["--steps", "2"]}
+        done = run(*words[1:], *few.get(words[1], []), cwd=tmp_path)
+        assert done.returncode == 0, (line, done.stderr)
+
+
 def test_python_example(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
