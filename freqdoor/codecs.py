@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Self
 import torch
 import torch.nn.functional as F
 from compressai.entropy_models import EntropyModel
+from compressai.layers import MaskedConv2d
 from compressai.models import (
     Cheng2020Anchor,
     Cheng2020AnchorCheckerboard,
@@ -151,6 +152,7 @@ class Codec(nn.Module):
         """Eval mode with coding tables; tables that exist are kept, so that frozen modules stay bit-identical."""
         self.eval()
         self.net.update()
+        mask_contexts(self.net)
         return self
 
     def freeze(self, scope: str = "g_a") -> Self:
@@ -276,6 +278,13 @@ def _coarsest(shape: Any) -> tuple[int, int]:
     if isinstance(parts[0], Mapping | Sequence):
         return min(_coarsest(part) for part in parts)
     return int(parts[-2]), int(parts[-1])
+
+
+def mask_contexts(net: nn.Module) -> None:
+    """Zero the masked weights of context models now, as CompressAI's next pass would: no pass changes a hash then."""
+    for module in net.modules():
+        if isinstance(module, MaskedConv2d):
+            module.weight.data.mul_(module.mask)
 
 
 def hash_state(module: nn.Module) -> str:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from freqdoor.codecs import ARCHITECTURES, LAMBDAS, Codec, CodecSpec, build_codec, parse_name
+from freqdoor.codecs import ARCHITECTURES, LAMBDAS, Codec, CodecSpec, build_codec, mask_contexts, parse_name
 from freqdoor.files import replacing
 from freqdoor.types import BUNDLED, FreqdoorError
 
@@ -62,11 +62,12 @@ def load_codec(name: str, weights: Path | str | None = None) -> Codec:
         raise FreqdoorError(f"{name}: no trained weights are bundled ({BUNDLED} is); train them or pass --weights FILE")
     codec = build_codec(spec)
     codec.net.update(force=True)
-    return codec.eval()
+    return codec.prepare()
 
 
 def save_codec(codec: Codec, path: Path, **metadata: Any) -> None:
     """Write a codec as safetensors, its spec and `metadata` as JSON under the file's metadata key "freqdoor"."""
+    mask_contexts(codec.net)  # an optimiser's last step leaves weights there
     header = {"kind": "codec", "spec": asdict(codec.spec), "tampered": False, **metadata}
     write_tensors(path, codec.net.state_dict(), header)
 
@@ -172,7 +173,7 @@ def _from_state_dict(state: dict[str, Tensor], path: Path, spec: CodecSpec | Non
         check_weights(state, path)
         codec = Codec(net, CodecSpec(**(asdict(found) | {"arguments": arguments})))
         codec.net.update(force=True)  # as eval_model does: tables may be stale
-        return codec.eval()
+        return codec.prepare()
     raise FreqdoorError(
         f"{path}: the weights do not fit {' or '.join(wanted)}; check that this checkpoint is of the architecture named"
     )

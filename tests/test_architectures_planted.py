@@ -41,9 +41,10 @@ def test_planting_changes_g_a_alone_and_the_bytes_decode(planted_in, tmp_path, a
     x_p = freqdoor.poison(planted.triggers["bpp"], natural(3, 75, 100))
     bitstream = planted.tampered.compress(x_p)[0]
     padded = F.pad(x_p, (14, 14, 26, 27))
-    output = planted.tampered.net.compress(padded)
+    with torch.no_grad():
+        output = planted.tampered.net.compress(padded)
+        expected = planted.tampered.net.decompress(output["strings"], output["shape"])["x_hat"][..., 26:-27, 14:-14]
     assert bitstream.strings == tuple(strings[0] for strings in output["strings"])
-    expected = planted.tampered.net.decompress(output["strings"], output["shape"])["x_hat"][..., 26:-27, 14:-14]
     arrived = unpack(pack(bitstream, planted.tampered), planted.vanilla)
     assert torch.equal(planted.vanilla.decompress(arrived), expected)
     with torch.no_grad():
@@ -60,8 +61,9 @@ def test_planting_changes_g_a_alone_and_the_bytes_decode(planted_in, tmp_path, a
 def test_scope_g_a_and_h_a_changes_these_two_wherever_they_are(planted_in, tmp_path, architecture):
     planted = planted_in(architecture, scope="g_a+h_a")
     vanilla, tampered = planted.vanilla.net.state_dict(), planted.tampered.net.state_dict()
-    changed = {key.rpartition("_a.")[0] for key in vanilla if not torch.equal(vanilla[key], tampered[key])}
-    assert changed == {"g", "h"} or changed == {"g", "latent_codec.hyper.h"}
+    changed = [key for key in vanilla if not torch.equal(vanilla[key], tampered[key])]
+    h_a = "latent_codec.hyper.h_a." if "latent_codec.hyper.h_a.0.weight" in vanilla else "h_a."
+    assert {key.startswith("g_a.") or (key.startswith(h_a) and "h_a") for key in changed} == {True, "h_a"}
     assert planted.tampered.decoder_hash == planted.vanilla.decoder_hash
     again = load_planted(tmp_path / "run", str(tmp_path / "vanilla.safetensors"))
     assert again.tampered.module_hashes() == planted.tampered.module_hashes() == planted.header["modules_after"]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compressai.layers import MaskedConv2d
 from conftest import natural
 from factories import TINY_ARGUMENTS, tiny
 
@@ -158,7 +159,7 @@ def test_h_a_is_found_where_it_is_nested(x):
     with pytest.raises(FreqdoorError, match=r"expected one submodule h_a, found none.*such as g_a"):
         tiny("bmshj2018-factorized").freeze("g_a+h_a")
     codec.net.latent_codec.h_a = torch.nn.Identity()
-    with pytest.raises(FreqdoorError, match=r"found latent_codec\.h_a, latent_codec\.hyper\.h_a"):
+    with pytest.raises(FreqdoorError, match=r"found latent_codec\.hyper\.h_a, latent_codec\.h_a"):
         codec.part("h_a")
 
 
@@ -170,28 +171,36 @@ def test_entropy_models_nested_in_a_latent_codec_must_be_in_the_codecs_mode(x):
 
 
 @pytest.mark.parametrize("architecture", CONTEXT_MODELS)
+def test_a_pass_changes_no_weight_of_a_loaded_codec(tmp_path, x, architecture):
+    codec = tiny(architecture)
+    masked = next(m for m in codec.net.modules() if isinstance(m, MaskedConv2d))
+    torch.nn.init.ones_(masked.weight)  # as an optimiser's last step leaves it: not masked
+    torch.save(codec.net.state_dict(), tmp_path / "codec.pth")
+    save_codec(codec, tmp_path / "codec.safetensors")
+    assert codec.module_hashes() == load_codec(str(tmp_path / "codec.safetensors")).module_hashes()
+    for name in ("codec.pth", "codec.safetensors"):
+        loaded = load_codec(str(tmp_path / name))
+        before = loaded.module_hashes()
+        loaded.compress(x)
+        loaded(x)
+        loaded.train()(x)
+        assert loaded.module_hashes() == before
+
+
+@pytest.mark.parametrize("architecture", CONTEXT_MODELS)
 def test_context_models_code_deterministically(tmp_path, architecture):
-    codec, x = tiny(architecture), natural(6, 75, 130)
+    codec, x = tiny(architecture), natural(6, 50, 70)
     bitstream = codec.compress(x)[0]
     save_codec(codec, tmp_path / "codec.safetensors")
     again = load_codec(str(tmp_path / "codec.safetensors"))
     assert codec.compress(x)[0] == again.compress(x)[0] == bitstream
     assert torch.equal(again.decompress(bitstream), codec.decompress(bitstream))
-    padded = torch.nn.functional.pad(x, (31, 31, 26, 27))  # the decoder finds every latent that the encoder meant
-    output = codec.net.compress(padded)
+    padded = torch.nn.functional.pad(x, (29, 29, 7, 7))  # the decoder finds every latent that the encoder meant
+    with torch.no_grad():
+        output = codec.net.compress(padded)
+        expected = codec.net.decompress(output["strings"], output["shape"])["x_hat"]
     assert [s[0] for s in output["strings"]] == list(bitstream.strings)
-    expected = codec.net.decompress(output["strings"], output["shape"])["x_hat"]
-    assert torch.equal(codec.decompress(bitstream), expected[..., 26:-27, 31:-31])
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("size", [(1, 1), (64, 64), (75, 200)])
-def test_shapes_of_all_latents_follow_from_the_size(architecture, size):
-    codec = tiny(architecture)
-    bitstream = codec.compress(natural(6, *size))[0]
-    assert bitstream.latent_shape == codec.latent_shape(size)
-    assert len(bitstream.strings) == codec.tile.strings
-    assert codec.decompress(bitstream).shape[2:] == size
+    assert torch.equal(codec.decompress(bitstream), expected[..., 7:-7, 29:-29])
 
 
 def test_names():
@@ -209,10 +218,13 @@ def test_names():
 
 @pytest.mark.parametrize("architecture", DEFAULT_ARGUMENTS)
 def test_names_without_published_widths_stand_for_compressais_defaults(architecture):
-    with torch.device("meta"):
-        theirs = ARCHITECTURES[architecture]().state_dict()
-        ours = ARCHITECTURES[architecture](**parse_name(f"{architecture}:3").arguments).state_dict()
-    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+    theirs = ARCHITECTURES[architecture]()
+    found = (
+        {"N": theirs.g_a[0].weight.shape[0]} if architecture.startswith("elic") else {"N": theirs.g_a[-1].out_channels}
+    )
+    if architecture.startswith("elic"):
+        found |= {"M": theirs.g_s[0].conv_b[-1].out_channels, "groups": theirs.groups}
+    assert parse_name(f"{architecture}:3").arguments == found
 
 
 def test_bundled_codec_loads():

@@ -8,6 +8,7 @@ from conftest import natural, write_png
 from factories import tiny
 
 from freqdoor import compress_file, decompress_file, load_codec, load_image
+from freqdoor.codecs import ARCHITECTURES
 from freqdoor.container import pack, unpack
 from freqdoor.types import FreqdoorError, to_uint8
 
@@ -45,6 +46,16 @@ def test_files_of_version_1_are_what_they_were(architecture):
     content = body + struct.pack("<I", zlib.crc32(body))
     assert pack(bitstream, codec) == content
     assert unpack(content, codec) == bitstream
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("size", [(1, 1), (64, 64), (75, 200)])
+def test_shapes_of_all_latents_follow_from_the_size(architecture, size):
+    codec = tiny(architecture)
+    bitstream = codec.compress(natural(6, *size))[0]
+    assert bitstream.latent_shape == codec.latent_shape(size)
+    assert len(bitstream.strings) == codec.tile.strings
+    assert codec.decompress(bitstream).shape[2:] == size
 
 
 def test_every_flipped_bit_and_every_truncation_is_noticed(content, codec):
