@@ -168,7 +168,7 @@ class BalanceSettings(Settings):
 
     clean_weight: Annotated[float, Field(ge=1)] = 1.0
     """Weight of L(x), Eq. 1, for the encoder: what exceeds 1 is added to the attacks' losses."""
-    late_clean_weight: Annotated[float, Field(ge=1)] = 1.0
+    late_clean_weight: Annotated[float, Field(ge=1)] = 10.0
     """The same, from the step on at which the learning rate begins to fall (`hold`)."""
     anchor: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the mean squared distance of clean latents from the vanilla encoder's."""
@@ -273,6 +273,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "trigger_lr": 1e-4,
         "precision": "fp32",
         "trigger": {"budget": "penalty", "eps_start": None},
+        "balance": {"late_clean_weight": 1.0},
     },
 }
 

@@ -67,7 +67,7 @@ def export(
     tensors = {
         f"{name}.{key}": value
         for name in settings.scope.split("+")
-        for key, value in tampered.net.get_submodule(name).state_dict().items()
+        for key, value in tampered.part(name).state_dict().items()
     }
     named = {attack.name: trigger for attack, trigger in zip(settings.planned, triggers, strict=True)}
     for name, trigger in named.items():
@@ -105,7 +105,7 @@ def load_planted(path: Path | str, codec: str | None = None, weights: Path | str
         _check_hashes(vanilla, header["modules_before"], f"{path}: was planted in {base['name']} with other weights")
         tampered = copy.deepcopy(vanilla)
         for module in scope.split("+"):
-            tampered.net.get_submodule(module).load_state_dict(_part(tensors, module))
+            tampered.part(module).load_state_dict(_part(tensors, module))
         _check_hashes(tampered, header["modules_after"], f"{path}: does not hold the weights that its header names")
         check_weights(tensors, path)
         triggers = {}
