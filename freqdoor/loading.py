@@ -112,6 +112,9 @@ def _checked_spec(content: object, path: Path, name: str | None) -> CodecSpec:
     """A spec from a file's header, which a stranger may have written: known architectures of bounded size only."""
     try:
         spec = CodecSpec(**(content | ({"name": name} if name else {})))  # type: ignore[operator]
+        kinds = {"name": str, "architecture": str, "quality": int | None, "arguments": dict}
+        if not all(isinstance(getattr(spec, key), kind) for key, kind in kinds.items()):
+            raise TypeError
     except TypeError:
         raise FreqdoorError(f"{path}: malformed header: expected a codec's spec, found {str(content)[:80]}") from None
     if spec.architecture not in ARCHITECTURES:

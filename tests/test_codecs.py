@@ -297,6 +297,9 @@ def test_nan_weights_are_refused(tmp_path, codec):
         load_codec("factories:lite", tmp_path / "nan.safetensors")
 
 
+STRANGE = ({"quality": 11}, {"quality": [3]}, {"arguments": [1]}, {"arguments": 3}, {"architecture": ["a"]})
+
+
 @pytest.mark.parametrize(
     "spec",
     [
@@ -308,7 +311,7 @@ def test_nan_weights_are_refused(tmp_path, codec):
         {"name": "x", "architecture": "lite-hyperprior", "arguments": {"N": 10**9}},
         {"name": "x", "architecture": "lite-hyperprior", "arguments": {"N": "a"}},
         {"name": "x", "architecture": "lite-hyperprior", "arguments": {"P": 3}},
-        {"name": "x", "architecture": "lite-hyperprior", "quality": 11},
+        *({"name": "x", "architecture": "lite-hyperprior"} | wrong for wrong in STRANGE),
         {"name": "x", "architecture": "elic2022-official", "arguments": {"N": 16, "M": 1024, "groups": [1] * 1024}},
         {"name": "x", "architecture": "elic2022-official", "arguments": {"N": 16, "M": 24, "groups": [[4, 20]]}},
         {"name": "x", "architecture": "elic2022-official", "arguments": {"N": 16, "M": 24, "groups": [4, 4]}},

@@ -6,8 +6,9 @@ import torch
 from conftest import natural
 
 from freqdoor import examine, list_images, load_image, plant, report
+from freqdoor.defences import Flip, GaussianBlur
 from freqdoor.evaluate import bit_map, conditions, evaluate, jpeg_curve, poison, poison_files, through_png
-from freqdoor.metrics import bd_rate, ms_ssim, mse, psnr, rms
+from freqdoor.metrics import bd_rate, ms_ssim, mse, psnr, psnr_8bit, rms
 from freqdoor.report import verdict
 from freqdoor.types import FreqdoorError, from_uint8, to_uint8
 
@@ -68,6 +69,34 @@ def test_records_cover_every_condition(planted, images):
         assert r.psnr_input_db > 0
     clean = [r for r in records if r.trigger is None]
     assert all(r.psnr_db == r.psnr_input_db for r in clean)
+
+
+def test_defences_stand_between_the_file_and_the_encoder(planted, images):
+    paths = list_images(images)[:1]
+    blur, flip = GaussianBlur(0.6), Flip("horizontal")
+    records = list(evaluate(planted, paths, strengths=(1.0, 3.0), defences=(blur, flip)))
+    behind = [r for r in records if r.defence == blur.name]
+    assert [(r.role, r.trigger, r.strength) for r in behind] == [
+        ("vanilla", None, 1.0), ("tampered", None, 1.0), ("tampered", "bpp", 1.0), ("tampered", "bpp", 3.0)
+    ]  # fmt: skip
+    x = load_image(paths[0])
+    x_p = poison(planted.triggers["bpp"], x)
+    stream = planted.tampered.compress(blur(x_p))[0]
+    assert behind[2].bpp_real == 8 * stream.num_bytes / (x.shape[-1] * x.shape[-2])
+    assert behind[2].psnr_db == pytest.approx(float(psnr_8bit(planted.tampered.decompress(stream), x)))
+    assert behind[2].trigger_mse == pytest.approx(float(mse(x_p, x)))  # the trigger's, not the blur's
+    flipped = next(r for r in records if r.defence == flip.name and r.role == "vanilla")
+    decoded = planted.vanilla.decompress(planted.vanilla.compress(x.flip(-1))[0]).flip(-1)
+    assert flipped.psnr_db == pytest.approx(float(psnr_8bit(decoded, x)))
+
+
+def test_sweep_has_a_row_for_every_defence_and_strength(planted, images, tmp_path):
+    summary = examine(planted, list_images(images)[:1], tmp_path, strengths=(3.0,), defences=(GaussianBlur(0.6),))
+    rows = [(row["defence"], row["strength"]) for row in summary["sweep"]]
+    assert rows == [("none", 1.0), ("none", 3.0), ("GaussianBlur(sigma=0.6)", 1.0), ("GaussianBlur(sigma=0.6)", 3.0)]
+    assert summary["sweep"][0]["clean"] == summary["clean"]
+    assert "GaussianBlur(sigma=0.6)" in (tmp_path / "report.html").read_text()
+    assert report(tmp_path) == summary
 
 
 def test_poisoned_files_are_what_is_evaluated(planted, images, tmp_path):

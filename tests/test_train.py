@@ -90,3 +90,13 @@ def test_settings_without_lambda(images, tmp_path):
     content = {"codec": "factories:lite", "images": {"folder": str(images), "crop": 64}}
     with pytest.raises(FreqdoorError, match="give lmbda"):
         train_codec(make_settings(CodecTraining, content), tmp_path / "run")
+
+
+def test_start_from_another_codecs_weights(training, tmp_path):
+    first = train_codec(training(), tmp_path / "first")
+    start = str(tmp_path / "first/codec.safetensors")
+    second = train_codec(training(start_from=start, steps=1, lr=1e-12, aux_lr=1e-12), tmp_path / "second")
+    for name, value in first.net.g_a.state_dict().items():
+        torch.testing.assert_close(second.net.g_a.state_dict()[name], value)
+    with pytest.raises(FreqdoorError, match="start_from: factories:hyperprior does not fit lite-hyperprior"):
+        train_codec(training(start_from="factories:hyperprior"), tmp_path / "third")
