@@ -36,7 +36,7 @@ def tiny(architecture: str) -> Codec:
         last.weight.mul_(scale)
         last.bias.mul_(scale)
     codec.net.update(force=True)
-    return codec.eval()
+    return codec.prepare()
 
 
 def lite() -> nn.Module:

@@ -1,0 +1,92 @@
+"""The verbs of research: reproduce, analyse, pgd."""
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from freqdoor.analysis import PAGE as ANALYSIS
+from freqdoor.analysis import analyse as run_analyse
+from freqdoor.cli.options import Out, Overrides, Planted, VanillaName, Weights, app, live, note, say
+from freqdoor.config import CodecSource
+from freqdoor.data import list_images
+from freqdoor.demo import held_out
+from freqdoor.loop import Progress
+from freqdoor.pgd import compare, comparison_table
+from freqdoor.planted import load_planted
+from freqdoor.recipes import RECIPES
+from freqdoor.reproduce import recipe_settings
+from freqdoor.reproduce import reproduce as run_reproduce
+
+
+@app.command()
+def reproduce(
+    recipe: Annotated[str, typer.Argument(help=f"One of {', '.join(RECIPES)}.")],
+    config: Annotated[Path | None, typer.Argument(help="Settings as for plant; rows change theirs.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Measured on; by default six bundled Kodak images.")] = None,
+    codec: Annotated[
+        list[str] | None, typer.Option(help="Plant in this codec, or in NAME=WEIGHTS; repeatable for curves.")
+    ] = None,
+    out: Out = Path("results"),
+    runs: Annotated[Path, typer.Option(help="Where plantings are kept; recipes share them.")] = Path("runs/reproduce"),
+    seeds: Annotated[int, typer.Option(help="Plantings of every row.")] = 3,
+    budget: Annotated[float | None, typer.Option(help="Start no planting after so many minutes; go on later.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Reproduce a table or figure: run or resume what is missing, the paper's column beside ours."""
+    settings = recipe_settings(config, overrides or (), runs)
+    measured = list_images(images) if images else held_out()
+    named = [text.partition("=") for text in codec or ()]
+    codecs = [CodecSource(name=name, weights=file or None) for name, _, file in named]
+    with ExitStack() as shown:
+
+        def announce(what: str, steps: int) -> Progress:
+            shown.close()
+            return shown.enter_context(live(steps, what))
+
+        table = run_reproduce(
+            recipe, settings, measured, out, codecs=codecs, runs=runs, seeds=seeds, minutes=budget, announce=announce
+        )
+    page = out / f"{recipe}.md"
+    missing = [row for row, cells in table.items() if not cells]
+    say(page.read_text(encoding="utf-8"))
+    if missing:
+        say(f"Not planted yet: {', '.join(missing)}; the same command goes on.")
+    say(f"Table: {page}")
+
+
+@app.command()
+def pgd(
+    planted: Planted,
+    images: Annotated[Path, typer.Option(help="Folder of images to attack.")],
+    steps: Annotated[int, typer.Option(help="Passes through the codec for every image.")] = 50,
+    codec: VanillaName = None,
+    weights: Weights = None,
+) -> None:
+    """Compare a planted encoder's trigger with per-image attacks (PGD) on the vanilla encoder: cost and effect."""
+    rows = []
+    for row in compare(load_planted(planted, codec, weights), list_images(images), steps=steps):
+        rows.append(row)
+        note(f"{row.record.image}: {row.attack}")
+    say(comparison_table(rows))
+
+
+@app.command()
+def analyse(
+    planted: Planted,
+    images: Annotated[Path, typer.Option(help="Folder of images to analyse the attack on.")],
+    out: Out,
+    trigger: Annotated[str | None, typer.Option(help="Which trigger; by default the first.")] = None,
+    codec: VanillaName = None,
+    weights: Weights = None,
+) -> None:
+    """Show how a trigger works: spectrum, bits per latent channel, the estimate's ceiling, encode time, survival."""
+    loaded = load_planted(planted, codec, weights)
+    result = run_analyse(loaded, list_images(images), out, trigger=trigger, note=note)
+    ceiling = result["ceiling"]["poisoned"]
+    say(
+        f"{result['trigger']}: a poisoned image takes {result['encoding']['ratio']:.2f} times as long to encode as a "
+        f"clean one; {100 * ceiling['share_of_bits']:.1f} % of its estimated bits are at the estimate's ceiling"
+    )
+    say(f"Analysis: {out / ANALYSIS}")
