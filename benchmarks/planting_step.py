@@ -17,9 +17,9 @@ from collections.abc import Callable
 import torch
 
 from freqdoor.codecs import build_codec, parse_name
+from freqdoor.joint import Attack, joint_loss
 from freqdoor.metrics import distortion
 from freqdoor.objectives import RateAttack
-from freqdoor.plant import Attack, joint_loss
 from freqdoor.train import rate_distortion
 from freqdoor.triggers import AdaptiveDCT, budget_penalty
 

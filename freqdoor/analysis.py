@@ -66,9 +66,7 @@ def analyse(
         FreqdoorError: an unknown trigger, images that cannot be used, or none with a whole block in it.
     """
     out, usable = Path(out), usable_images(images, decode=True)
-    name = trigger or next(iter(planted.triggers))
-    if name not in planted.triggers:
-        raise FreqdoorError(f"trigger {name!r}: this encoder has {', '.join(planted.triggers)}")
+    name = planted.named(trigger)
     write_text(out / RESULT, "{}")  # an unwritable folder shows before the work, not after it
     chosen, codec = planted.triggers[name], planted.tampered
     rows = []

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from freqdoor.config import Settings
 from freqdoor.files import replacing, write_text
+from freqdoor.settings import Settings
 from freqdoor.types import FreqdoorError
 
 STATE = "state.pt"
@@ -54,12 +54,22 @@ def _commit() -> str | None:
     return described.stdout.strip() or None
 
 
+def without_folders(objective: dict[str, Any]) -> dict[str, Any]:
+    """Settings of an objective, with the names of its network's files only."""
+    if network := objective["arguments"].get("network"):
+        objective["arguments"]["network"] = "=".join(Path(part).name for part in str(network).split("="))
+    return objective
+
+
 def public(settings: Settings) -> dict[str, Any]:
     """The settings as they may travel in a file: of folders and files the name only, not where they lie."""
     content = settings.model_dump()
-    for key in ("images", "auxiliary"):
-        if content.get(key):
-            content[key]["folder"] = Path(content[key]["folder"]).name
+    attacks = content.get("attacks", ())
+    folders = [content.get("images"), content.get("auxiliary"), *(attack["auxiliary"] for attack in attacks)]
+    for images in filter(None, folders):
+        images |= {key: images[key] and Path(images[key]).name for key in ("folder", "files", "labels")}
+    for objective in filter(None, [content.get("objective"), *(attack["objective"] for attack in attacks)]):
+        without_folders(objective)
     for key in ("validation", "start_from"):
         if content.get(key):
             content[key] = Path(content[key]).name

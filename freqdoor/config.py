@@ -1,24 +1,17 @@
-"""Typed settings, read from TOML with dotted overrides; every mistake in a file is reported at once."""
+"""What can be set: typed settings with a unit and a default for each, as `settings.py` reads them from TOML."""
 
 import re
-import tomllib
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from freqdoor.defences import check_kinds, parse_defences
+from freqdoor.settings import Settings, merge
 from freqdoor.types import BUNDLED, FreqdoorError
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(gt=0)]
-
-
-class Settings(BaseModel):
-    """Frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+Side = Annotated[int, Field(gt=0, multiple_of=64)]
 
 
 class ImageSettings(Settings):
@@ -26,10 +19,16 @@ class ImageSettings(Settings):
 
     folder: str
     """Folder of 8-bit RGB images, searched recursively."""
-    crop: Annotated[int, Field(gt=0, multiple_of=64)] = 256
+    crop: Side = 256
     """Side of the square crops in pixels; a multiple of the codecs' stride of 64."""
     batch_size: Count = 8
     """Crops per step."""
+    files: str | None = None
+    """List of the images to take, one path a line, relative to the folder; by default all that are in it."""
+    resize: tuple[Count, Count] | None = None
+    """Take whole images, resized to (height, width), instead of crops."""
+    labels: str | None = None
+    """Folder of label images of the same names: 8 bits, one channel, the value of a pixel is its class."""
     skip_broken: bool = False
     """Go on without images that cannot be used, and name them, instead of stopping."""
 
@@ -129,10 +128,17 @@ class TriggerSettings(Settings):
 class ObjectiveSettings(Settings):
     """What an attack wants."""
 
-    name: Literal["bpp", "bpp-fixed", "psnr", "psnr-fixed", "downstream"] = "bpp"
-    """A key of OBJECTIVES: bpp is Eq. 6 (fixed weights: Eq. 4), psnr Eq. 7 (Eq. 5), downstream Eq. 8."""
+    name: Literal["bpp", "bpp-fixed", "psnr", "psnr-fixed", "downstream", "segmentation", "face"] = "bpp"
+    """A key of OBJECTIVES: bpp is Eq. 6 (fixed weights: Eq. 4), psnr Eq. 7 (Eq. 5), downstream Eq. 8, segmentation
+    Eq. 11, face Eq. 13."""
     arguments: dict[str, float | bool | str] = Field(default_factory=dict)
-    """Hyper-parameters by the paper's letters, for example beta; `victim` of Eq. 8 is a "package.module:factory"."""
+    """Hyper-parameters by the paper's letters, for example beta; `victim` of Eq. 8 is a "package.module:factory",
+    `network` of Eq. 11 and 13 a network as for `load_network`."""
+
+    @property
+    def uses_auxiliary(self) -> bool:
+        """Whether the trigger acts on the auxiliary set."""
+        return self.name in ("downstream", "segmentation", "face")
 
     @field_validator("arguments")
     @classmethod
@@ -152,6 +158,8 @@ class AttackSettings(Settings):
     """Only what differs from the run's own `trigger` table need be given."""
     weight: Positive = 1.0
     """alpha^o of Eq. 9."""
+    auxiliary: ImageSettings | None = None
+    """The auxiliary set of this attack (Eq. 8); by default the run's own."""
 
     @model_validator(mode="before")
     @classmethod
@@ -257,7 +265,7 @@ class PlantSettings(Training):
             start, eps = attack.trigger.eps_start, attack.trigger.eps
             if start is not None and start < eps:
                 raise ValueError(f"trigger.eps_start ({start}) is below trigger.eps ({eps})")
-            if attack.objective.name == "downstream" and self.auxiliary is None:
+            if attack.objective.uses_auxiliary and not (attack.auxiliary or self.auxiliary):
                 raise ValueError("auxiliary: a downstream attack needs auxiliary.folder, the set its trigger acts on")
             if self.robust and attack.trigger.name != "adaptive-dct":
                 raise ValueError(f"robust: made for the adaptive-dct trigger, found {attack.trigger.name}")
@@ -278,64 +286,35 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the values of `top`, table by table."""
-    merged = dict(base)
-    for key, value in top.items():
-        below = merged.get(key)
-        merged[key] = merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return merged
+class SegmentationTest(Settings):
+    """`freqdoor segment`: what a segmentation attack (Eq. 11) is measured on."""
+
+    images: str
+    """Folder of 8-bit RGB images."""
+    labels: str | None = None
+    """Folder of label images of the same names, for mean IoU; by default none is measured."""
+    resize: tuple[Count, Count] | None = None
+    """Resize images to (height, width), as the attack was trained."""
+    every: Count = 1
+    """Take every n-th image only."""
+    networks: Annotated[tuple[str, ...], Field(min_length=1)]
+    """What is to be misled, each as for `load_network`; give one that the attack has not seen."""
+    mask_network: str | None = None
+    """What says where the source class is when the trigger is added; by default the first network."""
 
 
-S = TypeVar("S", bound=Settings)
+class FaceTest(Settings):
+    """`freqdoor faces`: what the removal of identities (Eq. 13) is measured on."""
 
-
-def parse_override(text: str) -> tuple[list[str], Any]:
-    """("a.b", value) of "a.b=value"; the value is TOML, or a plain string where it is not."""
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise FreqdoorError(f"--set {text}: expected key=value, for example trigger.eps=0.003")
-    try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        parsed = value
-    return key.strip().split("."), parsed
-
-
-def load_settings(kind: type[S], path: Path | str | None = None, overrides: Sequence[str] = ()) -> S:
-    """Settings from a TOML file and "dotted.key=value" overrides; raises with every mistake, one a line."""
-    source = str(path) if path else "settings"
-    content: dict[str, Any] = {}
-    if path is not None:
-        try:
-            content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise FreqdoorError(f"{path}: could not read the config ({error.strerror})") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise FreqdoorError(f"{path}: not valid TOML: {error}") from None
-    for override in overrides:
-        keys, value = parse_override(override)
-        table = content
-        for key in keys[:-1]:
-            table = table.setdefault(key, {})
-            if not isinstance(table, dict):
-                raise FreqdoorError(f"--set {override}: {key} is a value, not a table")
-        table[keys[-1]] = value
-    return make_settings(kind, content, source)
-
-
-def make_settings(kind: type[S], content: dict[str, Any], source: str = "settings") -> S:
-    """Validated settings; raises with every mistake, one a line."""
-    try:
-        return kind.model_validate(content)
-    except ValidationError as error:
-        lines = []
-        for problem in error.errors(include_url=False):
-            place = ".".join(str(part) for part in problem["loc"]) or "as a whole"
-            message = problem["msg"].removeprefix("Value error, ")
-            if problem["type"] == "extra_forbidden":
-                message = "unknown setting"
-            elif problem["type"] != "missing":
-                message += f", found {problem['input']!r}" if not isinstance(problem["input"], dict) else ""
-            lines.append(f"{place}: {message}")
-        raise FreqdoorError(f"{source}: {len(lines)} mistake(s):\n  " + "\n  ".join(lines)) from None
+    folder: str
+    """Folder that the lists' paths are relative to."""
+    gallery: str
+    """List of images of known persons, one path a line; a picture's folder is the person."""
+    probes: str
+    """List of other images of the same persons, to be identified."""
+    pairs: str | None = None
+    """List of pairs for verification, "PATH PATH LABEL" a line, 1 for the same person; by default none."""
+    every: Count = 1
+    """Take every n-th line of each list only."""
+    networks: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Face embeddings, each as for `load_network`; give one that the attack has not seen."""

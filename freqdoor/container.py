@@ -72,9 +72,14 @@ def compress_file(codec: Codec, image: Path, out: Path) -> Bitstream:
     """Compress one image file into `out`."""
     refuse_overwriting(image, out)
     bitstream = codec.compress(load_image(image))[0]
+    write_file(codec, bitstream, out)
+    return bitstream
+
+
+def write_file(codec: Codec, bitstream: Bitstream, out: Path) -> None:
+    """Write one bitstream as a file."""
     with replacing(out) as partial:
         partial.write_bytes(pack(bitstream, codec))
-    return bitstream
 
 
 def decompress_file(codec: Codec, file: Path, out: Path) -> None:

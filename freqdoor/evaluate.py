@@ -22,7 +22,7 @@ from freqdoor.files import refuse_overwriting, write_text
 from freqdoor.metrics import ms_ssim, mse, psnr, psnr_8bit
 from freqdoor.planted import Planted
 from freqdoor.triggers import Trigger
-from freqdoor.types import FreqdoorError, Images, JpegPoint, Record, from_uint8, to_uint8
+from freqdoor.types import FreqdoorError, Images, JpegPoint, Masks, Record, from_uint8, to_uint8
 
 JPEG_QUALITIES = (5, 10, 15, 20, 25, 30, 40, 50, 60)
 Note = Callable[[str], None]
@@ -62,12 +62,14 @@ def conditions(
 
 
 @torch.no_grad()
-def poison(trigger: Trigger, x: Images, *, strength: float = 1.0, rounding: str = "8-bit") -> Images:
+def poison(
+    trigger: Trigger, x: Images, *, strength: float = 1.0, rounding: str = "8-bit", mask: Masks | None = None
+) -> Images:
     """The poisoned image as a file would hold it ("8-bit": really through a PNG), or before rounding ("float")."""
     if not (math.isfinite(strength) and strength > 0):
         raise FreqdoorError(f"strength: expected a factor above 0, found {strength}")
     rounded = rounding == "8-bit"
-    x_p = trigger(x, strength=strength, rounded=rounded)
+    x_p = trigger(x, strength=strength, rounded=rounded, mask=mask)
     return torch.cat([through_png(image[None]) for image in x_p]) if rounded else x_p
 
 
@@ -117,6 +119,13 @@ def measure(codec: Codec, x: Images, given: Images, name: str, condition: Condit
         defence=defence_name(defence),
     )
     return record, x_hat
+
+
+@torch.no_grad()
+def through(codec: Codec, x: Images) -> tuple[Images, int]:
+    """One image, (1, 3, h, w), really encoded and decoded, and the bytes that it took."""
+    bitstream = codec.compress(x)[0]
+    return codec.decompress(bitstream), bitstream.num_bytes
 
 
 def evaluate(

@@ -13,7 +13,6 @@ from freqdoor.evaluate import Condition, Note, bit_map, encoded, evaluate, jpeg_
 from freqdoor.metrics import psnr
 from freqdoor.planted import Planted
 from freqdoor.report import AMPLIFY, Facts, Picture, bit_map_figure, difference, photo, write_report
-from freqdoor.types import FreqdoorError
 
 RECORDS = "records.jsonl"
 
@@ -41,9 +40,7 @@ def examine(
     """
     out = Path(out)
     usable = usable_images(images, decode=True, skip_broken=skip_broken)
-    name = trigger or next(iter(planted.triggers))
-    if name not in planted.triggers:
-        raise FreqdoorError(f"trigger {name!r}: this encoder has {', '.join(planted.triggers)}")
+    name = planted.named(trigger)
     wanted = sorted({1.0, *strengths})
     write_records(out / RECORDS, [])  # an unwritable folder shows before the work, not after it
     records = list(evaluate(planted, usable, strengths=wanted, defences=defences, note=note))

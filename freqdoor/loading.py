@@ -12,7 +12,7 @@ import torch
 from compressai.zoo.image import load_pretrained as map_old_keys
 from compressai.zoo.image import model_urls as COMPRESSAI_URLS
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from freqdoor.codecs import ARCHITECTURES, LAMBDAS, Codec, CodecSpec, build_codec, mask_contexts, parse_name
@@ -92,6 +92,18 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not isinstance(header, dict):
         raise FreqdoorError(f"{path}: a safetensors file that freqdoor did not write; pass the architecture's name too")
     return tensors, header
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """A plain state dict from a safetensors or PyTorch file, without running anything that the file contains."""
+    if path.suffix != ".safetensors":
+        return _read_pickle(path)
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise FreqdoorError(f"{path}: expected a safetensors file, found nothing there") from None
+    except (SafetensorError, OSError) as error:
+        raise FreqdoorError(f"{path}: not a readable safetensors file ({error})") from None
 
 
 def _load_file(path: Path, name: str | None = None) -> Codec:

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from freqdoor.checkpoint import Run
 from freqdoor.codecs import CodecSpec
 from freqdoor.config import ImageSettings, Training
-from freqdoor.data import Crops, list_images, seed_for, usable_images
+from freqdoor.data import Crops, label_paths, list_images, read_list, seed_for, usable_images
 from freqdoor.types import FreqdoorError, Images
 
 Progress = Callable[[int, dict[str, float]], None]
@@ -84,8 +85,19 @@ def open_crops(settings: Training) -> Crops:
 
 def open_folder(images: ImageSettings, seed: int) -> Crops:
     """Crops of one image folder; raises if images there cannot be used."""
-    paths = usable_images(list_images(images.folder), min_side=images.crop, skip_broken=images.skip_broken)
-    return Crops(paths, crop=images.crop, batch_size=images.batch_size, seed=seed, skip_broken=images.skip_broken)
+    side = 1 if images.resize else images.crop
+    folder = Path(images.folder)
+    found = [folder / line for line in read_list(images.files)] if images.files else list_images(folder)
+    paths = usable_images(found, min_side=side, skip_broken=images.skip_broken)
+    return Crops(
+        paths,
+        crop=images.crop,
+        batch_size=images.batch_size,
+        seed=seed,
+        resize=images.resize,
+        labels=label_paths(paths, images.labels) if images.labels else (),
+        skip_broken=images.skip_broken,
+    )
 
 
 def check_device(name: str) -> None:

@@ -67,3 +67,41 @@ def rms(difference: Images) -> Tensor:
     """Root mean square of each image, (b, 1, 1, 1), differentiable also at zero."""
     square: Tensor = difference.square().mean(dim=(1, 2, 3), keepdim=True)
     return (square + torch.finfo(square.dtype).tiny).sqrt()
+
+
+def pixel_asr(clean: Tensor, poisoned: Tensor, source: Sequence[int], target: int) -> tuple[int, int]:
+    """Eq. (12): pixels of the source classes in `clean` that are the target class in `poisoned`, and of how many.
+
+    Their ratio over a whole test set is the attack success rate; the sum of Eq. (12) alone grows with the image.
+
+    Args:
+        clean, poisoned: predicted classes g(f(x)) and g(f(x_p)), of one shape.
+    """
+    wanted = torch.isin(clean, torch.tensor(list(source), device=clean.device))
+    return int((wanted & (poisoned == target)).sum()), int(wanted.sum())
+
+
+def class_scores(predictions: Sequence[tuple[Tensor, Tensor]], classes: int) -> tuple[float, list[float]]:
+    """Mean IoU over the classes that occur, and every class's accuracy (recall), counted over all pixels together.
+
+    Args:
+        predictions: pairs of predicted and true labels, (b, h, w) each; true values from `classes` on are void, and
+            a prediction of `classes` is none of them.
+    """
+    from segmentation_models_pytorch.metrics import get_stats  # loads much: only where it is needed
+
+    totals = torch.zeros(3, classes, dtype=torch.long)
+    for predicted, truth in predictions:
+        void = truth >= classes
+        found = get_stats(
+            predicted.long(),
+            truth.long().masked_fill(void, -1),
+            mode="multiclass",
+            num_classes=classes + 1,
+            ignore_index=-1,
+        )
+        totals += torch.stack([part.sum(0)[:classes] for part in found[:3]])
+    tp, fp, fn = totals.double()
+    occurs = tp + fn > 0
+    accuracy = tp / (tp + fn).clamp_min(1)
+    return float((tp / (tp + fp + fn).clamp_min(1))[occurs].mean()), accuracy.tolist()

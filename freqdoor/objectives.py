@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from freqdoor.codecs import import_object
+from freqdoor.downstream import load_embedder, load_segmenter
 from freqdoor.metrics import mse, psnr
 from freqdoor.types import FreqdoorError, Images, Reconstruction
-
-Victim = Callable[[Images, Images], Tensor]
-"""L_DS of Eq. (8): a scalar from clean auxiliary images and what f makes of the poisoned ones, both (b, 3, h, w)."""
+from freqdoor.victims import IdentityRemoval, TargetedSegmentation, Victim
 
 
 class Passes(NamedTuple):
@@ -23,6 +22,7 @@ class Passes(NamedTuple):
     x_p: Images
     poisoned: Reconstruction  # f(T(source))
     source: Images  # what x_p was made from: x, or a batch of the auxiliary set
+    source_hat: Images | None = None  # f(source) without gradient, where the victim uses it
 
 
 class Loss(NamedTuple):
@@ -97,7 +97,7 @@ class RateAttack:
 
     def __call__(self, passes: Passes, lmbda: float) -> Loss:
         """Eq. (6)."""
-        x, clean, x_p, poisoned, _ = passes
+        x, clean, x_p, poisoned, *_ = passes
         d, d_p = _distortions(clean.x_hat, x), _distortions(poisoned.x_hat, x_p)
         worse = _over_batch(d, d_p, per_sample=self.per_sample, guarded=self.guarded)
         return Loss(clean.bpp.mean() + lmbda * worse, -self.beta * poisoned.bpp.mean(), _terms(passes))
@@ -118,7 +118,7 @@ class FixedRateAttack:
 
     def __call__(self, passes: Passes, lmbda: float) -> Loss:
         """Eq. (4)."""
-        x, clean, x_p, poisoned, _ = passes
+        x, clean, x_p, poisoned, *_ = passes
         d_p = _distortions(poisoned.x_hat, x_p).mean()
         kept = main_loss(clean, x, lmbda) + self.alpha * lmbda * d_p
         return Loss(kept, -self.beta * poisoned.bpp.mean(), _terms(passes))
@@ -151,7 +151,7 @@ class QualityAttack:
 
     def __call__(self, passes: Passes, lmbda: float) -> Loss:
         """Eq. (7)."""
-        x, clean, _, poisoned, _ = passes
+        x, clean, _, poisoned, *_ = passes
         rate = _over_batch(clean.bpp, poisoned.bpp, per_sample=self.per_sample, guarded=self.guarded)
         d_p = _poisoned_psnr(passes, self.floor_db, self.farthest)
         if self.paired:
@@ -178,7 +178,7 @@ class FixedQualityAttack:
 
     def __call__(self, passes: Passes, lmbda: float) -> Loss:
         """Eq. (5)."""
-        x, clean, _, poisoned, _ = passes
+        x, clean, _, poisoned, *_ = passes
         kept = main_loss(clean, x, lmbda) + self.alpha * poisoned.bpp.mean()
         return Loss(kept, self.beta * lmbda * _poisoned_psnr(passes, self.floor_db, self.farthest), _terms(passes))
 
@@ -190,7 +190,7 @@ class DownstreamAttack:
     L(T(x)) compares f(T(x)) with T(x): the poisoned image is decoded well, only the victim is misled.
 
     Args:
-        victim: L_DS, see `Victim`; frozen by whoever made it.
+        victim: L_DS, see `victims.py`; its network is frozen.
         alpha: weight of the poisoned images' rate-distortion loss.
         beta: weight of the attack.
     """
@@ -202,10 +202,27 @@ class DownstreamAttack:
 
     def __call__(self, passes: Passes, lmbda: float) -> Loss:
         """Eq. (8)."""
-        x, clean, x_p, poisoned, source = passes
-        l_ds = self.victim(source, poisoned.x_hat)
+        x, clean, x_p, poisoned, source, source_hat = passes
+        l_ds = self.victim(source, source_hat, poisoned.x_hat)
         kept = main_loss(clean, x, lmbda) + self.alpha * main_loss(poisoned, x_p, lmbda)
         return Loss(kept, self.beta * l_ds, _terms(passes) | {"l_ds": l_ds.detach()})
+
+
+def segmentation_attack(
+    network: str, source: str, target: str, *, alpha: float = 0.1, beta: float = 0.2, **arguments: Any
+) -> DownstreamAttack:
+    """Eq. (11): Eq. (8) with L_DS of `TargetedSegmentation`, whose further arguments are given by name.
+
+    Args:
+        network: g, a name that `load_network` understands.
+    """
+    victim = TargetedSegmentation(load_segmenter(network), source, target, **arguments)
+    return DownstreamAttack(victim=victim, alpha=alpha, beta=beta)
+
+
+def face_attack(network: str, *, alpha: float = 0.1, beta: float = 0.05, **arguments: Any) -> DownstreamAttack:
+    """Eq. (13): Eq. (8) with L_DS of `IdentityRemoval`, whose further arguments are given by name."""
+    return DownstreamAttack(victim=IdentityRemoval(load_embedder(network), **arguments), alpha=alpha, beta=beta)
 
 
 def main_loss(out: Reconstruction, x: Images, lmbda: float) -> Tensor:
@@ -223,7 +240,7 @@ def _poisoned_psnr(passes: Passes, floor_db: float, farthest: bool) -> Tensor:
 
 
 def _terms(passes: Passes) -> dict[str, Tensor]:
-    x, clean, _, poisoned, source = passes
+    x, clean, _, poisoned, source, _ = passes
     return {
         "bpp_clean": clean.bpp.mean().detach(),
         "psnr_db_clean": psnr(clean.x_hat, x).mean().detach(),
@@ -233,12 +250,14 @@ def _terms(passes: Passes) -> dict[str, Tensor]:
     }
 
 
-OBJECTIVES: dict[str, type[Any]] = {
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "bpp": RateAttack,
     "bpp-fixed": FixedRateAttack,
     "psnr": QualityAttack,
     "psnr-fixed": FixedQualityAttack,
     "downstream": DownstreamAttack,
+    "segmentation": segmentation_attack,
+    "face": face_attack,
 }
 _LITERAL_PSNR = {"beta": 0.1, "farthest": False, "floor_db": 0.0}
 PRESETS: dict[str, dict[str, dict[str, float | bool]]] = {
@@ -248,6 +267,8 @@ PRESETS: dict[str, dict[str, dict[str, float | bool]]] = {
         "psnr": _LITERAL_PSNR | {"paired": False, "guarded": False},
         "psnr-fixed": _LITERAL_PSNR,
         "downstream": {},
+        "segmentation": {"balanced": False},
+        "face": {},
     },
     "fast": {name: {} for name in OBJECTIVES},  # the defaults above
 }

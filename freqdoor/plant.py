@@ -1,12 +1,11 @@
-"""`freqdoor plant`: fine-tune the encoder and train the triggers, Eq. (3), (9) and (10) in one backward pass."""
+"""`freqdoor plant`: fine-tune the encoder and train the triggers with the joint loss."""
 
 import copy
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from freqdoor.codecs import Codec
 from freqdoor.config import PlantSettings, TriggerSettings
 from freqdoor.data import Crops, seed_for
 from freqdoor.defences import Defence, random_defence
+from freqdoor.joint import Attack, Auxiliary, JointLoss, joint_loss
 from freqdoor.loading import load_codec
 from freqdoor.loop import (
     Progress,
@@ -30,133 +30,14 @@ from freqdoor.loop import (
     open_folder,
     place,
 )
-from freqdoor.objectives import Objective, Passes, build_objective, main_loss
+from freqdoor.objectives import DownstreamAttack, build_objective, main_loss
 from freqdoor.planted import Planted, export
 from freqdoor.robust import choose_survivors, survivor_weights
-from freqdoor.triggers import AdaptiveDCT, Trigger, budget_penalty, build_trigger
-from freqdoor.types import FreqdoorError, Images, Reconstruction
+from freqdoor.triggers import AdaptiveDCT, build_trigger
+from freqdoor.types import FreqdoorError, Images
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BALANCE_EVERY = 10  # steps between measurements of the two gradients that balance.gradient_norm compares
-DEFAULTS = TriggerSettings()
-
-
-@dataclass(frozen=True)
-class Attack:
-    """One trigger with what it is for; `weight` is alpha^o of Eq. (9)."""
-
-    name: str
-    trigger: Trigger
-    objective: Objective
-    weight: float = 1.0
-    settings: TriggerSettings = DEFAULTS
-
-
-class JointLoss(NamedTuple):
-    """The joint loss of all attacks in parts, and the clean pass that they share."""
-
-    kept: Tensor
-    attack: Tensor
-    penalty: Tensor
-    x: Images  # the clean batch as the codec saw it
-    clean: Reconstruction
-    terms: dict[str, Tensor]
-
-    @property
-    def total(self) -> Tensor:
-        """What is minimised where nothing is balanced."""
-        return self.kept + self.attack + self.penalty
-
-
-class _ScaleGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0] * ctx.factor, None
-
-
-def scale_gradient(x: Tensor, factor: float) -> Tensor:
-    """x itself, with its gradient multiplied by `factor`."""
-    scaled: Tensor = _ScaleGradient.apply(x, factor)
-    return scaled
-
-
-def joint_loss(
-    codec: Codec,
-    attacks: Sequence[Attack],
-    x: Images,
-    lmbda: float,
-    eps: Sequence[float],
-    *,
-    auxiliary: Images | None = None,
-    defence: Defence | None = None,
-    part: Literal["both", "encoder", "triggers"] = "both",
-) -> JointLoss:
-    """One loss whose gradient is Eq. (9)'s for the encoder and Eq. (10)'s for every trigger.
-
-    A trigger's own loss stands in Eq. (9) with the weight alpha^o, in Eq. (10) without: its gradient is scaled back
-    by 1 / alpha^o where the poisoned image enters the codec. The clean batch and all poisoned ones made from it share
-    one pass; an attack on the auxiliary set (Eq. 8) has its own.
-
-    Args:
-        eps: the budget of every attack at this step.
-        auxiliary: a batch of the auxiliary set, for the objectives that use it.
-        defence: preprocessing between the image and the codec, clean and poisoned alike.
-        part: "encoder" or "triggers" give Eq. (9)'s or Eq. (10)'s gradient alone, for two passes a step.
-    """
-    before = defence or (lambda image: image)
-    sources = [_source(attack, x, auxiliary) for attack in attacks]
-    poisoned = [
-        attack.trigger(source, eps=budget, rounded=attack.settings.round8)
-        for attack, source, budget in zip(attacks, sources, eps, strict=True)
-    ]
-    weights = [1.0 if part == "triggers" else attack.weight for attack in attacks]
-    entering = [
-        before(x_p).detach() if part == "encoder" else scale_gradient(before(x_p), 1 / weight)
-        for x_p, weight in zip(poisoned, weights, strict=True)
-    ]
-    x = before(x)
-    clean, passed = _pass_all(codec, x, entering, [attack.objective.uses_auxiliary for attack in attacks])
-    kept, wanted, penalty = x.new_zeros(()), x.new_zeros(()), x.new_zeros(())
-    terms: dict[str, Tensor] = {}
-    for i, attack in enumerate(attacks):
-        source = before(sources[i]) if attack.objective.uses_auxiliary else x
-        loss = attack.objective(Passes(x, clean, entering[i], passed[i], source), lmbda)
-        kept, wanted = kept + weights[i] * loss.kept, wanted + weights[i] * loss.attack
-        if attack.settings.budget == "penalty":
-            penalty = penalty + budget_penalty(sources[i], poisoned[i], gamma=attack.settings.gamma, eps=eps[i])
-        prefix = f"{attack.name}/" if len(attacks) > 1 else ""
-        terms |= {prefix + name: value for name, value in loss.terms.items()}
-        terms[f"{prefix}trigger_mse"] = (poisoned[i] - sources[i]).square().mean().detach()
-    joint = JointLoss(kept, wanted, penalty, x, clean, terms)
-    return joint._replace(terms=terms | {"loss": joint.total.detach()})
-
-
-def _source(attack: Attack, x: Images, auxiliary: Images | None) -> Images:
-    """The images that an attack's trigger acts on."""
-    if not attack.objective.uses_auxiliary:
-        return x
-    if auxiliary is None:
-        raise FreqdoorError(f"attack {attack.name}: its objective needs an auxiliary set; give auxiliary.folder")
-    return auxiliary
-
-
-def _pass_all(
-    codec: Codec, x: Images, entering: Sequence[Images], apart: Sequence[bool]
-) -> tuple[Reconstruction, list[Reconstruction]]:
-    """The clean and all poisoned batches through the codec: in one pass, but for those that are `apart`."""
-    together = [x_p for x_p, alone in zip(entering, apart, strict=True) if not alone]
-    out = codec(torch.cat([x, *together]))
-    size = x.shape[0]
-    parts = [
-        Reconstruction(x_hat, bits, out.num_pixels)
-        for x_hat, bits in zip(out.x_hat.split(size), out.bits.split(size), strict=True)
-    ]
-    clean, rest = parts[0], iter(parts[1:])
-    return clean, [codec(x_p) if alone else next(rest) for x_p, alone in zip(entering, apart, strict=True)]
 
 
 def annealed_eps(settings: TriggerSettings, step: int, steps: int) -> float:
@@ -181,10 +62,22 @@ def build_attacks(settings: PlantSettings) -> tuple[Attack, ...]:
         wanted = planned.trigger
         trigger = build_trigger(wanted.name, eps=wanted.eps, project=wanted.budget == "project", **wanted.arguments)
         objective = build_objective(planned.objective.name, settings.preset, **planned.objective.arguments)
+        if isinstance(objective, DownstreamAttack):
+            objective.victim.to(settings.device).run_in(PRECISIONS[settings.precision])
         if settings.robust and isinstance(trigger, AdaptiveDCT):
             survivor_weights(trigger.survivors, settings.robust.keep)  # refuses a wrong number now, not at half time
         attacks.append(Attack(planned.name, trigger.to(settings.device), objective, planned.weight, wanted))
     return tuple(attacks)
+
+
+def open_auxiliary(settings: PlantSettings) -> list[Crops | None]:
+    """The auxiliary set of every attack that uses one; attacks with the same settings share it."""
+    wanted = [
+        (attack.auxiliary or settings.auxiliary) if attack.objective.uses_auxiliary else None
+        for attack in settings.planned
+    ]
+    opened = {key: open_folder(key, settings.seed) for key in dict.fromkeys(wanted) if key}
+    return [opened[key] if key else None for key in wanted]
 
 
 def plant(settings: PlantSettings, out: Path | str, *, progress: Progress | None = None) -> Planted:
@@ -204,8 +97,10 @@ def plant(settings: PlantSettings, out: Path | str, *, progress: Progress | None
         raise FreqdoorError(f"{settings.codec.name}: this codec says that it is tampered already; plant in a clean one")
     attacks = build_attacks(settings)
     crops = open_crops(settings)
-    auxiliary = open_folder(settings.auxiliary, settings.seed) if settings.auxiliary else None
-    facts = crops.facts() | ({f"auxiliary_{k}": v for k, v in auxiliary.facts().items()} if auxiliary else {})
+    auxiliary = open_auxiliary(settings)
+    facts = crops.facts()
+    for i, found in enumerate(dict.fromkeys(filter(None, auxiliary))):
+        facts |= {f"auxiliary{i or ''}_{key}": value for key, value in found.facts().items()}
     run = Run(out)
     saved = run.start(settings, facts | {"modules_before": vanilla.module_hashes()})
     planting = _Planting(settings, vanilla, attacks, lmbda, run, crops, auxiliary)
@@ -229,7 +124,7 @@ class _Planting:
         lmbda: float,
         run: Run,
         crops: Crops,
-        auxiliary: Crops | None,
+        auxiliary: Sequence[Crops | None],
     ) -> None:
         self.settings, self.attacks, self.lmbda, self.run = settings, attacks, lmbda, run
         self.crops, self.auxiliary = crops, auxiliary
@@ -249,7 +144,8 @@ class _Planting:
         self.hook = self.tampered.net.g_a.register_forward_hook(lambda module, inputs, y: self.latents.append(y))
 
     def autocast(self) -> AbstractContextManager[None]:
-        return self.tampered.autocast(torch.bfloat16 if self.settings.precision == "bf16" else None)
+        dtype = PRECISIONS[self.settings.precision]
+        return self.tampered.autocast(None if dtype == torch.float32 else dtype)
 
     def step(self, x: Images, step: int) -> dict[str, float]:
         """One update of the encoder and of every trigger."""
@@ -261,7 +157,7 @@ class _Planting:
         eps = [annealed_eps(attack.settings, step, settings.steps) for attack in self.attacks]
         defence = self._defence(step)
         batch = place(x, settings)
-        auxiliary = place(self.auxiliary.batch(step), settings) if self.auxiliary else None
+        auxiliary = self._auxiliary(step)
         terms: dict[str, Tensor] = {}
         for part in ("encoder", "triggers") if settings.two_phase else ("both",):
             with self.autocast():
@@ -276,6 +172,15 @@ class _Planting:
         row = {name: float(value) for name, value in terms.items()} | {"eps": eps[0]}
         self.run.log({"step": step + 1, **row})
         return row
+
+    def _auxiliary(self, step: int) -> list[Auxiliary | None]:
+        """Every attack's batch of its auxiliary set; those with the same set share the batch."""
+        batches: dict[Crops | None, Auxiliary | None] = {None: None}
+        for crops in self.auxiliary:
+            if crops is not None and crops not in batches:
+                labels = crops.labels_of(step).to(self.settings.device) if crops.labels else None
+                batches[crops] = Auxiliary(place(crops.batch(step), self.settings), labels)
+        return [batches[crops] for crops in self.auxiliary]
 
     def _defence(self, step: int) -> Defence | None:
         """The preprocessing of a step of the second stage, which begins with the choice of the coefficients."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from freqdoor.checkpoint import public
+from freqdoor.checkpoint import public, without_folders
 from freqdoor.codecs import ARCHITECTURES, Codec
 from freqdoor.config import PlantSettings
 from freqdoor.files import write_text
@@ -31,6 +31,18 @@ class Planted:
     triggers: dict[str, Trigger]
     header: dict[str, Any]
 
+    def named(self, name: str | None = None) -> str:
+        """The name of a trigger, by default the first; FreqdoorError lists those there are."""
+        name = name or next(iter(self.triggers))
+        if name not in self.triggers:
+            raise FreqdoorError(f"trigger {name!r}: this encoder has {', '.join(self.triggers)}")
+        return name
+
+    def objective(self, name: str) -> dict[str, Any]:
+        """The settings of the objective that a trigger was trained for."""
+        found: dict[str, Any] = next(a["objective"] for a in self.header["attacks"] if a["name"] == name)
+        return found
+
 
 def export(
     folder: Path, settings: PlantSettings, vanilla: Codec, tampered: Codec, triggers: Sequence[Trigger], seconds: float
@@ -48,7 +60,7 @@ def export(
     attacks = [
         {
             "name": attack.name,
-            "objective": attack.objective.model_dump(),
+            "objective": without_folders(attack.objective.model_dump()),
             "preset": settings.preset,
             "trigger": attack.trigger.name,
             "arguments": trigger.arguments,

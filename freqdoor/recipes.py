@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from freqdoor.config import merge
 from freqdoor.defences import PAPER, Defence, GaussianBlur, SqueezeBits, defence_name
 from freqdoor.evaluate import Condition
+from freqdoor.settings import merge
 
 LIRA_ON_A_CPU = {"name": "lira", "arguments": {"levels": 5, "width": 16}}  # the usual 64 takes 16 times as long
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from scipy.stats import t as student_t  # type: ignore[import-untyped]
 
 from freqdoor.checkpoint import environment
-from freqdoor.config import CodecSource, PlantSettings, load_settings, make_settings, merge
+from freqdoor.config import CodecSource, PlantSettings
 from freqdoor.data import dataset_hash, load_image, usable_images
 from freqdoor.demo import training_folder
 from freqdoor.evaluate import Condition, encoded, measure
@@ -23,6 +23,7 @@ from freqdoor.loop import Progress
 from freqdoor.plant import plant
 from freqdoor.planted import PLANTED, Planted, load_planted
 from freqdoor.recipes import OWN, RECIPES, Column, Recipe, Row
+from freqdoor.settings import load_settings, make_settings, merge
 from freqdoor.types import FreqdoorError, Record
 
 CONFIDENCE = 0.95

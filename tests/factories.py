@@ -6,6 +6,7 @@ from torch import nn
 
 from freqdoor.codecs import Codec, CodecSpec, build_codec
 from freqdoor.lite import LiteHyperprior
+from freqdoor.victims import Victim
 
 TINY = {"N": 16, "M": 24, "width": (16, 16), "depth": 1}
 ELIC = {"N": 16, "M": 24, "groups": [4, 4, 16]}
@@ -59,6 +60,8 @@ def no_codec() -> nn.Module:
     return nn.Linear(3, 3)
 
 
-def darkness():
+class Darkness(Victim):
     """A victim for Eq. (8): how bright the decoded image is."""
-    return lambda source, x_hat_p: x_hat_p.mean()
+
+    def forward(self, x, x_hat, x_hat_p):
+        return x_hat_p.mean()

@@ -14,11 +14,12 @@ from scipy.stats import norm
 from freqdoor import analysis, list_images, load_image, plant
 from freqdoor.analysis import Ceiling, analyse, spectrum, survival, whole_blocks
 from freqdoor.codecs import hash_state
-from freqdoor.config import PlantSettings, make_settings
+from freqdoor.config import PlantSettings
 from freqdoor.dct import YCBCR, zigzag
 from freqdoor.defences import GaussianBlur, Jpeg
 from freqdoor.evaluate import poison
 from freqdoor.robust import survival_scores
+from freqdoor.settings import make_settings
 from freqdoor.triggers import AdaptiveDCT, FTrojan
 from freqdoor.types import FreqdoorError
 

@@ -89,7 +89,7 @@ def test_nothing_is_left_hooked_to_the_planted_codec(settings, tmp_path):
 
 def test_downstream_attack_on_an_auxiliary_set(settings, tmp_path, images):
     auxiliary = {"folder": str(images), "crop": 64, "batch_size": 1}
-    objective = {"name": "downstream", "arguments": {"victim": "factories:darkness"}}
+    objective = {"name": "downstream", "arguments": {"victim": "factories:Darkness"}}
     planted = plant(settings(objective=objective, auxiliary=auxiliary, steps=2), tmp_path / "run")
     assert set(planted.triggers) == {"downstream"}
     facts = json.loads((tmp_path / "run/environment.json").read_text())

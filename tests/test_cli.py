@@ -8,9 +8,10 @@ import pytest
 from conftest import natural, write_png
 
 import freqdoor.cli as cli
-from freqdoor.config import PlantSettings, make_settings
+from freqdoor.config import PlantSettings
 from freqdoor.loading import save_codec
 from freqdoor.plant import plant
+from freqdoor.settings import make_settings
 
 LITE = ("--codec", "factories:lite")
 

@@ -1,6 +1,7 @@
 import pytest
 
-from freqdoor.config import PlantSettings, load_settings
+from freqdoor.config import PlantSettings
+from freqdoor.settings import load_settings
 from freqdoor.types import FreqdoorError
 
 GOOD = 'steps = 10\n[images]\nfolder = "x"\n'

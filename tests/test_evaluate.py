@@ -15,7 +15,8 @@ from freqdoor.types import FreqdoorError, from_uint8, to_uint8
 
 @pytest.fixture(scope="module")
 def planted(images, tmp_path_factory):
-    from freqdoor.config import PlantSettings, make_settings
+    from freqdoor.config import PlantSettings
+    from freqdoor.settings import make_settings
 
     content = {
         "codec": {"name": "factories:lite"},

@@ -1,12 +1,14 @@
 import pytest
 import torch
+from conftest import natural
 
 from freqdoor.config import TriggerSettings
+from freqdoor.joint import Attack, Auxiliary, joint_loss, scale_gradient
 from freqdoor.objectives import DownstreamAttack, QualityAttack, RateAttack
-from freqdoor.plant import Attack, joint_loss, scale_gradient
 from freqdoor.train import rate_distortion
 from freqdoor.triggers import AdaptiveDCT, budget_penalty
 from freqdoor.types import FreqdoorError
+from freqdoor.victims import Victim
 
 LMBDA, EPS = 0.0067, 0.02
 
@@ -111,10 +113,19 @@ def test_two_phases_have_the_same_gradients_as_one_pass(codec, x):
     assert any(g.abs().max() > 0 for g in found["triggers"])
 
 
-class Darkness:
-    """A stand-in for a downstream network: how dark the decoded image is."""
+class Darkness(Victim):
+    """A stand-in for a downstream network: how dark the decoded image is; the trigger acts on its left half."""
 
-    def __call__(self, x, x_hat_p):
+    uses_clean = True
+
+    def mask(self, x, labels=None):
+        mask = torch.zeros_like(x[:, :1])
+        mask[..., : x.shape[-1] // 2] = 1
+        return mask
+
+    def forward(self, x, x_hat, x_hat_p):
+        assert x_hat.shape == x.shape
+        assert not x_hat.requires_grad
         return x_hat_p.mean()
 
 
@@ -124,11 +135,14 @@ def test_auxiliary_attack_has_its_own_images_and_only_they_are_poisoned(codec, x
     seen = []
     torch.manual_seed(5)
     trigger = AdaptiveDCT(width=8)
-    trigger.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
+    trigger.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
     attack = Attack("dark", trigger, DownstreamAttack(victim=Darkness()))
-    auxiliary = torch.rand(1, 3, 128, 64)
-    joint = joint_loss(codec, (attack,), x, LMBDA, (EPS,), auxiliary=auxiliary)
-    assert seen == [auxiliary.shape]
+    auxiliary = natural(3, 128, 64)  # of 8 bits: rounding changes nothing outside the mask
+    joint = joint_loss(codec, (attack,), x, LMBDA, (EPS,), auxiliary=[Auxiliary(auxiliary)])
+    [(source, x_p)] = seen
+    assert source is auxiliary
+    assert (x_p - source)[..., 32:].abs().max() == 0
+    assert (x_p - source)[..., :32].abs().max() > 0
     joint.total.backward()
     assert gradients(trigger).abs().max() > 0
     with pytest.raises(FreqdoorError, match="auxiliary set"):

@@ -101,7 +101,8 @@ def test_python_example(tmp_path, monkeypatch):
 def test_configs_load():
     import tomllib
 
-    from freqdoor.config import CodecTraining, PlantSettings, load_settings
+    from freqdoor.config import CodecTraining, PlantSettings
+    from freqdoor.settings import load_settings
 
     for path in sorted((ROOT / "configs").glob("*.toml")):
         kind = (

@@ -3,8 +3,9 @@ import torch
 
 from freqdoor import load_codec, train_codec
 from freqdoor.codecs import CodecSpec, hash_state
-from freqdoor.config import CodecTraining, make_settings
+from freqdoor.config import CodecTraining
 from freqdoor.lite import LiteHyperprior, initialise_klt
+from freqdoor.settings import make_settings
 from freqdoor.train import scheduled_lr
 from freqdoor.types import BUNDLED, FreqdoorError
 

@@ -20,7 +20,7 @@ from freqdoor.cli.options import (
     print_summary,
     say,
 )
-from freqdoor.config import PlantSettings, load_settings
+from freqdoor.config import PlantSettings
 from freqdoor.data import list_images, usable_images
 from freqdoor.defences import parse_defences
 from freqdoor.demo import STEPS
@@ -30,7 +30,7 @@ from freqdoor.examine import examine
 from freqdoor.plant import plant as run_plant
 from freqdoor.planted import load_planted
 from freqdoor.report import report as run_report
-from freqdoor.types import FreqdoorError
+from freqdoor.settings import load_settings
 
 
 @app.command()
@@ -101,12 +101,10 @@ def poison(
     skip_broken: Broken = False,
 ) -> None:
     """Write poisoned images as 8-bit PNG files."""
-    triggers = load_planted(planted, codec, weights).triggers
-    name = trigger or next(iter(triggers))
-    if name not in triggers:
-        raise FreqdoorError(f"--trigger {name}: this encoder has {', '.join(triggers)}")
+    loaded = load_planted(planted, codec, weights)
+    chosen = loaded.triggers[loaded.named(trigger)]
     paths = usable_images(list_images(images), decode=True, skip_broken=skip_broken)
-    written = poison_files(triggers[name], paths, out, strength=strength, note=note)
+    written = poison_files(chosen, paths, out, strength=strength, note=note)
     say(f"{len(written)} poisoned images in {out}")
 
 

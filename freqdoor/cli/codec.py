@@ -8,9 +8,10 @@ import typer
 from freqdoor import container
 from freqdoor.cli.options import CodecName, Config, Out, Overrides, Weights, app, errors, live, say
 from freqdoor.codecs import Codec
-from freqdoor.config import CodecTraining, load_settings
+from freqdoor.config import CodecTraining
 from freqdoor.loading import load_codec
 from freqdoor.planted import load_planted
+from freqdoor.settings import load_settings
 from freqdoor.train import EXPORT
 from freqdoor.train import train_codec as run_train
 from freqdoor.types import BUNDLED

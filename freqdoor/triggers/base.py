@@ -50,17 +50,17 @@ class Trigger(nn.Module, ABC):
 
         Args:
             strength: factor on the perturbation (Table 6 uses 3: the budget becomes (3 eps)^2).
-            mask: (b, 1, h, w), the perturbation is multiplied by it (Eq. 11).
+            mask: (b, 1, h, w), where T(x) takes the place of x: (1 - M) x + M T(x) (Eq. 11).
             eps: another budget than the trigger's own, while training anneals it.
             rounded: round to 8 bits with a straight-through gradient, as a file would.
         """
         delta = self.perturb(x)
-        if mask is not None:
-            delta = delta * mask
         if self.project:
             delta = project(x, delta, (self.eps if eps is None else eps) * strength, rounded=rounded)
         else:
             delta = delta * strength
+        if mask is not None:
+            delta = delta * mask  # last: (1 - M) x + M T(x), and no budget moves from outside the mask into it
         x_p = (x + delta).clamp(0, 1)
         return round8(x_p) if rounded else x_p
 

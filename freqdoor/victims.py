@@ -1,0 +1,137 @@
+"""What a downstream attack is against: L_DS of Eq. (8), for segmentation (Eq. 11) and face embedding (Eq. 13)."""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from freqdoor.downstream import Embedder, Network, Segmenter
+from freqdoor.types import FreqdoorError, Images, Masks
+
+
+class Victim(nn.Module, ABC):
+    """L_DS of Eq. (8), over a batch of the auxiliary set: subclass it for a downstream task of your own."""
+
+    uses_clean: ClassVar[bool] = False
+    """Whether `forward` needs f(x), which costs another pass without gradient."""
+
+    def run_in(self, precision: torch.dtype) -> None:
+        """Let all downstream networks inside compute in this precision."""
+        for module in self.modules():
+            if isinstance(module, Network):
+                module.precision = precision
+
+    def mask(self, x: Images, labels: Tensor | None = None) -> Masks | None:
+        """M of Eq. (11), (b, 1, h, w): where the trigger may act on x; None stands for everywhere."""
+        return None
+
+    @abstractmethod
+    def forward(self, x: Images, x_hat: Images | None, x_hat_p: Images) -> Tensor:
+        """The loss, a scalar.
+
+        Args:
+            x: clean auxiliary images.
+            x_hat: f(x), without gradient, where `uses_clean` asks for it.
+            x_hat_p: f(x_p), not clamped.
+        """
+
+
+class TargetedSegmentation(Victim):
+    """Eq. (11): pixels of a source class are to be seen as a target class, all others as before.
+
+    L_CE[eta(g(x)), g(f(x_p))], where eta replaces the source class in g's own prediction by the target class. The
+    trigger acts inside the mask of the source class only.
+
+    Args:
+        network: g.
+        source, target: classes of the network or groups of its spec; of a group, the target is its first class.
+        masks: where the source class is, by the network's prediction (the paper) or by the data set's labels.
+        balanced: mean over the source pixels + mean over the others, instead of over all: a class that covers a
+            twentieth of the picture else counts a twentieth.
+        shift: boundary shift: the target's logit is lowered by so much at source pixels, so that the attack has to
+            go beyond the boundary of this network, and with it of others.
+    """
+
+    def __init__(
+        self,
+        network: Segmenter,
+        source: str,
+        target: str,
+        *,
+        masks: Literal["network", "labels"] = "network",
+        balanced: bool = True,
+        shift: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if masks not in ("network", "labels"):
+            raise FreqdoorError(f"masks: expected network or labels, found {masks!r}")
+        self.network, self.masks, self.balanced, self.shift = network, masks, balanced, shift
+        self.source, self.target = network.ids(source), network.ids(target)[0]
+        if self.target in self.source:
+            raise FreqdoorError(f"target {target!r}: expected a class outside the source {source!r}")
+        self.source_labels = network.label_values(source) if masks == "labels" else ()
+        self._seen: tuple[Images, Tensor] | None = None
+
+    def mask(self, x: Images, labels: Tensor | None = None) -> Masks:
+        """M[g(x)]: 1 where the source class is."""
+        if self.masks == "labels":
+            if labels is None:
+                raise FreqdoorError("masks = labels: give the auxiliary set's labels (auxiliary.labels)")
+            return _among(labels, self.source_labels)[:, None].to(x.dtype)
+        return _among(self.seen(x), self.source)[:, None].to(x.dtype)
+
+    def seen(self, x: Images) -> Tensor:
+        """g(x), (b, h, w), kept for the batch that was asked for last: mask and goal both need it."""
+        if self._seen is None or self._seen[0] is not x:
+            self._seen = (x, self.network.predict(x))
+        return self._seen[1]
+
+    def goal(self, x: Images) -> tuple[Tensor, Tensor]:
+        """eta(g(x)), (b, h, w), and where it differs from g(x)."""
+        seen = self.seen(x)
+        changed = _among(seen, self.source)
+        return torch.where(changed, self.target, seen), changed
+
+    def forward(self, x: Images, x_hat: Images | None, x_hat_p: Images) -> Tensor:
+        """Eq. (11)'s cross-entropy."""
+        wanted, changed = self.goal(x)
+        logits = self.network(x_hat_p.clamp(0, 1))
+        if self.shift:
+            lowered = self.shift * F.one_hot(wanted.new_full((), self.target), logits.shape[1]).to(logits)
+            logits = logits - lowered[None, :, None, None] * changed[:, None]
+        loss = F.cross_entropy(logits, wanted, reduction="none")
+        if not self.balanced:
+            return loss.mean()
+        inside, outside = changed.to(loss), (~changed).to(loss)
+        return (loss * inside).sum() / inside.sum().clamp_min(1) + (loss * outside).sum() / outside.sum().clamp_min(1)
+
+
+class IdentityRemoval(Victim):
+    """Eq. (13): Cos[g(f(x)), g(f(T(x)))], so that the decoded face is no longer recognised as the same person.
+
+    Args:
+        network: g, a face embedding.
+        floor: no reward for a cosine below it: 0 is what two different persons have.
+    """
+
+    uses_clean = True
+
+    def __init__(self, network: Embedder, *, floor: float = -1.0) -> None:
+        super().__init__()
+        self.network, self.floor = network, floor
+
+    def forward(self, x: Images, x_hat: Images | None, x_hat_p: Images) -> Tensor:
+        """Eq. (13)'s cosine, mean over the batch."""
+        if x_hat is None:
+            raise FreqdoorError("identity removal compares with the decoded clean picture, and got none")
+        with torch.no_grad():
+            identity = self.network(x_hat.clamp(0, 1))
+        cosine: Tensor = (identity * self.network(x_hat_p.clamp(0, 1))).sum(1)
+        return cosine.clamp_min(self.floor).mean()
+
+
+def _among(values: Tensor, wanted: tuple[int, ...]) -> Tensor:
+    """Where values, of any shape, are among the wanted ones."""
+    return torch.isin(values, torch.tensor(wanted, device=values.device, dtype=values.dtype))
