@@ -4,7 +4,9 @@ import torch
 from conftest import natural, write_png
 from PIL import Image
 
-from freqdoor.data import Crops, list_images, load_image, save_image, seed_for, usable_images
+from freqdoor.config import ImageSettings
+from freqdoor.data import Crops, label_paths, list_images, load_image, load_labels, save_image, seed_for, usable_images
+from freqdoor.loop import open_folder
 from freqdoor.types import FreqdoorError
 
 
@@ -90,3 +92,53 @@ def test_batches_depend_on_seed_and_step_alone(images):
 
 def test_seeds_of_different_purposes_differ():
     assert len({seed_for(0, "a"), seed_for(0, "b"), seed_for(1, "a"), seed_for(0, "a", 1)}) == 4
+
+
+def test_labels_are_cut_as_their_images_are(tmp_path):
+    """A picture whose red channel holds its labels: crops, mirror images and resized ones agree with their labels."""
+    paths, folder = [], tmp_path / "labels"
+    folder.mkdir()
+    for i in range(3):
+        red = np.random.default_rng(i).integers(0, 11, (96, 80), dtype=np.uint8)
+        path = tmp_path / f"{i}.png"
+        Image.fromarray(np.stack([red, red, red], 2)).save(path)
+        Image.fromarray(red).save(folder / path.name)
+        paths.append(path)
+    labels = label_paths(paths, folder)
+    for resize in (None, (96, 80)):
+        crops = Crops(paths, crop=64, batch_size=4, seed=3, resize=resize, labels=labels)
+        for step in range(3):
+            images, cut = crops.batch(step), crops.labels_of(step)
+            assert images.shape[-2:] == (resize or (64, 64))
+            assert torch.equal((images[:, 0] * 255).round().byte(), cut)
+    smaller = Crops(paths, crop=64, batch_size=2, seed=0, resize=(48, 40), labels=labels)
+    assert smaller.batch(0).shape == (2, 3, 48, 40)
+    assert smaller.labels_of(0).shape == (2, 48, 40)
+    assert set(smaller.labels_of(0).unique().tolist()) <= set(range(11))  # nearest: no classes between classes
+
+
+def test_labels_that_cannot_be_used(tmp_path):
+    image = write_png(tmp_path / "a.png", natural(0, 64, 64))
+    with pytest.raises(FreqdoorError, match=r"1 are missing, first a\.png"):
+        label_paths([image], tmp_path / "nowhere")
+    with pytest.raises(FreqdoorError, match="found no such file"):
+        load_labels(tmp_path / "b.png")
+    with pytest.raises(FreqdoorError, match="one channel of 8 bits, found RGB"):
+        load_labels(image)
+    Image.new("L", (32, 64)).save(tmp_path / "l.png")
+    with pytest.raises(FreqdoorError, match="labels of 32x64 pixels for an image of 64x64"):
+        load_labels(tmp_path / "l.png", image_size=(64, 64))
+    (tmp_path / "text.png").write_text("nothing")
+    with pytest.raises(FreqdoorError, match="could not read it"):
+        load_labels(tmp_path / "text.png")
+
+
+def test_a_list_says_which_images_are_taken(tmp_path):
+    for i in range(3):
+        write_png(tmp_path / f"{i}.png", natural(i, 64, 64))
+    (tmp_path / "list.txt").write_text("2.png\n\n0.png\n")
+    settings = ImageSettings(folder=str(tmp_path), files=str(tmp_path / "list.txt"), crop=64)
+    assert [p.name for p in open_folder(settings, 0).paths] == ["2.png", "0.png"]
+    (tmp_path / "list.txt").write_text("\n")
+    with pytest.raises(FreqdoorError, match="one picture a line, found none"):
+        open_folder(settings, 0)

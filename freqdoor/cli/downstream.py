@@ -1,0 +1,83 @@
+"""The verbs of downstream attacks: segment, faces, protect."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from freqdoor.cli.options import Config, Out, Overrides, Planted, VanillaName, Weights, app, console, note, say
+from freqdoor.config import FaceTest, SegmentationTest
+from freqdoor.data import list_images
+from freqdoor.downstream import load_embedder
+from freqdoor.faces import faces as run_faces
+from freqdoor.faces import faces_table
+from freqdoor.faces import protect as run_protect
+from freqdoor.planted import load_planted
+from freqdoor.segmentation import PICTURES, segmentation_table
+from freqdoor.segmentation import segment as run_segment
+from freqdoor.settings import load_settings
+
+TriggerName = Annotated[str | None, typer.Option(help="Which trigger; by default the first.")]
+
+
+@app.command()
+def segment(
+    planted: Planted,
+    config: Config = None,
+    *,
+    out: Out,
+    trigger: TriggerName = None,
+    codec: VanillaName = None,
+    weights: Weights = None,
+    overrides: Overrides = None,
+) -> None:
+    """Measure a segmentation attack (Eq. 11, Table 1) on networks that it has and has not seen."""
+    test = load_settings(SegmentationTest, config, overrides or ())
+    scores = run_segment(load_planted(planted, codec, weights), test, out, trigger=trigger, note=note)
+    say(segmentation_table(scores))
+    say(f"Pictures: {out / PICTURES}")
+
+
+@app.command()
+def faces(
+    planted: Planted,
+    config: Config = None,
+    *,
+    out: Out,
+    trigger: TriggerName = None,
+    codec: VanillaName = None,
+    weights: Weights = None,
+    overrides: Overrides = None,
+) -> None:
+    """Measure the removal of identities (Eq. 13, Table 2): identification, verification, and what it costs."""
+    test = load_settings(FaceTest, config, overrides or ())
+    say(faces_table(run_faces(load_planted(planted, codec, weights), test, out, trigger=trigger, note=note)))
+
+
+@app.command()
+def protect(
+    photos: Annotated[Path, typer.Argument(help="A photo or a folder of photos, 8-bit RGB.")],
+    out: Out,
+    planted: Annotated[Path, typer.Option(help="Encoder planted with Eq. 13 (configs/faces.toml).")],
+    network: Annotated[
+        str | None, typer.Option(help="Face embedding to check with: SPEC.toml or SPEC.toml=FILE.")
+    ] = None,
+    trigger: TriggerName = None,
+    codec: VanillaName = None,
+    weights: Weights = None,
+) -> None:
+    """Compress photos so that a face recognition like the one trained against no longer knows who is in them.
+
+    Only faces seen from the front are found. It promises nothing about networks that were not tried.
+    """
+    loaded = load_planted(planted, codec, weights)
+    checked = load_embedder(network) if network else None
+    table = Table("photo", "faces", "written", "PSNR dB", "bpp", "cosine to the clean face")
+    done = run_protect(loaded, list_images(photos), out, network=checked, trigger=trigger, note=note)
+    for row in done:
+        values = [(row.psnr_db, 2), (row.bpp, 3), (row.cosine, 3)]
+        texts = ["-" if value is None else f"{value:.{digits}f}" for value, digits in values]
+        table.add_row(row.photo, str(row.faces), row.picture or "skipped, no face found", *texts)
+    console.print(table)
+    say(f"{sum(row.picture is not None for row in done)} of {len(done)} photos protected in {out}")

@@ -1,0 +1,75 @@
+"""Small downstream networks, written as ONNX by hand, and their TOML files."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+from torchvision.models import resnet50
+
+CLASSES = ("road", "car", "bus", "sky")
+WEIGHTS = np.array([[1, 0, 0], [0, 3, 0], [0, 0, 3], [-2, -2, -2]], np.float32)  # of CLASSES, on normalised RGB
+BIAS = np.array([0.1, 0, 0, 0.2], np.float32)
+
+
+def _save(path: Path, nodes: list, weights: dict[str, np.ndarray], output: str) -> Path:
+    graph = helper.make_graph(
+        nodes,
+        "tiny",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["b", 3, "h", "w"])],
+        [helper.make_tensor_value_info(output, TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    return path
+
+
+def segmentation_onnx(path: Path) -> Path:
+    """Four classes by a 1x1 convolution, halved in size as real networks do."""
+    nodes = [
+        helper.make_node("Conv", ["input", "w", "b"], ["full"], kernel_shape=[1, 1]),
+        helper.make_node("AveragePool", ["full"], ["logits"], kernel_shape=[2, 2], strides=[2, 2]),
+    ]
+    return _save(path, nodes, {"w": WEIGHTS[:, :, None, None], "b": BIAS}, "logits")
+
+
+def face_onnx(path: Path) -> Path:
+    """A 5-dimensional embedding of the mean colours of a picture's quarters."""
+    weight = np.random.default_rng(0).normal(size=(5, 12)).astype(np.float32)
+    nodes = [
+        helper.make_node("AveragePool", ["input"], ["pooled"], kernel_shape=[16, 16], strides=[16, 16]),
+        helper.make_node("Flatten", ["pooled"], ["flat"], axis=1),
+        helper.make_node("Gemm", ["flat", "w", "b"], ["embedding"], transB=1),
+    ]
+    return _save(path, nodes, {"w": weight, "b": np.zeros(5, np.float32)}, "embedding")
+
+
+def segmentation_spec(folder: Path, **changes: str) -> Path:
+    """tiny.toml beside tiny.onnx; `changes` replace lines."""
+    lines = {
+        "task": '"segmentation"',
+        "file": '"tiny.onnx"',
+        "mean": "[0.5, 0.4, 0.3]",
+        "std": "[0.2, 0.25, 0.5]",
+        "classes": '["road", "car", "bus", "sky"]',
+        "labels": '[["sky"], ["road"], ["car", "bus"]]',
+        "groups": '{ cars = ["car", "bus"] }',
+    } | changes
+    segmentation_onnx(folder / "tiny.onnx")
+    path = folder / "tiny.toml"
+    path.write_text("".join(f"{key} = {value}\n" for key, value in lines.items()))
+    return path
+
+
+def face_spec(folder: Path, **changes: str) -> Path:
+    lines = {"task": '"face"', "file": '"face.onnx"', "size": "[32, 32]", "mirror": "true"} | changes
+    face_onnx(folder / "face.onnx")
+    path = folder / "face.toml"
+    path.write_text("".join(f"{key} = {value}\n" for key, value in lines.items()))
+    return path
+
+
+def arcface_resnet50() -> nn.Module:
+    """The paper's kind of face network, with random weights."""
+    return resnet50(weights=None, num_classes=512)
