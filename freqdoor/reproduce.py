@@ -20,6 +20,7 @@ from freqdoor.evaluate import Condition, encoded, measure
 from freqdoor.files import replacing, write_text
 from freqdoor.loading import load_codec
 from freqdoor.loop import Progress
+from freqdoor.metrics import bd_rate
 from freqdoor.plant import plant
 from freqdoor.planted import PLANTED, Planted, load_planted
 from freqdoor.recipes import OWN, RECIPES, Column, Recipe, Row
@@ -64,6 +65,7 @@ def reproduce(
     *,
     codecs: Sequence[CodecSource] = (),
     runs: Path | str = "runs/reproduce",
+    rows: Sequence[str] = (),
     seeds: int = 3,
     minutes: float | None = None,
     announce: Announce | None = None,
@@ -75,6 +77,7 @@ def reproduce(
         base: codec, training images, steps; a row changes what its name says.
         images: what is measured on.
         codecs: plant in each of these instead of in base.codec, for curves over qualities.
+        rows: names of the rows to take; by default all.
         runs: where plantings lie, one folder for each set of settings: recipes share them.
         seeds: plantings of every row, with the seeds base.seed, base.seed + 1, ...
         minutes: start nothing new after so many; the table then has gaps, and the same command goes on.
@@ -86,8 +89,8 @@ def reproduce(
         raise FreqdoorError(f"recipe {name!r}: expected one of {', '.join(RECIPES)}")
     if seeds < 1:
         raise FreqdoorError(f"seeds: expected 1 or more, found {seeds}")
-    recipe = RECIPES[name]()
-    rows = {row.name: row for row in recipe.rows}
+    recipe = _only(RECIPES[name](), rows)
+    by_name = {row.name: row for row in recipe.rows}
     images = usable_images(images, decode=True)
     deadline = time.monotonic() + 60 * minutes if minutes is not None else math.inf
     values: dict[tuple[str, str], list[float]] = {}
@@ -109,7 +112,7 @@ def reproduce(
             values.setdefault((labels[row.name, source], column.title), []).append(value)
     table: Table = {
         label: {
-            column.title: Cell(tuple(found), rows[name].paper.get(column.title) if not codecs else None)
+            column.title: Cell(tuple(found), by_name[name].paper.get(column.title) if not codecs else None)
             for column in recipe.columns
             if (found := values.get((label, column.title)))
         }
@@ -117,6 +120,13 @@ def reproduce(
     }
     _write(recipe, table, base, [source.name for source in sources], images, Path(out), seeds, seconds)
     return table
+
+
+def _only(recipe: Recipe, rows: Sequence[str]) -> Recipe:
+    known = [row.name for row in recipe.rows]
+    if unknown := set(rows) - set(known):
+        raise FreqdoorError(f"rows {', '.join(sorted(unknown))}: recipe {recipe.name} has {', '.join(known)}")
+    return replace(recipe, rows=tuple(row for row in recipe.rows if row.name in rows)) if rows else recipe
 
 
 def recipe_settings(config: Path | None, overrides: Sequence[str], runs: Path) -> PlantSettings:
@@ -257,12 +267,40 @@ on {where["threads"]} thread(s), {where["gpu"] or "no GPU"}, torch {where["versi
             for row, cells in table.items()
         },
     }
+    if recipe.plot and (lines := bd_rates(recipe, table, codecs)):
+        page += "\nBD-rate against the vanilla codec over these qualities (Akima interpolation):\n\n" + "\n".join(lines)
+        page += "\n"
     if recipe.plot:
         with replacing(out / f"{recipe.name}.png") as partial:
             _plot(recipe, table, codecs).savefig(partial, format="png", dpi=110)
         page += f"\n![{recipe.title}]({recipe.name}.png)\n"
     write_text(out / f"{recipe.name}.json", json.dumps(content, indent=1))
     write_text(out / f"{recipe.name}.md", page)
+
+
+def bd_rates(recipe: Recipe, table: Table, codecs: Sequence[str]) -> list[str]:
+    """For every planted row the Bjontegaard delta rate of its clean curve, and of its poisoned one where it has any.
+
+    Of four codecs or more; a poisoned curve that shares no range of PSNR with the vanilla one has no BD-rate.
+    """
+
+    def curve(row: str, prefix: str) -> tuple[list[float], list[float]] | None:
+        found = [table.get(f"{row}, {codec}", {}) for codec in codecs]
+        if len(found) < 4 or not all(f"{prefix} dB" in cells for cells in found):
+            return None
+        return [cells[f"{prefix} bpp"].mean for cells in found], [cells[f"{prefix} dB"].mean for cells in found]
+
+    vanilla = next((curve(row.name, "clean") for row in recipe.rows if row.changes is None), None)
+    lines = []
+    for row in recipe.rows:
+        for prefix in ("clean", "poisoned"):
+            other = curve(row.name, prefix) if row.changes is not None else None
+            if vanilla and other:
+                try:
+                    lines.append(f"- {row.name}, {prefix}: {bd_rate(*vanilla, *other):+.1f} %")
+                except FreqdoorError:
+                    lines.append(f"- {row.name}, {prefix}: none, the curves share no range of PSNR")
+    return lines
 
 
 def _plot(recipe: Recipe, table: Table, codecs: Sequence[str]) -> Figure:

@@ -103,6 +103,32 @@ def test_every_recipe_has_valid_settings_and_promises_a_result(name, base):
                 assert attack.name in {"bpp", "psnr"}
 
 
+@pytest.mark.usefixtures("_recipe")
+def test_only_the_rows_that_are_named(base, images, tmp_path):
+    options = {"runs": tmp_path / "runs", "minutes": 0}
+    table = reproduce(
+        "small", base, list_images(images)[:1], tmp_path / "out", rows=["vanilla", "universal"], **options
+    )
+    assert list(table) == ["vanilla", "universal"]
+    with pytest.raises(FreqdoorError, match="rows LIRA: recipe small has vanilla, ours, universal"):
+        reproduce("small", base, list_images(images), tmp_path / "out", rows=["LIRA"], **options)
+
+
+def test_bd_rate_of_every_planted_row_over_four_qualities():
+    """Clean curves that take 10 % more bits at every PSNR, and poisoned ones far below."""
+    table = {}
+    for i in range(4):
+        cells = {"clean dB": Cell((28.0 + i,), None), "clean bpp": Cell((0.2 * 1.5**i,), None)}
+        table[f"vanilla, q{i}"] = cells
+        dearer = {"clean bpp": Cell((1.1 * 0.2 * 1.5**i,), None)}
+        far = {"poisoned dB": Cell((5.0 + i,), None), "poisoned bpp": Cell((0.2 * 1.5**i,), None)}
+        table[f"ours, q{i}"] = cells | dearer | far
+    codecs = [f"q{i}" for i in range(4)]
+    lines = module.bd_rates(SMALL, table, codecs)
+    assert lines == ["- ours, clean: +10.0 %", "- ours, poisoned: none, the curves share no range of PSNR"]
+    assert module.bd_rates(SMALL, table, codecs[:3]) == []
+
+
 def test_errors(base, images, tmp_path):
     with pytest.raises(FreqdoorError, match="expected one of table3"):
         reproduce("table9", base, list_images(images), tmp_path)

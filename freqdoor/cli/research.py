@@ -30,6 +30,7 @@ def reproduce(
     ] = None,
     out: Out = Path("results"),
     runs: Annotated[Path, typer.Option(help="Where plantings are kept; recipes share them.")] = Path("runs/reproduce"),
+    rows: Annotated[str | None, typer.Option(help="Names of rows to take, separated by ';'; by default all.")] = None,
     seeds: Annotated[int, typer.Option(help="Plantings of every row.")] = 3,
     budget: Annotated[float | None, typer.Option(help="Start no planting after so many minutes; go on later.")] = None,
     overrides: Overrides = None,
@@ -39,6 +40,7 @@ def reproduce(
     measured = list_images(images) if images else held_out()
     named = [text.partition("=") for text in codec or ()]
     codecs = [CodecSource(name=name, weights=file or None) for name, _, file in named]
+    chosen = [name.strip() for name in (rows or "").split(";") if name.strip()]
     with ExitStack() as shown:
 
         def announce(what: str, steps: int) -> Progress:
@@ -46,7 +48,16 @@ def reproduce(
             return shown.enter_context(live(steps, what))
 
         table = run_reproduce(
-            recipe, settings, measured, out, codecs=codecs, runs=runs, seeds=seeds, minutes=budget, announce=announce
+            recipe,
+            settings,
+            measured,
+            out,
+            codecs=codecs,
+            rows=chosen,
+            runs=runs,
+            seeds=seeds,
+            minutes=budget,
+            announce=announce,
         )
     page = out / f"{recipe}.md"
     missing = [row for row, cells in table.items() if not cells]
