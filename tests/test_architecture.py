@@ -17,7 +17,7 @@ LAYERS = [  # a module may import from the layers above it, and from its own
     {"loop", "robust", "planted", "joint"},
     {"train", "plant"},
     {"evaluate", "report"},
-    {"examine", "analysis", "recipes", "pgd", "segmentation", "faces"},
+    {"examine", "analysis", "recipes", "pgd", "segmentation", "faces", "watermark"},
     {"demo"},
     {"reproduce"},
     {"cli"},

@@ -6,11 +6,11 @@ import warnings
 
 import torch
 
-from freqdoor.cli import attack, codec, downstream, research
+from freqdoor.cli import attack, codec, downstream, research, watermark
 from freqdoor.cli.options import app, errors
 from freqdoor.types import FreqdoorError
 
-__all__ = ["app", "attack", "codec", "downstream", "main", "research"]
+__all__ = ["app", "attack", "codec", "downstream", "main", "research", "watermark"]
 
 
 def main() -> None:

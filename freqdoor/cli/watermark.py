@@ -1,0 +1,43 @@
+"""The verb of ownership: verify-owner."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from freqdoor.cli.options import VanillaName, Weights, app, console, note, say
+from freqdoor.data import list_images
+from freqdoor.demo import KODAK
+from freqdoor.loading import load_codec
+from freqdoor.planted import load_planted
+from freqdoor.watermark import false_positives
+from freqdoor.watermark import verify_owner as run_verify
+
+
+@app.command("verify-owner")
+def verify_owner(
+    key: Annotated[Path, typer.Argument(help="The owner's planted.safetensors, whose trigger is the secret.")],
+    suspects: Annotated[list[str], typer.Argument(help="Codecs to ask: files or names, or NAME=WEIGHTS.")],
+    images: Annotated[Path, typer.Option(help="Ten images or more; by default the bundled ones.")] = KODAK,
+    trigger: Annotated[str | None, typer.Option(help="Which trigger; by default the first.")] = None,
+    others: Annotated[bool, typer.Option("--others", help="All are known to be others': print how many pass.")] = False,
+    codec: VanillaName = None,
+    weights: Weights = None,
+) -> None:
+    """Ask encoders whether they are the owner's: only that one spends bits on the owner's secret trigger."""
+    loaded = load_planted(key, codec, weights)
+    chosen = loaded.triggers[loaded.named(trigger)]
+    answers = []
+    table = Table("codec", "trigger / clean", "control / clean", "images that answer", "p", "the owner's")
+    for suspect in suspects:
+        name, _, file = suspect.partition("=")
+        answer = run_verify(load_codec(name, file or None), chosen, list_images(images), note=note)
+        answers.append(answer)
+        ratios = (f"{answer.trigger_ratio:.2f}", f"{answer.control_ratio:.2f}")
+        count = f"{answer.answering} of {answer.images}"
+        table.add_row(suspect, *ratios, count, f"{answer.p_value:.2g}", "yes" if answer.owner else "no")
+    console.print(table)
+    if others:
+        passed, count_all, upper = false_positives(answers)
+        say(f"{passed} of {count_all} other encoders pass: at most {100 * upper:.0f} % (exact 95 % interval)")
