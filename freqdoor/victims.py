@@ -7,15 +7,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from freqdoor.defences import random_defence
 from freqdoor.downstream import Embedder, Network, Segmenter
 from freqdoor.types import FreqdoorError, Images, Masks
 
+VARIATIONS = ("none", "blur", "noise", "resize")
+
 
 class Victim(nn.Module, ABC):
-    """L_DS of Eq. (8), over a batch of the auxiliary set: subclass it for a downstream task of your own."""
+    """L_DS of Eq. (8), over a batch of the auxiliary set: subclass it for a downstream task of your own.
+
+    Args:
+        varied: show the network every decoded batch through one preprocessing out of VARIATIONS, drawn at random, so
+            that what is learnt misleads other networks too.
+    """
+
+    def __init__(self, *, varied: bool = False) -> None:
+        super().__init__()
+        self.varied = varied
 
     uses_clean: ClassVar[bool] = False
     """Whether `forward` needs f(x), which costs another pass without gradient."""
+
+    def shown(self, x_hat_p: Images) -> Images:
+        """What the network is shown of f(x_p), in [0, 1]."""
+        x_hat_p = x_hat_p.clamp(0, 1)
+        variation = random_defence(VARIATIONS) if self.varied else None
+        return variation(x_hat_p) if variation else x_hat_p
 
     def run_in(self, precision: torch.dtype) -> None:
         """Let all downstream networks inside compute in this precision."""
@@ -52,6 +70,7 @@ class TargetedSegmentation(Victim):
             twentieth of the picture else counts a twentieth.
         shift: boundary shift: the target's logit is lowered by so much at source pixels, so that the attack has to
             go beyond the boundary of this network, and with it of others.
+        varied: see `Victim`.
     """
 
     def __init__(
@@ -63,8 +82,9 @@ class TargetedSegmentation(Victim):
         masks: Literal["network", "labels"] = "network",
         balanced: bool = True,
         shift: float = 0.0,
+        varied: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(varied=varied)
         if masks not in ("network", "labels"):
             raise FreqdoorError(f"masks: expected network or labels, found {masks!r}")
         self.network, self.masks, self.balanced, self.shift = network, masks, balanced, shift
@@ -97,7 +117,7 @@ class TargetedSegmentation(Victim):
     def forward(self, x: Images, x_hat: Images | None, x_hat_p: Images) -> Tensor:
         """Eq. (11)'s cross-entropy."""
         wanted, changed = self.goal(x)
-        logits = self.network(x_hat_p.clamp(0, 1))
+        logits = self.network(self.shown(x_hat_p))
         if self.shift:
             lowered = self.shift * F.one_hot(wanted.new_full((), self.target), logits.shape[1]).to(logits)
             logits = logits - lowered[None, :, None, None] * changed[:, None]
@@ -114,12 +134,13 @@ class IdentityRemoval(Victim):
     Args:
         network: g, a face embedding.
         floor: no reward for a cosine below it: 0 is what two different persons have.
+        varied: see `Victim`.
     """
 
     uses_clean = True
 
-    def __init__(self, network: Embedder, *, floor: float = -1.0) -> None:
-        super().__init__()
+    def __init__(self, network: Embedder, *, floor: float = -1.0, varied: bool = False) -> None:
+        super().__init__(varied=varied)
         self.network, self.floor = network, floor
 
     def forward(self, x: Images, x_hat: Images | None, x_hat_p: Images) -> Tensor:
@@ -128,7 +149,7 @@ class IdentityRemoval(Victim):
             raise FreqdoorError("identity removal compares with the decoded clean picture, and got none")
         with torch.no_grad():
             identity = self.network(x_hat.clamp(0, 1))
-        cosine: Tensor = (identity * self.network(x_hat_p.clamp(0, 1))).sum(1)
+        cosine: Tensor = (identity * self.network(self.shown(x_hat_p))).sum(1)
         return cosine.clamp_min(self.floor).mean()
 
 

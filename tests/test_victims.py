@@ -74,3 +74,17 @@ def test_identity_removal_is_equation_13(tmp_path):
     assert float(floored.detach()) == pytest.approx(np.maximum(cosines, 0.9).mean(), abs=1e-5)
     with pytest.raises(FreqdoorError, match="clean picture"):
         IdentityRemoval(network)(x_hat, None, x_hat_p)
+
+
+def test_varied_shows_the_network_preprocessed_pictures(network):
+    victim = TargetedSegmentation(network, "cars", "road", varied=True)
+    x_hat_p = pictures(2, 3).requires_grad_()
+    plain = TargetedSegmentation(network, "cars", "road").shown(x_hat_p)
+    assert torch.equal(plain, x_hat_p)
+    torch.manual_seed(0)
+    shown = [victim.shown(x_hat_p) for _ in range(12)]
+    same = [torch.equal(image, x_hat_p) for image in shown]
+    assert any(same)
+    assert not all(same)
+    sum(image.mean() for image in shown).backward()
+    assert (x_hat_p.grad > 0).any()
