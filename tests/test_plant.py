@@ -1,5 +1,11 @@
 import json
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,6 +70,33 @@ def test_resume_after_kills_at_random_steps_is_bit_exact(settings, tmp_path):
     parts = plant(settings(steps=8), tmp_path / "parts")
     assert hash_state(whole.tampered) == hash_state(parts.tampered)
     assert hash_state(whole.triggers["bpp"]) == hash_state(parts.triggers["bpp"])
+
+
+def test_resume_after_sigkill_is_bit_exact(settings, tmp_path):
+    """The process itself is killed, twice, at moments that nothing in it chooses: maybe amid a checkpoint."""
+    changes = {"steps": 40, "checkpoint_minutes": 1e-6}
+    whole = plant(settings(**changes), tmp_path / "whole")
+    code = (
+        "import sys; from pathlib import Path; from freqdoor import PlantSettings, plant;"
+        "plant(PlantSettings.model_validate_json(Path(sys.argv[1]).read_text()), sys.argv[2])"
+    )
+    run, metrics = tmp_path / "parts", tmp_path / "parts/metrics.jsonl"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    dice = random.Random(5)
+    for _ in range(2):
+        known = metrics.read_text().count("\n") if metrics.exists() else 0
+        process = subprocess.Popen([sys.executable, "-c", code, tmp_path / "whole/config.json", run], env=environment)
+        while not metrics.exists() or metrics.read_text().count("\n") < min(known + 5, 30):
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(0.1 * dice.random())
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    parts = plant(settings(**changes), run)
+    assert hash_state(whole.tampered) == hash_state(parts.tampered)
+    assert hash_state(whole.triggers["bpp"]) == hash_state(parts.triggers["bpp"])
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == list(range(1, 41))
 
 
 def test_resume_refuses_other_settings(settings, tmp_path):
