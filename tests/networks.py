@@ -1,5 +1,6 @@
 """Small downstream networks, written as ONNX by hand, and their TOML files."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,18 +26,20 @@ def _save(path: Path, nodes: list, weights: dict[str, np.ndarray], output: str) 
     return path
 
 
-def segmentation_onnx(path: Path) -> Path:
-    """Four classes by a 1x1 convolution, halved in size as real networks do."""
+def segmentation_onnx(path: Path, classes: int = len(CLASSES), places: Sequence[int] = range(len(CLASSES))) -> Path:
+    """Four classes by a 1x1 convolution, halved in size as real networks do; those not at `places` never win."""
+    weights, bias = np.zeros((classes, 3), np.float32), np.full(classes, -99, np.float32)
+    weights[list(places)], bias[list(places)] = WEIGHTS, BIAS
     nodes = [
         helper.make_node("Conv", ["input", "w", "b"], ["full"], kernel_shape=[1, 1]),
         helper.make_node("AveragePool", ["full"], ["logits"], kernel_shape=[2, 2], strides=[2, 2]),
     ]
-    return _save(path, nodes, {"w": WEIGHTS[:, :, None, None], "b": BIAS}, "logits")
+    return _save(path, nodes, {"w": weights[:, :, None, None], "b": bias}, "logits")
 
 
-def face_onnx(path: Path) -> Path:
-    """A 5-dimensional embedding of the mean colours of a picture's quarters."""
-    weight = np.random.default_rng(0).normal(size=(5, 12)).astype(np.float32)
+def face_onnx(path: Path, side: int = 32) -> Path:
+    """A 5-dimensional embedding of the mean colours of a picture's parts of 16 pixels."""
+    weight = np.random.default_rng(0).normal(size=(5, 3 * (side // 16) ** 2)).astype(np.float32)
     nodes = [
         helper.make_node("AveragePool", ["input"], ["pooled"], kernel_shape=[16, 16], strides=[16, 16]),
         helper.make_node("Flatten", ["pooled"], ["flat"], axis=1),

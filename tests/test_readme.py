@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import natural, write_png
+from networks import face_onnx, segmentation_onnx
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -23,7 +26,8 @@ def block(marker: str) -> list[str]:
     """The lines of the code block behind an HTML comment."""
     found = re.search(rf"<!-- {marker} -->\n```\w*\n(.*?)```", README, re.DOTALL)
     assert found, marker
-    return [line for line in found.group(1).splitlines() if line and not line.startswith("#")]
+    joined = found.group(1).replace("\\\n", " ")
+    return [line for line in joined.splitlines() if line and not line.startswith("#")]
 
 
 @pytest.mark.parametrize("objective", ["bpp", "psnr"])
@@ -90,6 +94,42 @@ def test_commands_beyond_the_tour(tmp_path):
         assert done.returncode == 0, (line, done.stderr)
 
 
+def test_commands_of_downstream_attacks(tmp_path):
+    """The block "downstream", with small networks in the place of the real ones and few images."""
+    for folder in ("photos", "camvid/train", "camvid/test", "camvid/testannot", "faces/a", "faces/b"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "photos/kodim23.png").symlink_to(ROOT / "freqdoor/assets/kodak/kodim23.png")
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    for name in ("espnetv2", "dicenet"):
+        segmentation_onnx(tmp_path / f"{name}.onnx", classes=20, places=(0, 13, 15, 10))  # road, car, bus, sky
+    for name in ("mobilefacenet", "mobileface"):
+        face_onnx(tmp_path / f"{name}.onnx", side=112)
+    for i in range(4):  # of every fourth test frame the first is taken
+        write_png(tmp_path / f"camvid/train/{i}.png", 0.5 * natural(i, 96, 128))
+        write_png(tmp_path / f"camvid/test/{i}.png", 0.5 * natural(i, 96, 128))
+        Image.new("L", (128, 96), 8).save(tmp_path / f"camvid/testannot/{i}.png")
+    (tmp_path / "ten").mkdir()
+    for i in range(10):
+        write_png(tmp_path / f"ten/{i}.png", natural(i, 64, 64))
+    for person in "ab":
+        for i in range(3):
+            write_png(tmp_path / f"faces/{person}/{i}.png", natural(i + 3 * (person == "b"), 250, 250))
+    lists = {
+        "identification_train": "a/0.png\na/1.png\nb/0.png\nb/1.png\n",
+        "identification_test": "a/2.png\nb/2.png\n",
+        "verification_pairs": "a/0.png a/2.png 1\na/0.png b/2.png 0\n",
+    }
+    for name, text in lists.items():
+        (tmp_path / f"faces/{name}.txt").write_text(text)
+    for line in block("downstream"):
+        words = shlex.split(line)
+        assert words[0] == "freqdoor"
+        few = {"plant": ["--set", "steps=1", "--set", "images.batch_size=1"], "verify-owner": ["--images", "ten"]}
+        done = run(*words[1:], *few.get(words[1], []), cwd=tmp_path)
+        assert done.returncode == 0, (line, done.stderr)
+    assert (tmp_path / "protected/kodim23.png").exists()
+
+
 def test_python_example(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
@@ -101,13 +141,14 @@ def test_python_example(tmp_path, monkeypatch):
 def test_configs_load():
     import tomllib
 
-    from freqdoor.config import CodecTraining, PlantSettings
+    from freqdoor.config import CodecTraining, FaceTest, PlantSettings, SegmentationTest
+    from freqdoor.downstream import NetworkSpec
     from freqdoor.settings import load_settings
 
     for path in sorted((ROOT / "configs").glob("*.toml")):
-        kind = (
-            CodecTraining
-            if "lr" in (content := tomllib.loads(path.read_text())) and isinstance(content["codec"], str)
-            else PlantSettings
-        )
+        content = tomllib.loads(path.read_text())
+        kinds = {"camvid-test": SegmentationTest, "faces-test": FaceTest}
+        kind = kinds.get(path.stem, CodecTraining if isinstance(content.get("codec"), str) else PlantSettings)
         load_settings(kind, path)
+    for path in sorted((ROOT / "configs/networks").glob("*.toml")):
+        load_settings(NetworkSpec, path)
