@@ -149,8 +149,10 @@ def recipe_settings(config: Path | None, overrides: Sequence[str], runs: Path) -
 
 
 def _settings(base: PlantSettings, row: Row, seed: int) -> PlantSettings:
+    """A row's settings; `network` is in the attacks that need it, and makes no other planting of the rest."""
     content = base.model_dump(exclude_unset=True) | {"seed": seed}
-    return make_settings(PlantSettings, merge(content, row.changes or {}), f"row {row.name!r}")
+    settings = make_settings(PlantSettings, merge(content, row.changes or {}), f"row {row.name!r}")
+    return settings.model_copy(update={"network": None})
 
 
 def _planted(
@@ -161,7 +163,7 @@ def _planted(
         vanilla = load_codec(base.codec.name, base.codec.weights)
         return Planted(vanilla, vanilla, {}, {})
     settings = _settings(base, row, seed)
-    folder = runs / _key(settings.model_dump_json(exclude={"checkpoint_minutes", "network"}))  # it is in the attacks
+    folder = runs / _key(settings.model_dump_json(exclude={"checkpoint_minutes", "network"}))
     if not (folder / PLANTED).exists():
         if time.monotonic() > deadline:
             return None

@@ -96,6 +96,8 @@ def open_test(planted: Planted, test: SegmentationTest, trigger: str | None = No
     source, target = objective["arguments"]["source"], objective["arguments"]["target"]
     for network in (*networks, masks):
         network.ids(source), network.ids(target)  # unknown names show now
+        if test.labels and network.spec.labels:
+            network.label_values(source), network.label_values(target)
     paths = usable_images(list_images(test.images)[:: test.every])
     labels = label_paths(paths, test.labels) if test.labels else None
     return Setup(paths, labels, networks, masks, planted.triggers[name], source, target)
