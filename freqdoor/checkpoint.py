@@ -54,10 +54,17 @@ def _commit() -> str | None:
     return described.stdout.strip() or None
 
 
+def file_names(value: Any) -> Any:
+    """Of a path, of "SPEC.toml=FILE" or of several of them the files' names only; anything else as it is."""
+    if isinstance(value, list | tuple):
+        return [file_names(part) for part in value]
+    return "=".join(Path(part).name for part in value.split("=")) if isinstance(value, str) else value
+
+
 def without_folders(objective: dict[str, Any]) -> dict[str, Any]:
     """Settings of an objective, with the names of its network's files only."""
     if network := objective["arguments"].get("network"):
-        objective["arguments"]["network"] = "=".join(Path(part).name for part in str(network).split("="))
+        objective["arguments"]["network"] = file_names(str(network))
     return objective
 
 
@@ -73,6 +80,8 @@ def public(settings: Settings) -> dict[str, Any]:
     for key in ("validation", "start_from"):
         if content.get(key):
             content[key] = Path(content[key]).name
+    if "network" in content:
+        content["network"] = file_names(content["network"])
     if isinstance(content["codec"], dict):
         content["codec"] = {key: value and Path(value).name for key, value in content["codec"].items()}
     return content

@@ -125,6 +125,9 @@ class TriggerSettings(Settings):
         return arguments
 
 
+NETWORKED = ("segmentation", "face")  # objectives that are against a downstream network
+
+
 class ObjectiveSettings(Settings):
     """What an attack wants."""
 
@@ -138,7 +141,7 @@ class ObjectiveSettings(Settings):
     @property
     def uses_auxiliary(self) -> bool:
         """Whether the trigger acts on the auxiliary set."""
-        return self.name in ("downstream", "segmentation", "face")
+        return self.name == "downstream" or self.name in NETWORKED
 
     @field_validator("arguments")
     @classmethod
@@ -218,6 +221,8 @@ class PlantSettings(Training):
     """Several triggers in one encoder; none means one, of `objective` and `trigger`."""
     auxiliary: ImageSettings | None = None
     """The auxiliary set of Eq. 8, for downstream attacks."""
+    network: str | None = None
+    """Downstream network of the attacks that name none, as for `load_network`."""
     balance: BalanceSettings = BalanceSettings()
     robust: RobustSettings | None = None
     """Survive preprocessing, for the adaptive-dct trigger; by default not."""
@@ -252,9 +257,11 @@ class PlantSettings(Training):
         if attacks and "objective" in content:
             raise ValueError("objective: give it in each of the attacks, not beside them")
         if attacks and isinstance(attacks, list | tuple) and isinstance(shared, dict):
-            full = [merge({"trigger": shared}, a) if isinstance(a, dict) else a for a in attacks]
-            return content | {"attacks": full}
-        return content
+            attacks = [merge({"trigger": shared}, a) if isinstance(a, dict) else a for a in attacks]
+            if network := content.get("network"):
+                attacks = [_with_network(a, network) for a in attacks]
+            return content | {"attacks": attacks}
+        return _with_network(content, content["network"]) if content.get("network") else content
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -270,6 +277,16 @@ class PlantSettings(Training):
             if self.robust and attack.trigger.name != "adaptive-dct":
                 raise ValueError(f"robust: made for the adaptive-dct trigger, found {attack.trigger.name}")
         return self
+
+
+def _with_network(table: Any, network: str) -> Any:
+    """A table of settings, the network filled into an objective that needs one and names none."""
+    plain = table.model_dump() if isinstance(table, Settings) else table
+    objective = plain.get("objective") if isinstance(plain, dict) else None
+    objective = objective.model_dump() if isinstance(objective, Settings) else objective
+    if not isinstance(objective, dict) or objective.get("name") not in NETWORKED:
+        return table
+    return plain | {"objective": merge({"arguments": {"network": network}}, objective)}
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -318,3 +335,13 @@ class FaceTest(Settings):
     """Take every n-th line of each list only."""
     networks: Annotated[tuple[str, ...], Field(min_length=1)]
     """Face embeddings, each as for `load_network`; give one that the attack has not seen."""
+
+
+Test = SegmentationTest | FaceTest
+
+
+class DownstreamTest(Settings):
+    """What `freqdoor reproduce` measures downstream attacks on; a recipe takes the table that it needs."""
+
+    segmentation: SegmentationTest | None = None
+    faces: FaceTest | None = None

@@ -4,8 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from matplotlib.figure import Figure
+
+from freqdoor.config import SegmentationTest, Test
 from freqdoor.defences import PAPER, Defence, GaussianBlur, SqueezeBits, defence_name
 from freqdoor.evaluate import Condition
+from freqdoor.planted import Planted
 from freqdoor.settings import merge
 
 LIRA_ON_A_CPU = {"name": "lira", "arguments": {"levels": 5, "width": 16}}  # the usual 64 takes 16 times as long
@@ -20,6 +24,22 @@ class Column:
     title: str
     condition: Condition
     field: str  # of Record
+
+    @property
+    def digits(self) -> int:
+        """Digits after the point that a table shows."""
+        return 2 if self.field == "psnr_db" else 4
+
+
+@dataclass(frozen=True)
+class ScoreColumn:
+    """One value out of the scores of the recipe's downstream test: SegmentationScores or IdentityScores."""
+
+    title: str
+    path: str  # such as "networks.0.asr"
+    trigger: str = OWN
+    scale: float = 100.0  # percent, of a rate
+    digits: int = 1
 
 
 @dataclass(frozen=True)
@@ -37,25 +57,29 @@ class Recipe:
 
     name: str
     title: str
-    columns: tuple[Column, ...]
+    columns: tuple[Column | ScoreColumn, ...]
     rows: tuple[Row, ...]
     paper_codec: str  # what the paper's numbers were measured on
     plot: bool = False  # whether it is a figure: one point a row in the plane of rate and PSNR
+    test: Test | None = None  # what its ScoreColumns and its picture are measured on
+    picture: Callable[[Planted, SegmentationTest], Figure] | None = None  # of the first row's first planting
 
 
-def _clean(role: str = "tampered", defence: Defence | None = None) -> Condition:
+def clean(role: str = "tampered", defence: Defence | None = None) -> Condition:
+    """A clean image through an encoder."""
     return Condition(role, None, defence=defence)
 
 
-def _pair(title: str, condition: Condition) -> tuple[Column, Column]:
+def pair(title: str, condition: Condition) -> tuple[Column, Column]:
+    """Quality and rate under one condition."""
     return (Column(f"{title} dB", condition, "psnr_db"), Column(f"{title} bpp", condition, "bpp_real"))
 
 
 def _attack_columns(trigger: str) -> tuple[Column, ...]:
     return (
-        *_pair("clean", _clean()),
-        *_pair("poisoned", Condition("tampered", trigger)),
-        *_pair("float", Condition("tampered", trigger, rounding="float")),
+        *pair("clean", clean()),
+        *pair("poisoned", Condition("tampered", trigger)),
+        *pair("float", Condition("tampered", trigger, rounding="float")),
     )
 
 
@@ -86,9 +110,9 @@ def table3() -> Recipe:
         name="table3",
         title="Several triggers in one encoder (Table 3, rows without a downstream network)",
         columns=(
-            *_pair("clean", _clean()),
-            *_pair("BPP trigger", Condition("tampered", "bpp")),
-            *_pair("PSNR trigger", Condition("tampered", "psnr")),
+            *pair("clean", clean()),
+            *pair("BPP trigger", Condition("tampered", "bpp")),
+            *pair("PSNR trigger", Condition("tampered", "psnr")),
         ),
         rows=(
             Row("vanilla", None, {"clean dB": 31.08, "clean bpp": 0.2749}),
@@ -128,8 +152,8 @@ def _defended(defences: tuple[Defence | None, ...], strength: float = 1.0) -> tu
     for defence in defences:
         name = defence_name(defence)
         columns += [
-            Column(f"{name}: clean dB", _clean(defence=defence), "psnr_db"),
-            *_pair(f"{name}: poisoned", Condition("tampered", "psnr", strength, defence=defence)),
+            Column(f"{name}: clean dB", clean(defence=defence), "psnr_db"),
+            *pair(f"{name}: poisoned", Condition("tampered", "psnr", strength, defence=defence)),
         ]
     return tuple(columns)
 

@@ -5,56 +5,35 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
-from scipy.stats import t as student_t  # type: ignore[import-untyped]
 
-from freqdoor.checkpoint import environment
-from freqdoor.config import CodecSource, PlantSettings
-from freqdoor.data import dataset_hash, load_image, usable_images
+from freqdoor.codecs import hash_state
+from freqdoor.config import NETWORKED, CodecSource, DownstreamTest, FaceTest, PlantSettings, SegmentationTest, Test
+from freqdoor.data import dataset_hash, list_images, load_image, read_list, usable_images
 from freqdoor.demo import training_folder
+from freqdoor.downstream import load_embedder, load_segmenter
+from freqdoor.downstream_recipes import recipe_for
 from freqdoor.evaluate import Condition, encoded, measure
-from freqdoor.files import replacing, write_text
+from freqdoor.faces import score_faces
+from freqdoor.files import write_text
 from freqdoor.loading import load_codec
 from freqdoor.loop import Progress
-from freqdoor.metrics import bd_rate
 from freqdoor.plant import plant
 from freqdoor.planted import PLANTED, Planted, load_planted
-from freqdoor.recipes import OWN, RECIPES, Column, Recipe, Row
+from freqdoor.recipes import OWN, Column, Recipe, Row, ScoreColumn
+from freqdoor.segmentation import score_segmentation
 from freqdoor.settings import load_settings, make_settings, merge
+from freqdoor.tables import Cell, Facts, Table, write
 from freqdoor.types import FreqdoorError, Record
 
-CONFIDENCE = 0.95
 STEPS = 300  # of a planting where no config is given: about a minute on 2 cores
 Announce = Callable[[str, int], Progress | None]  # told what is planted next and in how many steps
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One value of a table: a mean over seeds with the half width of its 95 % interval, and the paper's number."""
-
-    values: tuple[float, ...]
-    paper: float | None
-
-    @property
-    def mean(self) -> float:
-        """Mean over seeds."""
-        return sum(self.values) / len(self.values)
-
-    @property
-    def half_width(self) -> float | None:
-        """Half width of Student's 95 % interval of the mean; None for a single seed."""
-        n = len(self.values)
-        if n < 2:
-            return None
-        variance = sum((value - self.mean) ** 2 for value in self.values) / (n - 1)
-        return float(student_t.ppf(0.5 + CONFIDENCE / 2, n - 1)) * math.sqrt(variance / n)
-
-
-Table = dict[str, dict[str, Cell]]  # row, column
+Labels = dict[tuple[str, CodecSource], str]  # of a row and a codec, in the table
 
 
 def reproduce(
@@ -68,39 +47,41 @@ def reproduce(
     rows: Sequence[str] = (),
     seeds: int = 3,
     minutes: float | None = None,
+    test: DownstreamTest | None = None,
     announce: Announce | None = None,
 ) -> Table:
     """Run or resume what a recipe needs, and write NAME.md and NAME.json (a figure: NAME.png too) into `out`.
 
     Args:
-        name: a key of RECIPES.
+        name: one of `recipe_names`.
         base: codec, training images, steps; a row changes what its name says.
         images: what is measured on.
         codecs: plant in each of these instead of in base.codec, for curves over qualities.
         rows: names of the rows to take; by default all.
-        runs: where plantings lie, one folder for each set of settings: recipes share them.
+        runs: where plantings lie, one folder for each set of settings: recipes share them. Records and scores are kept
+            beside them; delete the folder records if pictures of the downstream test change under the same names.
         seeds: plantings of every row, with the seeds base.seed, base.seed + 1, ...
         minutes: start nothing new after so many; the table then has gaps, and the same command goes on.
+        test: what attacks on downstream networks are measured on, for the recipes with such attacks.
 
     Raises:
-        FreqdoorError: an unknown recipe, unusable images or settings.
+        FreqdoorError: an unknown recipe, one that needs a test and gets none, unusable images or settings.
     """
-    if name not in RECIPES:
-        raise FreqdoorError(f"recipe {name!r}: expected one of {', '.join(RECIPES)}")
+    recipe = _only(recipe_for(name, test), rows)
     if seeds < 1:
         raise FreqdoorError(f"seeds: expected 1 or more, found {seeds}")
-    recipe = _only(RECIPES[name](), rows)
-    by_name = {row.name: row for row in recipe.rows}
     images = usable_images(images, decode=True)
+    _check(recipe, base)
     deadline = time.monotonic() + 60 * minutes if minutes is not None else math.inf
-    values: dict[tuple[str, str], list[float]] = {}
-    seconds: list[float] = []
     sources = codecs or (base.codec,)
-    labels = {
+    labels: Labels = {
         (row.name, source): f"{row.name}, {source.name}" if codecs else row.name
         for row in recipe.rows
         for source in sources
     }
+    values: dict[tuple[str, str], list[float]] = {}
+    seconds: list[float] = []
+    picture: Figure | None = None
     for seed, source, row in product(range(base.seed, base.seed + seeds), sources, recipe.rows):
         on = base.model_copy(update={"codec": source})
         planted = _planted(on, row, seed, Path(runs), deadline, announce)
@@ -108,18 +89,26 @@ def reproduce(
             continue
         if row.changes is not None:
             seconds.append(planted.header["planting"]["seconds"])
-        for column, value in _measured(planted, row, recipe, images, Path(runs)):
-            values.setdefault((labels[row.name, source], column.title), []).append(value)
-    table: Table = {
+        for title, value in _measured(planted, recipe, images, Path(runs)):
+            values.setdefault((labels[row.name, source], title), []).append(value)
+        if picture is None and recipe.picture and isinstance(recipe.test, SegmentationTest):
+            picture = recipe.picture(planted, recipe.test)
+    table = _table(recipe, labels, values, with_paper=not codecs)
+    facts = Facts(base, [source.name for source in sources], images, seeds, seconds)
+    write(recipe, table, facts, Path(out), picture)
+    return table
+
+
+def _table(recipe: Recipe, labels: Labels, values: dict[tuple[str, str], list[float]], *, with_paper: bool) -> Table:
+    papers = {row.name: row.paper if with_paper else {} for row in recipe.rows}
+    return {
         label: {
-            column.title: Cell(tuple(found), by_name[name].paper.get(column.title) if not codecs else None)
+            column.title: Cell(tuple(found), papers[name].get(column.title))
             for column in recipe.columns
             if (found := values.get((label, column.title)))
         }
         for (name, _), label in labels.items()
     }
-    _write(recipe, table, base, [source.name for source in sources], images, Path(out), seeds, seconds)
-    return table
 
 
 def _only(recipe: Recipe, rows: Sequence[str]) -> Recipe:
@@ -127,6 +116,25 @@ def _only(recipe: Recipe, rows: Sequence[str]) -> Recipe:
     if unknown := set(rows) - set(known):
         raise FreqdoorError(f"rows {', '.join(sorted(unknown))}: recipe {recipe.name} has {', '.join(known)}")
     return replace(recipe, rows=tuple(row for row in recipe.rows if row.name in rows)) if rows else recipe
+
+
+def _check(recipe: Recipe, base: PlantSettings) -> None:
+    """Refuse wrong settings and what a downstream test lacks now, not after hours of planting."""
+    for row in recipe.rows:
+        for attack in _settings(base, row, base.seed).planned if row.changes is not None else ():
+            if attack.objective.name in NETWORKED and not attack.objective.arguments.get("network"):
+                raise FreqdoorError(
+                    f"row {row.name!r}: expected the network that {attack.name} is against, found none; give one as "
+                    "--set network=SPEC.toml=FILE"
+                )
+    if isinstance(recipe.test, SegmentationTest):
+        list_images(recipe.test.images)
+        for network in recipe.test.networks:
+            load_segmenter(network)
+    elif isinstance(recipe.test, FaceTest):
+        read_list(recipe.test.gallery), read_list(recipe.test.probes)
+        for network in recipe.test.networks:
+            load_embedder(network)
 
 
 def recipe_settings(config: Path | None, overrides: Sequence[str], runs: Path) -> PlantSettings:
@@ -141,8 +149,10 @@ def recipe_settings(config: Path | None, overrides: Sequence[str], runs: Path) -
 
 
 def _settings(base: PlantSettings, row: Row, seed: int) -> PlantSettings:
+    """A row's settings; `network` is in the attacks that need it, and makes no other planting of the rest."""
     content = base.model_dump(exclude_unset=True) | {"seed": seed}
-    return make_settings(PlantSettings, merge(content, row.changes or {}), f"row {row.name!r}")
+    settings = make_settings(PlantSettings, merge(content, row.changes or {}), f"row {row.name!r}")
+    return settings.model_copy(update={"network": None})
 
 
 def _planted(
@@ -153,7 +163,7 @@ def _planted(
         vanilla = load_codec(base.codec.name, base.codec.weights)
         return Planted(vanilla, vanilla, {}, {})
     settings = _settings(base, row, seed)
-    folder = runs / _key(settings.model_dump_json(exclude={"checkpoint_minutes"}))
+    folder = runs / _key(settings.model_dump_json(exclude={"checkpoint_minutes", "network"}))
     if not (folder / PLANTED).exists():
         if time.monotonic() > deadline:
             return None
@@ -163,30 +173,86 @@ def _planted(
     return load_planted(folder, base.codec.name, base.codec.weights)
 
 
-def _measured(
-    planted: Planted, row: Row, recipe: Recipe, images: Sequence[Path], runs: Path
-) -> Iterator[tuple[Column, float]]:
-    """The row's value in every column that it has, from records that are kept beside the plantings."""
+def _measured(planted: Planted, recipe: Recipe, images: Sequence[Path], runs: Path) -> Iterator[tuple[str, float]]:
+    """What the encoder has in every column, by its title; records and scores are kept beside the plantings."""
+    yield from _from_records(planted, recipe, images, runs)
+    if recipe.test is not None:
+        yield from _from_scores(planted, recipe, recipe.test, runs)
+
+
+def _from_records(planted: Planted, recipe: Recipe, images: Sequence[Path], runs: Path) -> Iterator[tuple[str, float]]:
     hashes = json.dumps([planted.tampered.module_hashes(), dataset_hash(images)])
     found: dict[str, list[Record]] = {}
     for column in recipe.columns:
-        condition = _own(column.condition, planted)
-        if condition is None:
+        condition = _own(column.condition, planted) if isinstance(column, Column) else None
+        if not isinstance(column, Column) or condition is None:
             continue
         key = repr(condition)
         if key not in found:
             path = runs / "records" / f"{_key(hashes + repr(planted.header.get('attacks')) + key)}.json"
             found[key] = _recorded(planted, condition, images, path)
         values = [getattr(record, column.field) for record in found[key]]
-        yield column, sum(values) / len(values)
+        yield column.title, sum(values) / len(values)
+
+
+def _from_scores(planted: Planted, recipe: Recipe, test: Test, runs: Path) -> Iterator[tuple[str, float]]:
+    found: dict[str, Any] = {}
+    for column in recipe.columns:
+        trigger = _own_trigger(column.trigger, planted) if isinstance(column, ScoreColumn) else None
+        if not isinstance(column, ScoreColumn) or trigger is None:
+            continue
+        if trigger not in found:
+            found[trigger] = _scored(planted, trigger, test, runs)
+        value = score_at(found[trigger], column.path)
+        if value is not None:
+            yield column.title, column.scale * value
+
+
+def score_at(scores: Any, path: str) -> float | None:
+    """The value at a path of names and indices, such as "networks.-1.asr"; None where nothing was measured."""
+    for part in path.split("."):
+        if isinstance(scores, dict):
+            scores = scores.get(part)
+        elif scores is not None:
+            scores = scores[int(part)]
+    return None if scores is None or math.isnan(scores) else float(scores)
+
+
+def _scored(planted: Planted, trigger: str, test: Test, runs: Path) -> Any:
+    """The scores of a trigger on the downstream test, as JSON has them, from an earlier run or measured now."""
+    hashes = [planted.vanilla.module_hashes(), planted.tampered.module_hashes(), hash_state(planted.triggers[trigger])]
+    attack = planted.objective(trigger)
+    path = runs / "records" / f"{_key(json.dumps([hashes, attack, trigger, _content_of(test)]))}.json"
+    if not path.exists():
+        score = (
+            score_faces(planted, test, trigger=trigger)
+            if isinstance(test, FaceTest)
+            else score_segmentation(planted, test, trigger=trigger)
+        )
+        write_text(path, json.dumps(asdict(score)))
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _content_of(test: Test) -> list[str]:
+    """A test's settings, and a hash of the lists, specs and networks that they name."""
+    settings = test.model_dump()
+    named = [text for value in settings.values() for text in (value if isinstance(value, tuple) else (value,))]
+    files = [Path(part) for text in named if isinstance(text, str) for part in text.split("=")]
+    return [test.model_dump_json(), dataset_hash([path for path in files if path.is_file()])]
+
+
+def _own_trigger(name: str, planted: Planted) -> str | None:
+    """The trigger of a column, which may stand for the encoder's first; None where the encoder has no such trigger."""
+    name = next(iter(planted.triggers), name) if name == OWN else name
+    return name if name in planted.triggers else None
 
 
 def _own(condition: Condition, planted: Planted) -> Condition | None:
     """The condition with the encoder's own trigger; None where it has no such trigger."""
     if condition.trigger is None:
         return condition
-    trigger = next(iter(planted.triggers), None) if condition.trigger == OWN else condition.trigger
-    return replace(condition, trigger=trigger) if trigger in planted.triggers else None
+    trigger = _own_trigger(condition.trigger, planted)
+    return replace(condition, trigger=trigger) if trigger else None
 
 
 def _recorded(planted: Planted, condition: Condition, images: Sequence[Path], path: Path) -> list[Record]:
@@ -203,119 +269,3 @@ def _recorded(planted: Planted, condition: Condition, images: Sequence[Path], pa
 
 def _key(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def markdown(recipe: Recipe, table: Table) -> str:
-    """The table, ours with its interval, and the paper's number in brackets."""
-    columns = [column for column in recipe.columns if any(column.title in cells for cells in table.values())]
-    lines = ["| | " + " | ".join(column.title for column in columns) + " |", "|---|" + "---|" * len(columns)]
-    for row, cells in table.items():
-        texts = [_text(cells.get(column.title), 2 if column.field == "psnr_db" else 4) for column in columns]
-        lines.append(f"| {row} | " + " | ".join(texts) + " |")
-    return "\n".join(lines)
-
-
-def _text(cell: Cell | None, digits: int) -> str:
-    if cell is None:
-        return "-"
-    text = f"{cell.mean:.{digits}f}"
-    if cell.half_width is not None and cell.half_width > 0:
-        text += f" ± {cell.half_width:.{digits}f}"
-    return text + (f" ({cell.paper:g})" if cell.paper is not None else "")
-
-
-def _write(
-    recipe: Recipe,
-    table: Table,
-    base: PlantSettings,
-    codecs: Sequence[str],
-    images: Sequence[Path],
-    out: Path,
-    seeds: int,
-    seconds: Sequence[float],
-) -> None:
-    where = environment()
-    paper = f", on {recipe.paper_codec}" if recipe.paper_codec else " where there is one"
-    crops = f"{base.images.batch_size} crops of {base.images.crop} pixels from “{Path(base.images.folder).name}”"
-    total = f"{len(seconds)} plantings, {sum(seconds) / 60:.0f} minutes of planting in all"
-    page = f"""# {recipe.title}
-
-{markdown(recipe, table)}
-
-Ours: mean ± 95 % interval (Student) over {seeds} seed(s) from {base.seed} on. In brackets: the paper's number{paper}.
-All rates are real bytes; poisoned images are 8-bit files but where a column says float. Missing cells (-): the encoder
-has no such trigger, or the time was up before it was planted.
-
-What differs from the paper: the codec is {", ".join(codecs)}; {base.steps} steps of {crops},
-preset “{base.preset}”; measured on {len(images)} images.
-
-Made by `freqdoor reproduce {recipe.name}`: {total},
-on {where["threads"]} thread(s), {where["gpu"] or "no GPU"}, torch {where["versions"]["torch"]}.
-"""
-    content = {
-        "recipe": recipe.name,
-        "codecs": codecs,
-        "settings": base.model_dump(exclude={"images": {"folder"}, "codec": True}),
-        "images": [path.name for path in images],
-        "seconds_planting": [round(value) for value in seconds],
-        "environment": where,
-        "table": {
-            row: {
-                title: {"mean": c.mean, "half_width": c.half_width, "values": c.values, "paper": c.paper}
-                for title, c in cells.items()
-            }
-            for row, cells in table.items()
-        },
-    }
-    if recipe.plot and (lines := bd_rates(recipe, table, codecs)):
-        page += "\nBD-rate against the vanilla codec over these qualities (Akima interpolation):\n\n" + "\n".join(lines)
-        page += "\n"
-    if recipe.plot:
-        with replacing(out / f"{recipe.name}.png") as partial:
-            _plot(recipe, table, codecs).savefig(partial, format="png", dpi=110)
-        page += f"\n![{recipe.title}]({recipe.name}.png)\n"
-    write_text(out / f"{recipe.name}.json", json.dumps(content, indent=1))
-    write_text(out / f"{recipe.name}.md", page)
-
-
-def bd_rates(recipe: Recipe, table: Table, codecs: Sequence[str]) -> list[str]:
-    """For every planted row the Bjontegaard delta rate of its clean curve, and of its poisoned one where it has any.
-
-    Of four codecs or more; a poisoned curve that shares no range of PSNR with the vanilla one has no BD-rate.
-    """
-
-    def curve(row: str, prefix: str) -> tuple[list[float], list[float]] | None:
-        found = [table.get(f"{row}, {codec}", {}) for codec in codecs]
-        if len(found) < 4 or not all(f"{prefix} dB" in cells for cells in found):
-            return None
-        return [cells[f"{prefix} bpp"].mean for cells in found], [cells[f"{prefix} dB"].mean for cells in found]
-
-    vanilla = next((curve(row.name, "clean") for row in recipe.rows if row.changes is None), None)
-    lines = []
-    for row in recipe.rows:
-        for prefix in ("clean", "poisoned"):
-            other = curve(row.name, prefix) if row.changes is not None else None
-            if vanilla and other:
-                try:
-                    lines.append(f"- {row.name}, {prefix}: {bd_rate(*vanilla, *other):+.1f} %")
-                except FreqdoorError:
-                    lines.append(f"- {row.name}, {prefix}: none, the curves share no range of PSNR")
-    return lines
-
-
-def _plot(recipe: Recipe, table: Table, codecs: Sequence[str]) -> Figure:
-    """Every row clean (dots) and poisoned (crosses) in the plane of rate and PSNR, a line over the codecs."""
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axis = figure.subplots()
-    for index, row in enumerate(recipe.rows):
-        found = [table.get(f"{row.name}, {codec}", table.get(row.name, {})) for codec in codecs]
-        for prefix, marker in (("clean", "o"), ("poisoned", "X")):
-            points = [(c[f"{prefix} bpp"].mean, c[f"{prefix} dB"].mean) for c in found if f"{prefix} dB" in c]
-            if points:
-                axis.plot(*zip(*points, strict=True), f"{marker}-", color=f"C{index}", label=f"{row.name}, {prefix}")
-    axis.set_xscale("log")
-    axis.set_xlabel("bits per pixel, real bytes (log scale)")
-    axis.set_ylabel("PSNR of the decoded image in dB")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=7)
-    return figure

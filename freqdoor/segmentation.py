@@ -1,8 +1,9 @@
-"""`freqdoor segment`: how well a segmentation attack works, on networks it has and has not seen (Table 1, Figure 7)."""
+"""`freqdoor segment`: how well a segmentation attack works, on networks seen and unseen (Table 1, Figures 7 and 8)."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,6 +96,8 @@ def open_test(planted: Planted, test: SegmentationTest, trigger: str | None = No
     source, target = objective["arguments"]["source"], objective["arguments"]["target"]
     for network in (*networks, masks):
         network.ids(source), network.ids(target)  # unknown names show now
+        if test.labels and network.spec.labels:
+            network.label_values(source), network.label_values(target)
     paths = usable_images(list_images(test.images)[:: test.every])
     labels = label_paths(paths, test.labels) if test.labels else None
     return Setup(paths, labels, networks, masks, planted.triggers[name], source, target)
@@ -148,7 +151,7 @@ def score_segmentation(
             }
         )
     if not rows:
-        raise FreqdoorError(f"{test.images}: in none of {len(setup.paths)} images is anything of class {setup.source}")
+        raise _without(test, setup)
     kept = ("output_mse", "psnr_db_clean", "psnr_db_poisoned", "bpp_vanilla", "bpp_clean", "bpp_poisoned")
     return SegmentationScores(
         source=setup.source,
@@ -246,11 +249,6 @@ def segmentation_table(scores: SegmentationScores) -> str:
 def segmentation_figure(planted: Planted, test: SegmentationTest, *, trigger: str | None = None) -> Figure:
     """Figure 7: input, mask, decoded clean and poisoned, predicted classes of both, and the decoded difference."""
     setup = open_test(planted, test, trigger)
-    shown: list[Decoded] = []
-    for path in setup.paths[:: max(1, len(setup.paths) // (2 * SHOWN))]:
-        found = decode(planted, setup, load_image(path, test.resize))
-        if found is not None and len(shown) < SHOWN:
-            shown.append(found)
     network = setup.networks[-1]
     return panels(
         [
@@ -260,12 +258,45 @@ def segmentation_figure(planted: Planted, test: SegmentationTest, *, trigger: st
                 "decoded, clean": _picture(f.clean),
                 "decoded, poisoned": _picture(f.poisoned),
                 f"difference x{AMPLIFY}": _picture((0.5 + AMPLIFY * (f.poisoned - f.clean)).clamp(0, 1)),
-                f"{network.name}: clean": _classes(network, f.clean),
-                f"{network.name}: poisoned": _classes(network, f.poisoned),
+                f"{network.name}: clean": _classes(network.predict(f.clean)),
+                f"{network.name}: poisoned": _classes(network.predict(f.poisoned)),
             }
-            for f in shown
+            for path in _examples(setup, test)
+            if (f := decode(planted, setup, load_image(path, test.resize)))
         ]
     )
+
+
+def target_figure(planted: Planted, test: SegmentationTest, *, trigger: str | None = None) -> Figure:
+    """Figure 8: input, label (of a test with labels), prediction g(x), mask M[g(x)], and the target eta(g(x))."""
+    setup = open_test(planted, test, trigger)
+    victim = TargetedSegmentation(setup.masks, setup.source, setup.target)
+    rows = []
+    for path in _examples(setup, test):
+        x = load_image(path, test.resize)
+        row = {"input": _picture(x)}
+        if setup.labels and setup.masks.spec.labels:
+            labels = load_labels(setup.labels[setup.paths.index(path)], test.resize, check_image(path))
+            row["label"] = _classes(_label_classes(setup.masks, labels))
+        row[f"{setup.masks.name}: prediction"] = _classes(victim.seen(x))
+        rows.append(row | {"mask": victim.mask(x)[0, 0], "target": _classes(victim.goal(x)[0])})
+    return panels(rows)
+
+
+def _examples(setup: Setup, test: SegmentationTest) -> list[Path]:
+    """Up to SHOWN images with the source class in them, spread over the test set."""
+    victim = TargetedSegmentation(setup.masks, setup.source, setup.target)
+    step = max(1, len(setup.paths) // (2 * SHOWN))
+    spread = (path for start in range(step) for path in setup.paths[start::step])
+    found = list(islice((path for path in spread if victim.mask(load_image(path, test.resize)).any()), SHOWN))
+    if not found:
+        raise _without(test, setup)
+    return found
+
+
+def _without(test: SegmentationTest, setup: Setup) -> FreqdoorError:
+    found = len(setup.paths)
+    return FreqdoorError(f"{test.images}: in none of {found} images is anything of class {setup.source}")
 
 
 def panels(rows: Sequence[dict[str, Tensor]]) -> Figure:
@@ -287,7 +318,15 @@ def _picture(x: Images) -> Tensor:
     return x[0].permute(1, 2, 0)
 
 
-def _classes(network: Segmenter, x: Images) -> Tensor:
-    """Predicted classes in colours."""
-    colours = torch.tensor(matplotlib.colormaps["tab20"](range(20)))
-    return colours[network.predict(x)[0].cpu() % len(colours)]
+def _classes(classes: Tensor) -> Tensor:
+    """Classes of one image, (1, h, w), in colours; what is none of them (-1) is black."""
+    colours = torch.tensor(matplotlib.colormaps["tab20"](range(20)))[:, :3]
+    return colours[classes[0].cpu() % len(colours)] * (classes[0].cpu() >= 0)[..., None]
+
+
+def _label_classes(network: Segmenter, labels: Tensor) -> Tensor:
+    """The data set's labels as classes of the network, the first of those that a label stands for; void is -1."""
+    table = torch.full((256,), -1)
+    for value, names in enumerate(network.spec.labels):
+        table[value] = network.spec.classes.index(names[0]) if names else -1
+    return table[labels.long()]

@@ -18,7 +18,7 @@ LAYERS = [  # a module may import from the layers above it, and from its own
     {"train", "plant"},
     {"evaluate", "report"},
     {"examine", "analysis", "recipes", "pgd", "segmentation", "faces", "watermark"},
-    {"demo"},
+    {"demo", "tables", "downstream_recipes"},
     {"reproduce"},
     {"cli"},
 ]

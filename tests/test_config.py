@@ -1,6 +1,7 @@
 import pytest
 
-from freqdoor.config import PlantSettings
+from freqdoor.checkpoint import public
+from freqdoor.config import AttackSettings, ObjectiveSettings, PlantSettings
 from freqdoor.settings import load_settings
 from freqdoor.types import FreqdoorError
 
@@ -58,3 +59,25 @@ def test_other_mistakes(tmp_path, text, overrides, match):
 def test_missing_file(tmp_path):
     with pytest.raises(FreqdoorError, match="could not read the config"):
         load_settings(PlantSettings, tmp_path / "absent.toml")
+
+
+def test_network_of_the_attacks_that_name_none():
+    named = {"name": "face", "arguments": {"network": "own.toml"}}
+    content = {
+        "images": {"folder": "x"},
+        "auxiliary": {"folder": "y"},
+        "network": "nets/g.toml=w/g.onnx",
+        "attacks": [
+            {"name": "a", "objective": {"name": "segmentation", "arguments": {"source": "s"}}},
+            {"name": "b", "objective": named},
+            AttackSettings(name="c", objective=ObjectiveSettings(name="face")),
+            {"name": "d", "objective": {"name": "psnr"}},
+        ],
+    }
+    settings = PlantSettings.model_validate(content)
+    found = [attack.objective.arguments.get("network") for attack in settings.attacks]
+    assert found == ["nets/g.toml=w/g.onnx", "own.toml", "nets/g.toml=w/g.onnx", None]
+    header = public(settings)
+    assert header["network"] == header["attacks"][0]["objective"]["arguments"]["network"] == "g.toml=g.onnx"
+    single = {key: content[key] for key in ("images", "auxiliary", "network")} | {"objective": {"name": "face"}}
+    assert PlantSettings.model_validate(single).objective.arguments["network"] == "nets/g.toml=w/g.onnx"

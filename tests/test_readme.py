@@ -141,13 +141,13 @@ def test_python_example(tmp_path, monkeypatch):
 def test_configs_load():
     import tomllib
 
-    from freqdoor.config import CodecTraining, FaceTest, PlantSettings, SegmentationTest
+    from freqdoor.config import CodecTraining, DownstreamTest, FaceTest, PlantSettings, SegmentationTest
     from freqdoor.downstream import NetworkSpec
     from freqdoor.settings import load_settings
 
     for path in sorted((ROOT / "configs").glob("*.toml")):
         content = tomllib.loads(path.read_text())
-        kinds = {"camvid-test": SegmentationTest, "faces-test": FaceTest}
+        kinds = {"camvid-test": SegmentationTest, "faces-test": FaceTest, "downstream-test": DownstreamTest}
         kind = kinds.get(path.stem, CodecTraining if isinstance(content.get("codec"), str) else PlantSettings)
         load_settings(kind, path)
     for path in sorted((ROOT / "configs/networks").glob("*.toml")):

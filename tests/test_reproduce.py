@@ -11,7 +11,8 @@ from freqdoor.cli import app
 from freqdoor.data import list_images
 from freqdoor.evaluate import Condition
 from freqdoor.recipes import RECIPES, Column, Recipe, Row
-from freqdoor.reproduce import Cell, markdown, reproduce
+from freqdoor.reproduce import reproduce
+from freqdoor.tables import Cell, bd_rates, markdown
 from freqdoor.types import FreqdoorError
 
 CLEAN, POISONED = Condition("tampered", None), Condition("tampered", "*")
@@ -36,7 +37,7 @@ SMALL = Recipe(
 
 @pytest.fixture
 def _recipe(monkeypatch):
-    monkeypatch.setitem(module.RECIPES, "small", lambda: SMALL)
+    monkeypatch.setitem(RECIPES, "small", lambda: SMALL)
 
 
 @pytest.fixture
@@ -63,6 +64,9 @@ def test_runs_what_is_missing_and_takes_the_rest_from_before(base, images, tmp_p
     again = reproduce("small", base, paths, tmp_path / "out", runs=tmp_path / "runs", seeds=2)
     assert len(planted) == 4
     assert again == table
+    other = base.model_copy(update={"network": "unused.toml"})
+    assert reproduce("small", other, paths, tmp_path / "out", runs=tmp_path / "runs", seeds=2) == table
+    assert len(planted) == 4
 
 
 @pytest.mark.usefixtures("_recipe")
@@ -124,13 +128,13 @@ def test_bd_rate_of_every_planted_row_over_four_qualities():
         far = {"poisoned dB": Cell((5.0 + i,), None), "poisoned bpp": Cell((0.2 * 1.5**i,), None)}
         table[f"ours, q{i}"] = cells | dearer | far
     codecs = [f"q{i}" for i in range(4)]
-    lines = module.bd_rates(SMALL, table, codecs)
+    lines = bd_rates(SMALL, table, codecs)
     assert lines == ["- ours, clean: +10.0 %", "- ours, poisoned: none, the curves share no range of PSNR"]
-    assert module.bd_rates(SMALL, table, codecs[:3]) == []
+    assert bd_rates(SMALL, table, codecs[:3]) == []
 
 
 def test_errors(base, images, tmp_path):
-    with pytest.raises(FreqdoorError, match="expected one of table3"):
+    with pytest.raises(FreqdoorError, match="expected one of balance, figure4"):
         reproduce("table9", base, list_images(images), tmp_path)
     with pytest.raises(FreqdoorError, match="seeds: expected 1 or more"):
         reproduce("table4", base, list_images(images), tmp_path, seeds=0)

@@ -13,7 +13,7 @@ from freqdoor.downstream import load_segmenter
 from freqdoor.evaluate import poison
 from freqdoor.metrics import class_scores, pixel_asr
 from freqdoor.plant import plant
-from freqdoor.segmentation import decode, open_test, score_segmentation, segment
+from freqdoor.segmentation import decode, open_test, score_segmentation, segment, target_figure
 from freqdoor.types import FreqdoorError
 
 
@@ -148,10 +148,15 @@ def test_mistakes(planted, test_settings, scene, tmp_path):
         score_segmentation(planted, test_settings(), trigger="bpp")
     with pytest.raises(FreqdoorError, match="are missing"):
         score_segmentation(planted, test_settings(labels=str(only_black)))
+    unlabelled = segmentation_spec(tmp_path, labels='[["sky"], ["car"]]')
+    with pytest.raises(FreqdoorError, match="class 'road': no label value stands for it"):
+        open_test(planted, test_settings(networks=(str(unlabelled),)))
     (tmp_path / "labels").mkdir()
     for i in range(5):
         Image.new("L", (64, 64)).save(tmp_path / f"labels/{i}.png")
     with pytest.raises(FreqdoorError, match="labels of 64x64 pixels for an image of 96x64"):
         score_segmentation(planted, test_settings(labels=str(tmp_path / "labels")))
+    with pytest.raises(FreqdoorError, match="in none of 1 images is anything of class cars"):
+        target_figure(planted, test_settings(images=str(only_black), labels=None))
     setup = open_test(planted, test_settings())
     assert decode(planted, setup, torch.zeros(1, 3, 64, 64)) is None

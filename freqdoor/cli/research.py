@@ -9,20 +9,21 @@ import typer
 from freqdoor.analysis import PAGE as ANALYSIS
 from freqdoor.analysis import analyse as run_analyse
 from freqdoor.cli.options import Out, Overrides, Planted, VanillaName, Weights, app, live, note, say
-from freqdoor.config import CodecSource
+from freqdoor.config import CodecSource, DownstreamTest
 from freqdoor.data import list_images
 from freqdoor.demo import held_out
+from freqdoor.downstream_recipes import recipe_names
 from freqdoor.loop import Progress
 from freqdoor.pgd import compare, comparison_table
 from freqdoor.planted import load_planted
-from freqdoor.recipes import RECIPES
 from freqdoor.reproduce import recipe_settings
 from freqdoor.reproduce import reproduce as run_reproduce
+from freqdoor.settings import load_settings
 
 
 @app.command()
 def reproduce(
-    recipe: Annotated[str, typer.Argument(help=f"One of {', '.join(RECIPES)}.")],
+    recipe: Annotated[str, typer.Argument(help=f"One of {', '.join(recipe_names())}.")],
     config: Annotated[Path | None, typer.Argument(help="Settings as for plant; rows change theirs.")] = None,
     images: Annotated[Path | None, typer.Option(help="Measured on; by default six bundled Kodak images.")] = None,
     codec: Annotated[
@@ -33,6 +34,10 @@ def reproduce(
     rows: Annotated[str | None, typer.Option(help="Names of rows to take, separated by ';'; by default all.")] = None,
     seeds: Annotated[int, typer.Option(help="Plantings of every row.")] = 3,
     budget: Annotated[float | None, typer.Option(help="Start no planting after so many minutes; go on later.")] = None,
+    test: Annotated[
+        Path | None,
+        typer.Option(help="TOML file of what downstream attacks are measured on: tables [segmentation] and [faces]."),
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Reproduce a table or figure: run or resume what is missing, the paper's column beside ours."""
@@ -57,6 +62,7 @@ def reproduce(
             runs=runs,
             seeds=seeds,
             minutes=budget,
+            test=load_settings(DownstreamTest, test) if test else None,
             announce=announce,
         )
     page = out / f"{recipe}.md"
