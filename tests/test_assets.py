@@ -12,7 +12,7 @@ from freqdoor import load_planted
 from freqdoor.demo import KODAK, held_out
 from freqdoor.loading import ASSETS, read_tensors
 
-LIMITS = {"lite-hyperprior-3": 6_000_000, "planted-bpp": 2_000_000, "planted-psnr": 2_000_000}
+LIMITS = {"lite-hyperprior-3": 6_000_000} | {f"planted-{kind}": 2_000_000 for kind in ("bpp", "psnr", "face")}
 
 
 @pytest.mark.parametrize("name", LIMITS)
@@ -26,7 +26,7 @@ def test_sidecars(name):
     assert {"command", "settings", "seconds", "data", "environment", "hardware"} <= sidecar.keys()
 
 
-@pytest.mark.parametrize("objective", ["bpp", "psnr"])
+@pytest.mark.parametrize("objective", ["bpp", "psnr", "face"])
 def test_planted_encoders_change_g_a_only(objective):
     planted = load_planted(ASSETS / f"planted-{objective}.safetensors")
     before, after = planted.vanilla.module_hashes(), planted.tampered.module_hashes()

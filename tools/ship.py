@@ -2,19 +2,22 @@
 
 python tools/ship.py runs/lite-hyperprior-3/codec.safetensors lite-hyperprior-3
 python tools/ship.py runs/planted-bpp/planted.safetensors planted-bpp
+python tools/ship.py runs/faces/planted.safetensors planted-face --config faces --hardware TEXT
 """
 
+import argparse
 import hashlib
 import json
-import sys
 from pathlib import Path
 
 from freqdoor.loading import ASSETS, read_tensors, write_tensors
 
+IMAGENET = "595 ImageNet pictures, short side 288 pixels (EliSchwartz/imagenet-sample-images); not shipped"
+FACES = "; auxiliary: 930 pictures of 62 persons of Labeled Faces in the Wild (research use); not shipped"
 VERBS = {"codec": "train-codec", "planted encoder": "plant"}
 
 
-def main(source: Path, name: str) -> None:
+def main(source: Path, name: str, config: str, hardware: str) -> None:
     tensors, header = read_tensors(source)
     run = json.loads((source.parent / "environment.json").read_text())
     made = dict(header["training"] if header["kind"] == "codec" else header["planting"])
@@ -28,19 +31,26 @@ def main(source: Path, name: str) -> None:
         "bytes": target.stat().st_size,
         "kind": header["kind"],
         "tampered": header["tampered"],
-        "command": f"freqdoor {VERBS[header['kind']]} configs/{name}.toml --out {source.parent.name} "
-        "--set images.folder=FOLDER",
+        "command": f"freqdoor {VERBS[header['kind']]} configs/{config}.toml --out {source.parent.name} "
+        "--set images.folder=FOLDER"
+        + (" --set auxiliary.folder=FACES --set auxiliary.files=LIST" if made.get("auxiliary") else ""),
         "settings": made,
         "seconds": seconds,
-        "data": "595 ImageNet pictures, short side 288 pixels (EliSchwartz/imagenet-sample-images); not shipped",
+        "data": IMAGENET + (FACES if made.get("auxiliary") else ""),
         "images": run["images"],
         "images_sha256": run["images_sha256"],
         "environment": {key: run[key] for key in ("versions", "python", "machine", "threads", "gpu", "commit")},
-        "hardware": "2 cores of a shared AMD EPYC, no GPU",
+        "hardware": hardware,
     }
     target.with_suffix(".json").write_text(json.dumps(sidecar, indent=2) + "\n")
     print(target, sidecar["bytes"], "bytes")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("name")
+    parser.add_argument("--config", help="file in configs/ that it was made with; by default the name's")
+    parser.add_argument("--hardware", default="2 cores of a shared AMD EPYC, no GPU")
+    given = parser.parse_args()
+    main(given.source, given.name, given.config or given.name, given.hardware)

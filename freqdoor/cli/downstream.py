@@ -13,11 +13,13 @@ from freqdoor.downstream import load_embedder
 from freqdoor.faces import faces as run_faces
 from freqdoor.faces import faces_table
 from freqdoor.faces import protect as run_protect
+from freqdoor.loading import ASSETS
 from freqdoor.planted import load_planted
 from freqdoor.segmentation import PICTURES, segmentation_table
 from freqdoor.segmentation import segment as run_segment
 from freqdoor.settings import load_settings
 
+PRIVATE = ASSETS / "planted-face.safetensors"
 TriggerName = Annotated[str | None, typer.Option(help="Which trigger; by default the first.")]
 
 
@@ -59,7 +61,7 @@ def faces(
 def protect(
     photos: Annotated[Path, typer.Argument(help="A photo or a folder of photos, 8-bit RGB.")],
     out: Out,
-    planted: Annotated[Path, typer.Option(help="Encoder planted with Eq. 13 (configs/faces.toml).")],
+    planted: Annotated[Path, typer.Option(help="Encoder planted with Eq. 13; by default the shipped one.")] = PRIVATE,
     network: Annotated[
         str | None, typer.Option(help="Face embedding to check with: SPEC.toml or SPEC.toml=FILE.")
     ] = None,
