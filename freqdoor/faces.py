@@ -3,8 +3,9 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -125,7 +126,8 @@ def score_faces(
     folder = Path(test.folder)
     needed = dict.fromkeys([*gallery, *probes, *(p for pair in pairs for p in (pair.a, pair.b))])
     usable_images([folder / path for path in needed])
-    attacked = dict.fromkeys([*probes, *(pair.b for pair in pairs)])
+    asked = set(probes)
+    attacked = asked | {pair.b for pair in pairs}
     embedded: dict[tuple[int, str, str], Tensor] = {}  # network, condition, picture
     quality: list[tuple[str, float, float, float]] = []
     worst = 0.0
@@ -138,7 +140,7 @@ def score_faces(
             given = poison(chosen, x) if condition == "poisoned" else x
             x_hat, size = through(planted.vanilla if condition == "vanilla" else planted.tampered, given)
             worst = max(worst, float(mse(given, x)))
-            if path in probes:
+            if path in asked:
                 rate = 8 * size / (x.shape[-2] * x.shape[-1])
                 quality.append((condition, float(psnr_8bit(x_hat, x)), ms_ssim(x_hat, x) or float("nan"), rate))
             for index, network in enumerate(networks):
@@ -291,15 +293,21 @@ def protect(
     return done
 
 
-def find_faces(x: Images) -> list[Box]:
-    """(left, top, right, bottom) of every frontal face in one picture, by OpenCV's Haar cascade, a little widened."""
+@cache
+def _face_finder() -> tuple[Any, Any]:
+    """OpenCV and its cascade for frontal faces, read once for all photos."""
     try:
         import cv2
     except ImportError:
         raise FreqdoorError(f"OpenCV is needed to find faces; {INSTALL}") from None
-    picture = to_uint8(x[0]).permute(1, 2, 0).numpy()
     file = Path(cv2.__file__).parent / "data/haarcascade_frontalface_default.xml"
-    cascade = cv2.CascadeClassifier(str(file))
+    return cv2, cv2.CascadeClassifier(str(file))
+
+
+def find_faces(x: Images) -> list[Box]:
+    """(left, top, right, bottom) of every frontal face in one picture, by OpenCV's Haar cascade, a little widened."""
+    cv2, cascade = _face_finder()
+    picture = to_uint8(x[0]).permute(1, 2, 0).numpy()
     found = cascade.detectMultiScale(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY), 1.1, 5, minSize=(32, 32))
     height, width = x.shape[-2:]
     boxes = []

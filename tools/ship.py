@@ -14,6 +14,7 @@ from freqdoor.loading import ASSETS, read_tensors, write_tensors
 
 IMAGENET = "595 ImageNet pictures, short side 288 pixels (EliSchwartz/imagenet-sample-images); not shipped"
 FACES = "; auxiliary: 930 pictures of 62 persons of Labeled Faces in the Wild (research use); not shipped"
+AUXILIARY = " --set auxiliary.folder=FACES --set auxiliary.files=LIST --set objective.arguments.network=SPEC.toml=FILE"
 VERBS = {"codec": "train-codec", "planted encoder": "plant"}
 
 
@@ -32,8 +33,7 @@ def main(source: Path, name: str, config: str, hardware: str) -> None:
         "kind": header["kind"],
         "tampered": header["tampered"],
         "command": f"freqdoor {VERBS[header['kind']]} configs/{config}.toml --out {source.parent.name} "
-        "--set images.folder=FOLDER"
-        + (" --set auxiliary.folder=FACES --set auxiliary.files=LIST" if made.get("auxiliary") else ""),
+        "--set images.folder=FOLDER" + (AUXILIARY if made.get("auxiliary") else ""),
         "settings": made,
         "seconds": seconds,
         "data": IMAGENET + (FACES if made.get("auxiliary") else ""),

@@ -6,7 +6,19 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from freqdoor.cli.options import Config, Out, Overrides, Planted, VanillaName, Weights, app, console, note, say
+from freqdoor.cli.options import (
+    Config,
+    Out,
+    Overrides,
+    Planted,
+    TriggerName,
+    VanillaName,
+    Weights,
+    app,
+    console,
+    note,
+    say,
+)
 from freqdoor.config import FaceTest, SegmentationTest
 from freqdoor.data import list_images
 from freqdoor.downstream import load_embedder
@@ -20,7 +32,6 @@ from freqdoor.segmentation import segment as run_segment
 from freqdoor.settings import load_settings
 
 PRIVATE = ASSETS / "planted-face.safetensors"
-TriggerName = Annotated[str | None, typer.Option(help="Which trigger; by default the first.")]
 
 
 @app.command()

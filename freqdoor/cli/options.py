@@ -33,6 +33,7 @@ VanillaName = Annotated[
     str | None, typer.Option("--codec", help="The vanilla codec; by default what the planted encoder's file names.")
 ]
 Planted = Annotated[Path, typer.Argument(help="planted.safetensors, or the run directory that holds it.")]
+TriggerName = Annotated[str | None, typer.Option(help="Which trigger; by default the first.")]
 Out = Annotated[Path, typer.Option(help="Folder to write into.")]
 Broken = Annotated[bool, typer.Option("--skip-broken", help="Go on without images that cannot be used.")]
 

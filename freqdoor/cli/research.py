@@ -8,7 +8,7 @@ import typer
 
 from freqdoor.analysis import PAGE as ANALYSIS
 from freqdoor.analysis import analyse as run_analyse
-from freqdoor.cli.options import Out, Overrides, Planted, VanillaName, Weights, app, live, note, say
+from freqdoor.cli.options import Out, Overrides, Planted, TriggerName, VanillaName, Weights, app, live, note, say
 from freqdoor.config import CodecSource, DownstreamTest
 from freqdoor.data import list_images
 from freqdoor.demo import held_out
@@ -94,7 +94,7 @@ def analyse(
     planted: Planted,
     images: Annotated[Path, typer.Option(help="Folder of images to analyse the attack on.")],
     out: Out,
-    trigger: Annotated[str | None, typer.Option(help="Which trigger; by default the first.")] = None,
+    trigger: TriggerName = None,
     codec: VanillaName = None,
     weights: Weights = None,
 ) -> None:

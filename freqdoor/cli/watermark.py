@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from freqdoor.cli.options import VanillaName, Weights, app, console, note, say
+from freqdoor.cli.options import TriggerName, VanillaName, Weights, app, console, note, say
 from freqdoor.data import list_images
 from freqdoor.demo import KODAK
 from freqdoor.loading import load_codec
@@ -20,7 +20,7 @@ def verify_owner(
     key: Annotated[Path, typer.Argument(help="The owner's planted.safetensors, whose trigger is the secret.")],
     suspects: Annotated[list[str], typer.Argument(help="Codecs to ask: files or names, or NAME=WEIGHTS.")],
     images: Annotated[Path, typer.Option(help="Ten images or more; by default the bundled ones.")] = KODAK,
-    trigger: Annotated[str | None, typer.Option(help="Which trigger; by default the first.")] = None,
+    trigger: TriggerName = None,
     others: Annotated[bool, typer.Option("--others", help="All are known to be others': print how many pass.")] = False,
     codec: VanillaName = None,
     weights: Weights = None,
