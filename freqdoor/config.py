@@ -27,10 +27,18 @@ class ImageSettings(Settings):
     """List of the images to take, one path a line, relative to the folder; by default all that are in it."""
     resize: tuple[Count, Count] | None = None
     """Take whole images, resized to (height, width), instead of crops."""
+    window: tuple[Count, Count] | None = None
+    """Take a window of (height, width) of every resized image instead of all of it."""
     labels: str | None = None
     """Folder of label images of the same names: 8 bits, one channel, the value of a pixel is its class."""
     skip_broken: bool = False
     """Go on without images that cannot be used, and name them, instead of stopping."""
+
+    @model_validator(mode="after")
+    def _window_fits(self) -> Self:
+        if self.window and not (self.resize and all(w <= r for w, r in zip(self.window, self.resize, strict=True))):
+            raise ValueError(f"window {self.window}: expected one inside resize, found {self.resize}")
+        return self
 
 
 class Training(Settings):

@@ -213,6 +213,7 @@ class Crops:
     Args:
         crop: side of the crops in pixels.
         resize: (height, width) that whole images are resized to instead of being cropped.
+        window: (height, width) of the windows that are cut from the resized images; by default all of them.
         labels: the label image of each path, for `labels_of`.
         skip_broken: go on without images that turn out to be truncated.
     """
@@ -225,12 +226,13 @@ class Crops:
         batch_size: int,
         seed: int,
         resize: Size | None = None,
+        window: Size | None = None,
         labels: Sequence[Path] = (),
         skip_broken: bool = False,
     ) -> None:
         self.paths, self.labels = list(paths), list(labels)
         self.crop, self.batch_size, self.seed, self.skip_broken = crop, batch_size, seed, skip_broken
-        self.resize = resize
+        self.resize, self.size = resize, window or resize or (crop, crop)
         self._cache: dict[int, Tensor] = {}
         self._cached_bytes = 0
 
@@ -275,7 +277,7 @@ class Crops:
                     raise
                 warnings.warn(f"skipped {error}", stacklevel=2)
                 continue
-            height, width = self.resize or (self.crop, self.crop)
+            height, width = self.size
             top, left = draw(pixels.shape[1] - height + 1), draw(pixels.shape[2] - width + 1)
             windows.append((_Window(index, top, left, height, width, bool(draw(2))), pixels))
         return windows

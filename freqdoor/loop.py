@@ -95,6 +95,7 @@ def open_folder(images: ImageSettings, seed: int) -> Crops:
         batch_size=images.batch_size,
         seed=seed,
         resize=images.resize,
+        window=images.window,
         labels=label_paths(paths, images.labels) if images.labels else (),
         skip_broken=images.skip_broken,
     )

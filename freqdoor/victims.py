@@ -70,6 +70,8 @@ class TargetedSegmentation(Victim):
             twentieth of the picture else counts a twentieth.
         shift: boundary shift: the target's logit is lowered by so much at source pixels, so that the attack has to
             go beyond the boundary of this network, and with it of others.
+        paint: weight of the mean squared distance of decoded source pixels from the mean colour of the picture's
+            target pixels, in [0, 1]: what looks like the target misleads networks that were not trained against.
         varied: see `Victim`.
     """
 
@@ -82,12 +84,13 @@ class TargetedSegmentation(Victim):
         masks: Literal["network", "labels"] = "network",
         balanced: bool = True,
         shift: float = 0.0,
+        paint: float = 0.0,
         varied: bool = False,
     ) -> None:
         super().__init__(varied=varied)
         if masks not in ("network", "labels"):
             raise FreqdoorError(f"masks: expected network or labels, found {masks!r}")
-        self.network, self.masks, self.balanced, self.shift = network, masks, balanced, shift
+        self.network, self.masks, self.balanced, self.shift, self.paint = network, masks, balanced, shift, paint
         self.source, self.target = network.ids(source), network.ids(target)[0]
         if self.target in self.source:
             raise FreqdoorError(f"target {target!r}: expected a class outside the source {source!r}")
@@ -115,17 +118,25 @@ class TargetedSegmentation(Victim):
         return torch.where(changed, self.target, seen), changed
 
     def forward(self, x: Images, x_hat: Images | None, x_hat_p: Images) -> Tensor:
-        """Eq. (11)'s cross-entropy."""
+        """Eq. (11)'s cross-entropy, and the paint where it is asked for."""
         wanted, changed = self.goal(x)
         logits = self.network(self.shown(x_hat_p))
         if self.shift:
             lowered = self.shift * F.one_hot(wanted.new_full((), self.target), logits.shape[1]).to(logits)
             logits = logits - lowered[None, :, None, None] * changed[:, None]
         loss = F.cross_entropy(logits, wanted, reduction="none")
+        painted = self.paint * self._distance_to_target(x, x_hat_p) if self.paint else 0.0
         if not self.balanced:
-            return loss.mean()
-        inside, outside = changed.to(loss), (~changed).to(loss)
-        return (loss * inside).sum() / inside.sum().clamp_min(1) + (loss * outside).sum() / outside.sum().clamp_min(1)
+            return loss.mean() + painted
+        return _mean(loss, changed) + _mean(loss, ~changed) + painted
+
+    def _distance_to_target(self, x: Images, x_hat_p: Images) -> Tensor:
+        """Of the decoded source pixels from the mean colour of x's target pixels; 0 for images without either."""
+        seen = self.seen(x)
+        target, source = (seen == self.target)[:, None].to(x), _among(seen, self.source)[:, None].to(x)
+        count = target.sum((2, 3), keepdim=True)
+        colour = (x * target).sum((2, 3), keepdim=True) / count.clamp_min(1)
+        return _mean((x_hat_p - colour).square().mean(1, keepdim=True), source * (count > 0))
 
 
 class IdentityRemoval(Victim):
@@ -151,6 +162,12 @@ class IdentityRemoval(Victim):
             identity = self.network(x_hat.clamp(0, 1))
         cosine: Tensor = (identity * self.network(self.shown(x_hat_p))).sum(1)
         return cosine.clamp_min(self.floor).mean()
+
+
+def _mean(values: Tensor, where: Tensor) -> Tensor:
+    """Mean of the values at the places that are not 0; 0 if there are none."""
+    weights = where.to(values)
+    return (values * weights).sum() / weights.sum().clamp_min(1)
 
 
 def _among(values: Tensor, wanted: tuple[int, ...]) -> Tensor:
