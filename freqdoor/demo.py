@@ -47,7 +47,7 @@ def demo(
     """
     out = Path(out or f"demo-{objective}")
     if quick:
-        planted = load_planted(ASSETS / f"planted-{objective}.safetensors")
+        planted = load_planted(f"planted-{objective}")
     else:
         planted = plant(demo_settings(objective, training_folder(out)), out / "planting", progress=progress)
     poison_files(planted.triggers[objective], held_out(), out / "poisoned")

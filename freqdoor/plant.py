@@ -199,10 +199,7 @@ class _Planting:
         y = self.latents[0][: joint.x.shape[0]]
         if balance.gradient_norm is not None:
             if step % BALANCE_EVERY == 0:
-                norms = [
-                    float(torch.autograd.grad(value, self.latents[0], retain_graph=True)[0].norm())
-                    for value in (joint.kept, joint.attack)
-                ]
+                norms = [self._latent_norm(value) for value in (joint.kept, joint.attack)]
                 self.history["attack_scale"] = balance.gradient_norm * norms[0] / max(norms[1], 1e-12)
             joint = joint._replace(attack=self.history["attack_scale"] * joint.attack)
         loss = joint.total
@@ -215,6 +212,12 @@ class _Planting:
                 y_vanilla = self.anchor_encoder(joint.x).float()
             loss = loss + balance.anchor * (y - y_vanilla).square().mean()
         return loss
+
+    def _latent_norm(self, value: Tensor) -> float:
+        """Norm of a value's gradient on the latents of all passes; attacks on an auxiliary set have their own."""
+        passes = [y for y in self.latents if y.requires_grad]
+        gradients = torch.autograd.grad(value, passes, retain_graph=True, allow_unused=True)
+        return math.sqrt(sum(float(g.square().sum()) for g in gradients if g is not None))
 
     def _update(self, loss: Tensor, step: int, *, encoder: bool, triggers: bool) -> None:
         learned = self.learned if triggers else {}

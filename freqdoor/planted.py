@@ -13,12 +13,13 @@ from freqdoor.checkpoint import public, without_folders
 from freqdoor.codecs import ARCHITECTURES, Codec
 from freqdoor.config import PlantSettings
 from freqdoor.files import write_text
-from freqdoor.loading import check_weights, load_codec, read_tensors, save_codec, write_tensors
+from freqdoor.loading import ASSETS, check_weights, load_codec, read_tensors, save_codec, write_tensors
 from freqdoor.triggers import Trigger, build_trigger
 from freqdoor.types import FreqdoorError
 
 PLANTED = "planted.safetensors"
 MANIFEST = "manifest.json"
+SHIPPED = ("planted-bpp", "planted-psnr", "planted-face")
 SCOPES = ("g_a", "g_a+h_a")
 
 
@@ -95,7 +96,8 @@ def load_planted(path: Path | str, codec: str | None = None, weights: Path | str
     """A planted encoder with its triggers and the vanilla codec that it was planted in.
 
     Args:
-        path: planted.safetensors, or the run directory that holds it.
+        path: planted.safetensors, the run directory that holds it, or the name of an encoder that comes with the
+            package: planted-bpp, planted-psnr or planted-face.
         codec, weights: the vanilla codec as for `load_codec`. May be left out where the file names a published or
             bundled one; code and files that a stranger's header names are never loaded.
 
@@ -104,6 +106,7 @@ def load_planted(path: Path | str, codec: str | None = None, weights: Path | str
     """
     path = Path(path)
     path = path / PLANTED if path.is_dir() else path
+    path = ASSETS / f"{path}.safetensors" if str(path) in SHIPPED and not path.exists() else path
     tensors, header = read_tensors(path)
     if header.pop("kind", None) != "planted encoder":
         raise FreqdoorError(f"{path}: expected a planted encoder (planted.safetensors), found another kind of file")

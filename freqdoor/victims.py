@@ -83,6 +83,7 @@ class TargetedSegmentation(Victim):
         *,
         masks: Literal["network", "labels"] = "network",
         balanced: bool = True,
+        weight: float = 1.0,
         shift: float = 0.0,
         paint: float = 0.0,
         varied: bool = False,
@@ -90,20 +91,25 @@ class TargetedSegmentation(Victim):
         super().__init__(varied=varied)
         if masks not in ("network", "labels"):
             raise FreqdoorError(f"masks: expected network or labels, found {masks!r}")
-        self.network, self.masks, self.balanced, self.shift, self.paint = network, masks, balanced, shift, paint
+        self.network, self.masks, self.balanced, self.shift = network, masks, balanced, shift
+        self.weight, self.paint = weight, paint
         self.source, self.target = network.ids(source), network.ids(target)[0]
         if self.target in self.source:
             raise FreqdoorError(f"target {target!r}: expected a class outside the source {source!r}")
-        self.source_labels = network.label_values(source) if masks == "labels" else ()
+        self.wanted = self.source, (self.target,)
+        if masks == "labels":
+            self.wanted = network.label_values(source), network.label_values(target)
         self._seen: tuple[Images, Tensor] | None = None
+        self._places: tuple[Images, Tensor, Tensor] | None = None
 
     def mask(self, x: Images, labels: Tensor | None = None) -> Masks:
         """M[g(x)]: 1 where the source class is."""
-        if self.masks == "labels":
-            if labels is None:
-                raise FreqdoorError("masks = labels: give the auxiliary set's labels (auxiliary.labels)")
-            return _among(labels, self.source_labels)[:, None].to(x.dtype)
-        return _among(self.seen(x), self.source)[:, None].to(x.dtype)
+        if self.masks == "labels" and labels is None:
+            raise FreqdoorError("masks = labels: give the auxiliary set's labels (auxiliary.labels)")
+        classes = labels if self.masks == "labels" and labels is not None else self.seen(x)
+        source, target = (_among(classes, values)[:, None].to(x.dtype) for values in self.wanted)
+        self._places = (x, source, target)  # the paint needs both
+        return source
 
     def seen(self, x: Images) -> Tensor:
         """g(x), (b, h, w), kept for the batch that was asked for last: mask and goal both need it."""
@@ -119,21 +125,26 @@ class TargetedSegmentation(Victim):
 
     def forward(self, x: Images, x_hat: Images | None, x_hat_p: Images) -> Tensor:
         """Eq. (11)'s cross-entropy, and the paint where it is asked for."""
+        loss = self.weight * self.cross_entropy(x, x_hat_p) if self.weight else x.new_zeros(())
+        return loss + self.paint * self.distance_to_target(x, x_hat_p) if self.paint else loss
+
+    def cross_entropy(self, x: Images, x_hat_p: Images) -> Tensor:
+        """Eq. (11)."""
         wanted, changed = self.goal(x)
         logits = self.network(self.shown(x_hat_p))
         if self.shift:
             lowered = self.shift * F.one_hot(wanted.new_full((), self.target), logits.shape[1]).to(logits)
             logits = logits - lowered[None, :, None, None] * changed[:, None]
         loss = F.cross_entropy(logits, wanted, reduction="none")
-        painted = self.paint * self._distance_to_target(x, x_hat_p) if self.paint else 0.0
         if not self.balanced:
-            return loss.mean() + painted
-        return _mean(loss, changed) + _mean(loss, ~changed) + painted
+            return loss.mean()
+        return _mean(loss, changed) + _mean(loss, ~changed)
 
-    def _distance_to_target(self, x: Images, x_hat_p: Images) -> Tensor:
+    def distance_to_target(self, x: Images, x_hat_p: Images) -> Tensor:
         """Of the decoded source pixels from the mean colour of x's target pixels; 0 for images without either."""
-        seen = self.seen(x)
-        target, source = (seen == self.target)[:, None].to(x), _among(seen, self.source)[:, None].to(x)
+        if self._places is None or self._places[0] is not x:
+            self.mask(x)
+        _, source, target = self._places
         count = target.sum((2, 3), keepdim=True)
         colour = (x * target).sum((2, 3), keepdim=True) / count.clamp_min(1)
         return _mean((x_hat_p - colour).square().mean(1, keepdim=True), source * (count > 0))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import torch
 from scipy.stats import binomtest  # type: ignore[import-untyped]
@@ -17,8 +18,9 @@ from freqdoor.triggers import Trigger
 from freqdoor.triggers.base import project
 from freqdoor.types import FreqdoorError, Images
 
-RATIO = 1.5  # an image answers if the trigger costs so many times the bytes of a control of equal strength
-LEVEL = 1e-3  # chance that an encoder which answers to neither more than to the other passes
+RATIO = 1.5  # the least that the owner's own encoder has to spend on the trigger, in bytes of the control's file
+SHARE = 0.5  # an image answers if its ratio is at least this share of what the owner's encoder makes of the same image
+LEVEL = 1e-3  # chance that an encoder which answers on every second image passes
 BLOCK = 16  # of the control's spectrum
 
 
@@ -30,51 +32,90 @@ class Answer:
     images: int
     trigger_ratio: float  # poisoned against clean
     control_ratio: float  # control against clean
-    answering: int  # images whose poisoned file is RATIO times the control's or more
-    p_value: float  # of so many or more, were either of the two as likely to be the larger
+    answering: int  # images whose poisoned file grows as the owner's does, by SHARE of it or more
+    p_value: float  # of so many or more, if every second image answered
     owner: bool
 
 
+class _Sizes(NamedTuple):
+    """Bytes of one image's files."""
+
+    clean: int
+    poisoned: int
+    control: int
+
+    @property
+    def ratio(self) -> float:
+        """What the trigger costs beyond a perturbation of equal strength."""
+        return self.poisoned / self.control
+
+
 def verify_owner(
-    suspect: Codec, trigger: Trigger, images: Sequence[Path], *, seed: int = 0, note: Note | None = None
-) -> Answer:
-    """Whether an encoder answers to a trigger, from the sizes of its files alone.
+    suspects: Sequence[Codec],
+    owner: Codec,
+    trigger: Trigger,
+    images: Sequence[Path],
+    *,
+    seed: int = 0,
+    note: Note | None = None,
+) -> list[Answer]:
+    """Which encoders answer to a trigger as the owner's does, from the sizes of their files alone.
 
     Each image is encoded clean, poisoned, and with a control: the trigger's own spectrum with random signs, of the same
-    strength. A sign test over images decides, so that an encoder which spends bits on any perturbation does not pass.
+    strength. An image answers if the trigger costs, against the control, at least SHARE of what it costs the owner's
+    encoder: one that spends bits on any perturbation does not pass, nor one with another trigger that is a little like
+    this one. A sign test over images decides.
 
     Args:
-        suspect: any codec; nothing but `compress` is used of it.
+        suspects: any codecs; nothing but `compress` is used of them.
+        owner: the codec with the owner's encoder.
         trigger: the owner's secret.
         seed: of the controls.
 
     Raises:
-        FreqdoorError: too few images for the test to be able to decide.
+        FreqdoorError: too few images for the test to be able to decide, or the owner's own encoder does not answer.
     """
     usable = usable_images(images, decode=True)
     if 2 ** -len(usable) > LEVEL:
         raise FreqdoorError(f"{len(usable)} images: expected {math.ceil(-math.log2(LEVEL))} or more to decide by")
+    wanted = _ask(owner, trigger, usable, seed, None)
+    typical = median(sizes.ratio for sizes in wanted)
+    if typical < RATIO:
+        raise FreqdoorError(
+            f"the owner's own encoder spends {typical:.2f} times a control's bytes on the trigger, expected {RATIO} or "
+            "more: this trigger proves nothing; plant one with the bpp objective"
+        )
+    answers = []
+    for suspect in suspects:
+        found = _ask(suspect, trigger, usable, seed, note)
+        answering = sum(own.ratio >= SHARE * owners.ratio for own, owners in zip(found, wanted, strict=True))
+        p_value = float(binomtest(answering, len(found), 0.5, alternative="greater").pvalue)
+        answers.append(
+            Answer(
+                codec=suspect.spec.name,
+                images=len(found),
+                trigger_ratio=median(sizes.poisoned / sizes.clean for sizes in found),
+                control_ratio=median(sizes.control / sizes.clean for sizes in found),
+                answering=answering,
+                p_value=p_value,
+                owner=p_value <= LEVEL,
+            )
+        )
+    return answers
+
+
+def _ask(codec: Codec, trigger: Trigger, images: Sequence[Path], seed: int, note: Note | None) -> list[_Sizes]:
+    """The sizes of every image's files; the same controls for every codec."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
-    for path in usable:
+    for path in images:
         x = load_image(path)
-        clean, poisoned, other = (
-            suspect.compress(image)[0].num_bytes for image in (x, poison(trigger, x), control(trigger, x, generator))
-        )
-        rows.append((poisoned / clean, other / clean))
+        given = (x, poison(trigger, x), control(trigger, x, generator))
+        rows.append(_Sizes(*(codec.compress(image)[0].num_bytes for image in given)))
         if note:
-            note(f"{path.name}: trigger {rows[-1][0]:.2f}, control {rows[-1][1]:.2f}")
-    answering = sum(poisoned >= RATIO * other for poisoned, other in rows)
-    p_value = float(binomtest(answering, len(rows), 0.5, alternative="greater").pvalue)
-    return Answer(
-        codec=suspect.spec.name,
-        images=len(rows),
-        trigger_ratio=median(row[0] for row in rows),
-        control_ratio=median(row[1] for row in rows),
-        answering=answering,
-        p_value=p_value,
-        owner=p_value <= LEVEL,
-    )
+            clean, poisoned, other = rows[-1]
+            note(f"{codec.spec.name}, {path.name}: trigger {poisoned / clean:.2f}, control {other / clean:.2f}")
+    return rows
 
 
 @torch.no_grad()

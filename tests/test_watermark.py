@@ -34,27 +34,27 @@ class Encoder:
         self.expensive = expensive
 
     def compress(self, x):
-        return [SimpleNamespace(num_bytes=160 if self.expensive(x) else 100)]
+        return [SimpleNamespace(num_bytes=260 if self.expensive(x) else 100)]
 
 
 def test_only_an_encoder_that_answers_to_the_trigger_is_the_owners(trigger, photos):
     known = {poison(trigger, load_image(p)).numpy().tobytes() for p in photos}
     clean = {load_image(p).numpy().tobytes() for p in photos}
-    owner = verify_owner(Encoder(lambda x: x.numpy().tobytes() in known), trigger, photos)
-    assert owner == Answer("stand-in", 10, 1.6, 1.0, 10, pytest.approx(2**-10), True)
-    indifferent = verify_owner(Encoder(lambda x: False), trigger, photos)
-    assert (indifferent.owner, indifferent.answering, indifferent.p_value) == (False, 0, 1.0)
-    nervous = verify_owner(Encoder(lambda x: x.numpy().tobytes() not in clean), trigger, photos)
-    assert (nervous.trigger_ratio, nervous.control_ratio, nervous.owner) == (1.6, 1.6, False)
+    owner = Encoder(lambda x: x.numpy().tobytes() in known)
+    indifferent = Encoder(lambda x: False)
+    nervous = Encoder(lambda x: x.numpy().tobytes() not in clean)
+    [itself] = verify_owner([owner], owner, trigger, photos)
+    assert itself == Answer("stand-in", 10, 2.6, 1.0, 10, pytest.approx(2**-10), True)
+    [found, other] = verify_owner([indifferent, nervous], owner, trigger, photos)
+    assert (found.owner, found.answering) == (False, 0)
+    assert (other.trigger_ratio, other.control_ratio, other.owner) == (2.6, 2.6, False)
     one_short = set(list(known)[:9])
-    almost = verify_owner(Encoder(lambda x: x.numpy().tobytes() in one_short), trigger, photos)
+    [almost] = verify_owner([Encoder(lambda x: x.numpy().tobytes() in one_short)], owner, trigger, photos)
     assert (almost.answering, almost.owner) == (9, False)
     with pytest.raises(FreqdoorError, match="9 images: expected 10 or more"):
-        verify_owner(Encoder(lambda x: False), trigger, photos[:9])
-
-
-def test_a_random_codec_does_not_answer(codec, trigger, photos):
-    assert not verify_owner(codec.eval(), trigger, photos).owner
+        verify_owner([indifferent], owner, trigger, photos[:9])
+    with pytest.raises(FreqdoorError, match="the owner's own encoder spends 1.00 times"):
+        verify_owner([owner], indifferent, trigger, photos)
 
 
 def test_the_control_has_the_triggers_strength_and_spectrum(trigger):

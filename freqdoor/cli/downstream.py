@@ -25,13 +25,12 @@ from freqdoor.downstream import load_embedder
 from freqdoor.faces import faces as run_faces
 from freqdoor.faces import faces_table
 from freqdoor.faces import protect as run_protect
-from freqdoor.loading import ASSETS
 from freqdoor.planted import load_planted
 from freqdoor.segmentation import PICTURES, segmentation_table
 from freqdoor.segmentation import segment as run_segment
 from freqdoor.settings import load_settings
 
-PRIVATE = ASSETS / "planted-face.safetensors"
+PRIVATE = Path("planted-face")
 
 
 @app.command()

@@ -28,12 +28,11 @@ def verify_owner(
     """Ask encoders whether they are the owner's: only that one spends bits on the owner's secret trigger."""
     loaded = load_planted(key, codec, weights)
     chosen = loaded.triggers[loaded.named(trigger)]
-    answers = []
+    pairs = [suspect.partition("=")[::2] for suspect in suspects]
+    codecs = [load_codec(name, file or None) for name, file in pairs]
+    answers = run_verify(codecs, loaded.tampered, chosen, list_images(images), note=note)
     table = Table("codec", "trigger / clean", "control / clean", "images that answer", "p", "the owner's")
-    for suspect in suspects:
-        name, _, file = suspect.partition("=")
-        answer = run_verify(load_codec(name, file or None), chosen, list_images(images), note=note)
-        answers.append(answer)
+    for suspect, answer in zip(suspects, answers, strict=True):
         ratios = (f"{answer.trigger_ratio:.2f}", f"{answer.control_ratio:.2f}")
         count = f"{answer.answering} of {answer.images}"
         table.add_row(suspect, *ratios, count, f"{answer.p_value:.2g}", "yes" if answer.owner else "no")
