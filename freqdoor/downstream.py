@@ -149,11 +149,15 @@ class Segmenter(Network):
 
     def label_values(self, name: str) -> tuple[int, ...]:
         """The data set's label values that are the classes of `name`; FreqdoorError where it has none."""
-        wanted = {self.spec.classes[i] for i in self.ids(name)}
-        found = tuple(value for value, names in enumerate(self.spec.labels) if wanted & set(names))
+        found = self.labels_of(self.ids(name))
         if not found:
             raise FreqdoorError(f"class {name!r}: no label value stands for it; see labels of network {self.name}")
         return found
+
+    def labels_of(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """The data set's label values that stand for any of these output channels."""
+        wanted = {self.spec.classes[i] for i in ids}
+        return tuple(value for value, names in enumerate(self.spec.labels) if wanted & set(names))
 
     def as_labels(self, classes: Tensor) -> Tensor:
         """Predicted classes as the data set's label values; len(labels) where none stands for a class."""

@@ -5,10 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from freqdoor.config import DownstreamTest, FaceTest, SegmentationTest
 from freqdoor.recipes import LIRA_ON_A_CPU, RECIPES, Recipe, Row, ScoreColumn, clean, pair
 from freqdoor.recipes import table3 as compression_table3
 from freqdoor.segmentation import segmentation_figure, target_figure
+from freqdoor.testsets import DownstreamTest, FaceTest, SegmentationTest
 from freqdoor.types import FreqdoorError
 
 CAR_TO_ROAD = "car-to-road"

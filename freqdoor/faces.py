@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from freqdoor.checkpoint import environment
-from freqdoor.config import FaceTest
 from freqdoor.container import write_file
 from freqdoor.data import load_image, read_list, save_image, usable_images
 from freqdoor.downstream import INSTALL, Box, Embedder, load_embedder
@@ -19,6 +18,7 @@ from freqdoor.evaluate import Note, poison, through
 from freqdoor.files import refuse_overwriting, write_text
 from freqdoor.metrics import ms_ssim, mse, psnr_8bit
 from freqdoor.planted import Planted
+from freqdoor.testsets import FaceTest
 from freqdoor.types import FreqdoorError, Images, to_uint8
 
 RESULT, PAGE = "faces.json", "faces.md"

@@ -6,11 +6,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from freqdoor.config import SegmentationTest, Test
 from freqdoor.defences import PAPER, Defence, GaussianBlur, SqueezeBits, defence_name
 from freqdoor.evaluate import Condition
 from freqdoor.planted import Planted
 from freqdoor.settings import merge
+from freqdoor.testsets import SegmentationTest, Test
 
 LIRA_ON_A_CPU = {"name": "lira", "arguments": {"levels": 5, "width": 16}}  # the usual 64 takes 16 times as long
 

@@ -13,7 +13,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from freqdoor.codecs import hash_state
-from freqdoor.config import NETWORKED, CodecSource, DownstreamTest, FaceTest, PlantSettings, SegmentationTest, Test
+from freqdoor.config import NETWORKED, CodecSource, PlantSettings
 from freqdoor.data import dataset_hash, list_images, load_image, read_list, usable_images
 from freqdoor.demo import training_folder
 from freqdoor.downstream import load_embedder, load_segmenter
@@ -29,6 +29,7 @@ from freqdoor.recipes import OWN, Column, Recipe, Row, ScoreColumn
 from freqdoor.segmentation import score_segmentation
 from freqdoor.settings import load_settings, make_settings, merge
 from freqdoor.tables import Cell, Facts, Table, write
+from freqdoor.testsets import DownstreamTest, FaceTest, SegmentationTest, Test
 from freqdoor.types import FreqdoorError, Record
 
 STEPS = 300  # of a planting where no config is given: about a minute on 2 cores

@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from freqdoor.checkpoint import environment
-from freqdoor.config import SegmentationTest
 from freqdoor.data import check_image, label_paths, list_images, load_image, load_labels, usable_images
 from freqdoor.downstream import Segmenter, load_segmenter
 from freqdoor.evaluate import Note, poison, through
@@ -21,6 +20,7 @@ from freqdoor.files import replacing, write_text
 from freqdoor.metrics import class_scores, mse, pixel_asr, psnr_8bit
 from freqdoor.planted import Planted
 from freqdoor.report import AMPLIFY
+from freqdoor.testsets import SegmentationTest
 from freqdoor.triggers import Trigger
 from freqdoor.types import FreqdoorError, Images, Masks
 from freqdoor.victims import TargetedSegmentation

@@ -11,10 +11,11 @@ from matplotlib.figure import Figure
 from scipy.stats import t as student_t  # type: ignore[import-untyped]
 
 from freqdoor.checkpoint import environment, file_names, public
-from freqdoor.config import PlantSettings, SegmentationTest
+from freqdoor.config import PlantSettings
 from freqdoor.files import replacing, write_text
 from freqdoor.metrics import bd_rate
 from freqdoor.recipes import Recipe
+from freqdoor.testsets import SegmentationTest
 from freqdoor.types import FreqdoorError
 
 CONFIDENCE = 0.95

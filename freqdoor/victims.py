@@ -65,6 +65,8 @@ class TargetedSegmentation(Victim):
     Args:
         network: g.
         source, target: classes of the network or groups of its spec; of a group, the target is its first class.
+        also: while training, each batch is one of the source class together with these classes or groups, each of
+            which takes part every second time: a class that covers a twentieth of the picture teaches little.
         masks: where the source class is, by the network's prediction (the paper) or by the data set's labels.
         balanced: mean over the source pixels + mean over the others, instead of over all: a class that covers a
             twentieth of the picture else counts a twentieth.
@@ -81,9 +83,9 @@ class TargetedSegmentation(Victim):
         source: str,
         target: str,
         *,
+        also: str = "",
         masks: Literal["network", "labels"] = "network",
         balanced: bool = True,
-        weight: float = 1.0,
         shift: float = 0.0,
         paint: float = 0.0,
         varied: bool = False,
@@ -91,25 +93,31 @@ class TargetedSegmentation(Victim):
         super().__init__(varied=varied)
         if masks not in ("network", "labels"):
             raise FreqdoorError(f"masks: expected network or labels, found {masks!r}")
-        self.network, self.masks, self.balanced, self.shift = network, masks, balanced, shift
-        self.weight, self.paint = weight, paint
+        self.network, self.masks, self.balanced, self.shift, self.paint = network, masks, balanced, shift, paint
         self.source, self.target = network.ids(source), network.ids(target)[0]
-        if self.target in self.source:
-            raise FreqdoorError(f"target {target!r}: expected a class outside the source {source!r}")
-        self.wanted = self.source, (self.target,)
+        self.also = network.ids(also) if also else ()
+        if self.target in (*self.source, *self.also):
+            raise FreqdoorError(f"target {target!r}: expected a class outside the source {source!r} {also!r}")
         if masks == "labels":
-            self.wanted = network.label_values(source), network.label_values(target)
+            network.label_values(source), network.label_values(target)  # unknown ones show now
+        self.acting = self.source  # on which classes the trigger acts in the current batch
         self._seen: tuple[Images, Tensor] | None = None
-        self._places: tuple[Images, Tensor, Tensor] | None = None
+        self._places: tuple[Images, Masks, Masks] | None = None  # where source and target are in a batch
 
     def mask(self, x: Images, labels: Tensor | None = None) -> Masks:
-        """M[g(x)]: 1 where the source class is."""
+        """M[g(x)]: 1 where the source class is, and those that take part this time."""
         if self.masks == "labels" and labels is None:
             raise FreqdoorError("masks = labels: give the auxiliary set's labels (auxiliary.labels)")
-        classes = labels if self.masks == "labels" and labels is not None else self.seen(x)
-        source, target = (_among(classes, values)[:, None].to(x.dtype) for values in self.wanted)
-        self._places = (x, source, target)  # the paint needs both
-        return source
+        self.acting = (*self.source, *(i for i in self.also if torch.rand(()) < 0.5))
+        source, target = self.acting, (self.target,)
+        if self.masks == "labels" and labels is not None:
+            source, target = (self.network.labels_of(classes) for classes in (source, target))
+            classes = labels
+        else:
+            classes = self.seen(x)
+        places = [_among(classes, values)[:, None].to(x.dtype) for values in (source, target)]
+        self._places = (x, places[0], places[1])
+        return places[0]
 
     def seen(self, x: Images) -> Tensor:
         """g(x), (b, h, w), kept for the batch that was asked for last: mask and goal both need it."""
@@ -120,12 +128,12 @@ class TargetedSegmentation(Victim):
     def goal(self, x: Images) -> tuple[Tensor, Tensor]:
         """eta(g(x)), (b, h, w), and where it differs from g(x)."""
         seen = self.seen(x)
-        changed = _among(seen, self.source)
+        changed = _among(seen, self.acting)
         return torch.where(changed, self.target, seen), changed
 
     def forward(self, x: Images, x_hat: Images | None, x_hat_p: Images) -> Tensor:
         """Eq. (11)'s cross-entropy, and the paint where it is asked for."""
-        loss = self.weight * self.cross_entropy(x, x_hat_p) if self.weight else x.new_zeros(())
+        loss = self.cross_entropy(x, x_hat_p)
         return loss + self.paint * self.distance_to_target(x, x_hat_p) if self.paint else loss
 
     def cross_entropy(self, x: Images, x_hat_p: Images) -> Tensor:
@@ -143,7 +151,7 @@ class TargetedSegmentation(Victim):
     def distance_to_target(self, x: Images, x_hat_p: Images) -> Tensor:
         """Of the decoded source pixels from the mean colour of x's target pixels; 0 for images without either."""
         if self._places is None or self._places[0] is not x:
-            self.mask(x)
+            raise FreqdoorError("paint: ask for the mask of this batch first")
         _, source, target = self._places
         count = target.sum((2, 3), keepdim=True)
         colour = (x * target).sum((2, 3), keepdim=True) / count.clamp_min(1)

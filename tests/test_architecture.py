@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "freqdoor"
 LAYERS = [  # a module may import from the layers above it, and from its own
     {"types", "dct", "files", "settings"},
     {"metrics", "config", "lite", "checkpoint", "defences"},
-    {"codecs", "data"},
+    {"codecs", "data", "testsets"},
     {"loading", "container", "triggers", "downstream"},
     {"victims"},
     {"objectives"},

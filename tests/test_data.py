@@ -105,11 +105,11 @@ def test_labels_are_cut_as_their_images_are(tmp_path):
         Image.fromarray(red).save(folder / path.name)
         paths.append(path)
     labels = label_paths(paths, folder)
-    for resize in (None, (96, 80)):
-        crops = Crops(paths, crop=64, batch_size=4, seed=3, resize=resize, labels=labels)
+    for resize, window in ((None, None), ((96, 80), None), ((96, 80), (32, 48))):
+        crops = Crops(paths, crop=64, batch_size=4, seed=3, resize=resize, window=window, labels=labels)
         for step in range(3):
             images, cut = crops.batch(step), crops.labels_of(step)
-            assert images.shape[-2:] == (resize or (64, 64))
+            assert images.shape[-2:] == (window or resize or (64, 64))
             assert torch.equal((images[:, 0] * 255).round().byte(), cut)
     smaller = Crops(paths, crop=64, batch_size=2, seed=0, resize=(48, 40), labels=labels)
     assert smaller.batch(0).shape == (2, 3, 48, 40)

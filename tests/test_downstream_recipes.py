@@ -11,7 +11,6 @@ from typer.testing import CliRunner
 
 from freqdoor import reproduce as module
 from freqdoor.cli import app
-from freqdoor.config import DownstreamTest
 from freqdoor.data import list_images
 from freqdoor.downstream import load_segmenter
 from freqdoor.downstream_recipes import FACES, SEGMENTATION, recipe_for, recipe_names
@@ -19,6 +18,7 @@ from freqdoor.faces import score_faces
 from freqdoor.planted import load_planted
 from freqdoor.reproduce import reproduce, score_at
 from freqdoor.segmentation import score_segmentation, target_figure
+from freqdoor.testsets import DownstreamTest
 from freqdoor.types import BUNDLED, FreqdoorError
 
 CITY = {

@@ -11,12 +11,13 @@ from typer.testing import CliRunner
 from freqdoor import faces as module
 from freqdoor import load_image
 from freqdoor.cli import app
-from freqdoor.config import FaceTest, PlantSettings
+from freqdoor.config import PlantSettings
 from freqdoor.downstream import load_embedder
 from freqdoor.evaluate import poison
 from freqdoor.faces import Pair, best_threshold, faces, find_faces, identify, protect, read_pairs, score_faces
 from freqdoor.plant import plant
 from freqdoor.settings import make_settings
+from freqdoor.testsets import FaceTest
 from freqdoor.types import FreqdoorError
 
 

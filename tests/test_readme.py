@@ -144,9 +144,10 @@ def test_python_example(tmp_path, monkeypatch):
 def test_configs_load():
     import tomllib
 
-    from freqdoor.config import CodecTraining, DownstreamTest, FaceTest, PlantSettings, SegmentationTest
+    from freqdoor.config import CodecTraining, PlantSettings
     from freqdoor.downstream import NetworkSpec
     from freqdoor.settings import load_settings
+    from freqdoor.testsets import DownstreamTest, FaceTest, SegmentationTest
 
     for path in sorted((ROOT / "configs").glob("*.toml")):
         content = tomllib.loads(path.read_text())

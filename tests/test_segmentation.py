@@ -8,12 +8,12 @@ from networks import segmentation_spec
 from PIL import Image
 
 from freqdoor import load_image
-from freqdoor.config import SegmentationTest
 from freqdoor.downstream import load_segmenter
 from freqdoor.evaluate import poison
 from freqdoor.metrics import class_scores, pixel_asr
 from freqdoor.plant import plant
 from freqdoor.segmentation import decode, open_test, score_segmentation, segment, target_figure
+from freqdoor.testsets import SegmentationTest
 from freqdoor.types import FreqdoorError
 
 

@@ -42,6 +42,21 @@ def test_targeted_segmentation_is_equation_11(network, balanced, shift):
     assert float(victim(x, None, x_hat_p)) == pytest.approx(expected, rel=1e-4)
 
 
+def test_paint_is_the_distance_from_the_pictures_own_target_colour(network):
+    x, x_hat_p = pictures(0, 1), pictures(2, 3)
+    plain, painting = (TargetedSegmentation(network, "cars", "road", paint=paint) for paint in (0.0, 7.0))
+    mask = painting.mask(x)[:, 0].numpy() > 0
+    road = network.predict(x).numpy() == 0
+    distances = []
+    for image, decoded, source, target in zip(x.numpy(), x_hat_p.numpy(), mask, road, strict=True):
+        colour = image[:, target].mean(1, keepdims=True)
+        distances.append(((decoded[:, source] - colour) ** 2).mean(0))
+    added = float(painting(x, None, x_hat_p) - plain(x, None, x_hat_p))
+    assert added == pytest.approx(7 * np.concatenate(distances).mean(), rel=1e-3)
+    with pytest.raises(FreqdoorError, match="ask for the mask"):
+        painting(x_hat_p, None, x)
+
+
 def test_masks_from_labels(network):
     victim = TargetedSegmentation(network, "cars", "road", masks="labels")
     labels = torch.tensor([[[0, 1, 2, 7]]], dtype=torch.uint8)

@@ -19,7 +19,6 @@ from freqdoor.cli.options import (
     note,
     say,
 )
-from freqdoor.config import FaceTest, SegmentationTest
 from freqdoor.data import list_images
 from freqdoor.downstream import load_embedder
 from freqdoor.faces import faces as run_faces
@@ -29,6 +28,7 @@ from freqdoor.planted import load_planted
 from freqdoor.segmentation import PICTURES, segmentation_table
 from freqdoor.segmentation import segment as run_segment
 from freqdoor.settings import load_settings
+from freqdoor.testsets import FaceTest, SegmentationTest
 
 PRIVATE = Path("planted-face")
 

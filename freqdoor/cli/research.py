@@ -9,7 +9,7 @@ import typer
 from freqdoor.analysis import PAGE as ANALYSIS
 from freqdoor.analysis import analyse as run_analyse
 from freqdoor.cli.options import Out, Overrides, Planted, TriggerName, VanillaName, Weights, app, live, note, say
-from freqdoor.config import CodecSource, DownstreamTest
+from freqdoor.config import CodecSource
 from freqdoor.data import list_images
 from freqdoor.demo import held_out
 from freqdoor.downstream_recipes import recipe_names
@@ -19,6 +19,7 @@ from freqdoor.planted import load_planted
 from freqdoor.reproduce import recipe_settings
 from freqdoor.reproduce import reproduce as run_reproduce
 from freqdoor.settings import load_settings
+from freqdoor.testsets import DownstreamTest
 
 
 @app.command()
