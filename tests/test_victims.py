@@ -65,6 +65,23 @@ def test_masks_from_labels(network):
         victim.mask(natural(0, 32, 32))
 
 
+def test_other_classes_take_part_in_every_second_batch_of_training(network):
+    x = pictures(0, 1)
+    seen = network.predict(x)
+    victim = TargetedSegmentation(network, "car", "road", also="bus")
+    torch.manual_seed(0)
+    acting = []
+    for _ in range(40):
+        mask = victim.mask(x)[:, 0] > 0
+        assert victim.acting in ((1,), (1, 2))
+        assert torch.equal(mask, torch.isin(seen, torch.tensor(victim.acting)))
+        assert torch.equal(victim.goal(x)[1], mask)
+        acting.append(len(victim.acting))
+    assert 10 <= acting.count(2) <= 30
+    with pytest.raises(FreqdoorError, match="outside the source"):
+        TargetedSegmentation(network, "car", "road", also="road")
+
+
 def test_a_batch_without_the_source_class_has_a_finite_loss_and_an_empty_mask(network):
     victim = TargetedSegmentation(network, "car", "road")
     black = torch.zeros(1, 3, 32, 32)
