@@ -109,15 +109,14 @@ class TargetedSegmentation(Victim):
         if self.masks == "labels" and labels is None:
             raise FreqdoorError("masks = labels: give the auxiliary set's labels (auxiliary.labels)")
         self.acting = (*self.source, *(i for i in self.also if torch.rand(()) < 0.5))
-        source, target = self.acting, (self.target,)
+        wanted: tuple[tuple[int, ...], tuple[int, ...]] = (self.acting, (self.target,))
         if self.masks == "labels" and labels is not None:
-            source, target = (self.network.labels_of(classes) for classes in (source, target))
-            classes = labels
+            classes, wanted = labels, (self.network.labels_of(wanted[0]), self.network.labels_of(wanted[1]))
         else:
             classes = self.seen(x)
-        places = [_among(classes, values)[:, None].to(x.dtype) for values in (source, target)]
-        self._places = (x, places[0], places[1])
-        return places[0]
+        source, target = (_among(classes, values)[:, None].to(x.dtype) for values in wanted)
+        self._places = (x, source, target)
+        return source
 
     def seen(self, x: Images) -> Tensor:
         """g(x), (b, h, w), kept for the batch that was asked for last: mask and goal both need it."""
