@@ -1,7 +1,7 @@
 """Peak memory of planting and of measuring a segmentation attack, each in a process of its own.
 
     python benchmarks/memory.py --set images.folder=FOLDER --set auxiliary.folder=camvid/train \
-      --set objective.arguments.network=configs/networks/espnetv2-cityscapes.toml=FILE \
+      --set network=configs/networks/espnetv2-cityscapes.toml=FILE \
       --test 'networks=["configs/networks/espnetv2-cityscapes.toml=FILE"]' \\
       --test images=camvid/test --test labels=camvid/testannot
 

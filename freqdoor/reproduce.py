@@ -151,7 +151,7 @@ def recipe_settings(config: Path | None, overrides: Sequence[str], runs: Path) -
 
 def _settings(base: PlantSettings, row: Row, seed: int) -> PlantSettings:
     """A row's settings; `network` is in the attacks that need it, and makes no other planting of the rest."""
-    content = base.model_dump(exclude_unset=True) | {"seed": seed}
+    content = base.model_dump(exclude_unset=True, exclude={"objective"}) | {"seed": seed}  # rows bring their own
     settings = make_settings(PlantSettings, merge(content, row.changes or {}), f"row {row.name!r}")
     return settings.model_copy(update={"network": None})
 
