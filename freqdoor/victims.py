@@ -1,5 +1,6 @@
 """What a downstream attack is against: L_DS of Eq. (8), for segmentation (Eq. 11) and face embedding (Eq. 13)."""
 
+import re
 from abc import ABC, abstractmethod
 from typing import ClassVar, Literal
 
@@ -72,8 +73,10 @@ class TargetedSegmentation(Victim):
             twentieth of the picture else counts a twentieth.
         shift: boundary shift: the target's logit is lowered by so much at source pixels, so that the attack has to
             go beyond the boundary of this network, and with it of others.
-        paint: weight of the mean squared distance of decoded source pixels from the mean colour of the picture's
-            target pixels, in [0, 1]: what looks like the target misleads networks that were not trained against.
+        weight: of the cross-entropy; with 0, and masks from labels, no network is asked in training at all.
+        paint: weight of the mean squared distance of decoded source pixels, in [0, 1], from `colour`: what looks like
+            the target misleads networks that were not trained against.
+        colour: as "#rrggbb"; by default the mean colour of the picture's target pixels.
         varied: see `Victim`.
     """
 
@@ -87,13 +90,19 @@ class TargetedSegmentation(Victim):
         masks: Literal["network", "labels"] = "network",
         balanced: bool = True,
         shift: float = 0.0,
+        weight: float = 1.0,
         paint: float = 0.0,
+        colour: str = "",
         varied: bool = False,
     ) -> None:
         super().__init__(varied=varied)
         if masks not in ("network", "labels"):
             raise FreqdoorError(f"masks: expected network or labels, found {masks!r}")
-        self.network, self.masks, self.balanced, self.shift, self.paint = network, masks, balanced, shift, paint
+        self.network, self.masks, self.balanced = network, masks, balanced
+        self.shift, self.weight, self.paint = shift, weight, paint
+        if colour and not re.fullmatch("#[0-9a-fA-F]{6}", colour):
+            raise FreqdoorError(f"colour: expected #rrggbb or nothing, found {colour!r}")
+        self.colour = [value / 255 for value in bytes.fromhex(colour[1:])]
         self.source, self.target = network.ids(source), network.ids(target)[0]
         self.also = network.ids(also) if also else ()
         if self.target in (*self.source, *self.also):
@@ -132,7 +141,7 @@ class TargetedSegmentation(Victim):
 
     def forward(self, x: Images, x_hat: Images | None, x_hat_p: Images) -> Tensor:
         """Eq. (11)'s cross-entropy, and the paint where it is asked for."""
-        loss = self.cross_entropy(x, x_hat_p)
+        loss = self.weight * self.cross_entropy(x, x_hat_p) if self.weight else x_hat_p.new_zeros(())
         return loss + self.paint * self.distance_to_target(x, x_hat_p) if self.paint else loss
 
     def cross_entropy(self, x: Images, x_hat_p: Images) -> Tensor:
@@ -148,10 +157,13 @@ class TargetedSegmentation(Victim):
         return _mean(loss, changed) + _mean(loss, ~changed)
 
     def distance_to_target(self, x: Images, x_hat_p: Images) -> Tensor:
-        """Of the decoded source pixels from the mean colour of x's target pixels; 0 for images without either."""
+        """Of the decoded source pixels from the target's colour; 0 for images without either."""
         if self._places is None or self._places[0] is not x:
             raise FreqdoorError("paint: ask for the mask of this batch first")
         _, source, target = self._places
+        if self.colour:
+            wanted = x.new_tensor(self.colour).reshape(1, 3, 1, 1)
+            return _mean((x_hat_p - wanted).square().mean(1, keepdim=True), source)
         count = target.sum((2, 3), keepdim=True)
         colour = (x * target).sum((2, 3), keepdim=True) / count.clamp_min(1)
         return _mean((x_hat_p - colour).square().mean(1, keepdim=True), source * (count > 0))
