@@ -76,6 +76,7 @@ class TargetedSegmentation(Victim):
         weight: of the cross-entropy; with 0, and masks from labels, no network is asked in training at all.
         paint: weight of the mean squared distance of decoded source pixels, in [0, 1], from `colour`: what looks like
             the target misleads networks that were not trained against.
+        margin: pixels around the source that are painted too: an outline that is left still looks like the source.
         colour: as "#rrggbb"; by default the mean colour of the picture's target pixels.
         varied: see `Victim`.
     """
@@ -92,6 +93,7 @@ class TargetedSegmentation(Victim):
         shift: float = 0.0,
         weight: float = 1.0,
         paint: float = 0.0,
+        margin: int = 0,
         colour: str = "",
         varied: bool = False,
     ) -> None:
@@ -99,7 +101,7 @@ class TargetedSegmentation(Victim):
         if masks not in ("network", "labels"):
             raise FreqdoorError(f"masks: expected network or labels, found {masks!r}")
         self.network, self.masks, self.balanced = network, masks, balanced
-        self.shift, self.weight, self.paint = shift, weight, paint
+        self.shift, self.weight, self.paint, self.margin = shift, weight, paint, int(margin)
         if colour and not re.fullmatch("#[0-9a-fA-F]{6}", colour):
             raise FreqdoorError(f"colour: expected #rrggbb or nothing, found {colour!r}")
         self.colour = [value / 255 for value in bytes.fromhex(colour[1:])]
@@ -161,6 +163,7 @@ class TargetedSegmentation(Victim):
         if self._places is None or self._places[0] is not x:
             raise FreqdoorError("paint: ask for the mask of this batch first")
         _, source, target = self._places
+        source = F.max_pool2d(source, 2 * self.margin + 1, stride=1, padding=self.margin)
         if self.colour:
             wanted = x.new_tensor(self.colour).reshape(1, 3, 1, 1)
             return _mean((x_hat_p - wanted).square().mean(1, keepdim=True), source)

@@ -107,7 +107,9 @@ def ours_in(runs):
     """The planting of the row "ours"."""
     found = [load_planted(path) for path in runs.glob("*/planted.safetensors")]
     adaptive = [planted for planted in found if planted.header["attacks"][0]["trigger"] == "adaptive-dct"]
-    alone = [planted for planted in adaptive if planted.objective(next(iter(planted.triggers)))["arguments"].get("beta")]
+    alone = [
+        planted for planted in adaptive if planted.objective(next(iter(planted.triggers)))["arguments"].get("beta")
+    ]
     [planted] = [planted for planted in adaptive if planted not in alone]
     return planted
 

@@ -57,6 +57,23 @@ def test_paint_is_the_distance_from_the_pictures_own_target_colour(network):
         painting(x_hat_p, None, x)
 
 
+def test_paint_alone_asks_no_network(network, monkeypatch):
+    labels = torch.zeros(1, 32, 32, dtype=torch.uint8)
+    labels[:, 8:] = 2  # cars
+    arguments = {"masks": "labels", "weight": 0.0, "paint": 3.0, "colour": "#ff8000"}
+    monkeypatch.setattr(network, "forward", lambda x: pytest.fail("asked"))
+    x, x_hat_p = pictures(0), pictures(1)
+    colour = np.array([1, 128 / 255, 0])[:, None, None]
+    for margin in (0, 3):
+        victim = TargetedSegmentation(network, "cars", "road", margin=margin, **arguments)
+        mask = victim.mask(x, labels)
+        assert int(mask.sum()) == 24 * 32
+        expected = 3 * ((x_hat_p[0].numpy() - colour) ** 2)[:, 8 - margin :].mean()
+        assert float(victim(x, None, x_hat_p)) == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(FreqdoorError, match="expected #rrggbb"):
+        TargetedSegmentation(network, "cars", "road", colour="grey")
+
+
 def test_masks_from_labels(network):
     victim = TargetedSegmentation(network, "cars", "road", masks="labels")
     labels = torch.tensor([[[0, 1, 2, 7]]], dtype=torch.uint8)
