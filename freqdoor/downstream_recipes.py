@@ -112,9 +112,9 @@ def table1(test: SegmentationTest) -> Recipe:
             ),
             rows=(
                 Row("vanilla", None),
-                Row("LIRA, painted", _with_lira(_painted(CAR_TO_ROAD)), {asr: 67.7, error: 8.4}),
-                Row("ours, painted", _painted(CAR_TO_ROAD), {asr: 82.0, error: 7.7}),
-                Row("ours, Eq. 11", _segmentation(CAR_TO_ROAD)),
+                Row("LIRA (painted)", _with_lira(_painted(CAR_TO_ROAD)), {asr: 67.7, error: 8.4}),
+                Row("ours (painted)", _painted(CAR_TO_ROAD), {asr: 82.0, error: 7.7}),
+                Row("ours (Eq. 11)", _segmentation(CAR_TO_ROAD)),
             ),
             paper_codec=TABLE1_CODEC,
             test=test,
@@ -196,7 +196,7 @@ def table3(test: SegmentationTest) -> Recipe:
 def _pictures(name: str, title: str, test: SegmentationTest) -> Recipe:
     """Table 1's row of ours, with a picture of what it does."""
     table = table1(test)
-    return replace(table, name=name, title=title, rows=tuple(row for row in table.rows if row.name == "ours, painted"))
+    return replace(table, name=name, title=title, rows=tuple(row for row in table.rows if row.name == "ours (painted)"))
 
 
 def figure7(test: SegmentationTest) -> Recipe:
