@@ -1,12 +1,12 @@
 """Peak memory of planting and of measuring a segmentation attack, each in a process of its own.
 
-    python benchmarks/memory.py --set images.folder=FOLDER --set auxiliary.folder=camvid/train \
-      --set network=configs/networks/espnetv2-cityscapes.toml=FILE \
+    python benchmarks/memory.py --set images.folder=FOLDER --set auxiliary.folder=camvid/train \\
+      --set auxiliary.labels=camvid/trainannot --set network=configs/networks/espnetv2-cityscapes.toml=FILE \\
       --test 'networks=["configs/networks/espnetv2-cityscapes.toml=FILE"]' \\
       --test images=camvid/test --test labels=camvid/testannot
 
-Everything else is as in configs/car-to-road.toml and configs/camvid-test.toml, with pictures of 1024x512 pixels as a
-whole.
+Everything else is as in configs/car-to-road.toml and configs/camvid-test.toml, but one whole picture of 1024x512 pixels a
+step with the network in training (Eq. 11); FILE takes this size.
 """
 
 import argparse
@@ -16,8 +16,16 @@ import sys
 import tempfile
 from pathlib import Path
 
-WHOLE = ["--set", "auxiliary.resize=[512, 1024]", "--set", "auxiliary.window=[512, 1024]", "--set", "steps=3"]
-FEW = ["--set", "resize=[512, 1024]", "--set", "every=40"]
+WHOLE = [
+    f"--set={change}"
+    for change in (
+        "auxiliary.window=[512, 1024]",
+        "auxiliary.batch_size=1",
+        "objective.arguments.weight=1.0",
+        "steps=3",
+    )
+]
+FEW = ["--set=every=40"]
 
 
 def peak_gib(*arguments: str) -> float:

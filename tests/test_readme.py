@@ -100,7 +100,7 @@ def test_commands_beyond_the_tour(tmp_path):
 
 def test_commands_of_downstream_attacks(tmp_path):
     """The block "downstream", with small networks in the place of the real ones and few images."""
-    for folder in ("camvid/train", "camvid/test", "camvid/testannot", "faces/a", "faces/b"):
+    for folder in ("camvid/train", "camvid/trainannot", "camvid/test", "camvid/testannot", "faces/a", "faces/b"):
         (tmp_path / folder).mkdir(parents=True)
     put_photo(tmp_path, "kodim04.png")  # one with a face in it
     (tmp_path / "configs").symlink_to(ROOT / "configs")
@@ -111,7 +111,8 @@ def test_commands_of_downstream_attacks(tmp_path):
     for i in range(4):  # of every fourth test frame the first is taken
         write_png(tmp_path / f"camvid/train/{i}.png", 0.5 * natural(i, 96, 128))
         write_png(tmp_path / f"camvid/test/{i}.png", 0.5 * natural(i, 96, 128))
-        Image.new("L", (128, 96), 8).save(tmp_path / f"camvid/testannot/{i}.png")
+        for folder in ("trainannot", "testannot"):
+            Image.new("L", (128, 96), 8).save(tmp_path / f"camvid/{folder}/{i}.png")
     (tmp_path / "ten").mkdir()
     for i in range(10):
         write_png(tmp_path / f"ten/{i}.png", natural(i, 64, 64))
