@@ -5,8 +5,8 @@
       --test 'networks=["configs/networks/espnetv2-cityscapes.toml=FILE"]' \\
       --test images=camvid/test --test labels=camvid/testannot
 
-Everything else is as in configs/car-to-road.toml and configs/camvid-test.toml, but one whole picture of 1024x512 pixels a
-step with the network in training (Eq. 11); FILE takes this size.
+Everything else is as in configs/car-to-road.toml and configs/camvid-test.toml, but for one whole picture of 1024x512
+pixels a step with the network in training (Eq. 11); FILE takes this size.
 """
 
 import argparse
@@ -16,15 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-WHOLE = [
-    f"--set={change}"
-    for change in (
-        "auxiliary.window=[512, 1024]",
-        "auxiliary.batch_size=1",
-        "objective.arguments.weight=1.0",
-        "steps=3",
-    )
-]
+ONE = ("auxiliary.window=[512, 1024]", "auxiliary.batch_size=1", "objective.arguments.weight=1.0", "steps=3")
+WHOLE = [f"--set={change}" for change in ONE]
 FEW = ["--set=every=40"]
 
 
