@@ -106,8 +106,11 @@ def table1(test: SegmentationTest) -> Recipe:
             columns=(
                 *_asr(test, "Car->Road", CAR_TO_ROAD),
                 ScoreColumn(error, "output_mse", CAR_TO_ROAD, scale=1e5),
-                ScoreColumn(f"vanilla mIoU % ({FIRST})", "networks.0.miou_vanilla", CAR_TO_ROAD),
-                ScoreColumn(f"clean mIoU % ({FIRST})", "networks.0.miou_clean", CAR_TO_ROAD),
+                *(
+                    ScoreColumn(f"{role} mIoU % ({end})", f"networks.{index}.miou_{role}", CAR_TO_ROAD)
+                    for end, index in _ends(test).items()
+                    for role in ("vanilla", "clean")
+                ),
                 *pair("clean", clean()),
             ),
             rows=(

@@ -121,9 +121,10 @@ def _tested(recipe: Recipe, base: PlantSettings) -> str:
     names = ", ".join(map(file_names, recipe.test.networks))
     pictures = recipe.test.images if isinstance(recipe.test, SegmentationTest) else recipe.test.probes
     every = f", 1 in {recipe.test.every}" if recipe.test.every > 1 else ""
+    none = " (painted ones: against none)" if isinstance(recipe.test, SegmentationTest) else ""
     return f"""
 Downstream networks, from the first to the last: {names}. Attacks are trained against
-{file_names(base.network) or "the networks that they name"}, and measured on “{Path(pictures).name}”{every}.
+{file_names(base.network) or "the networks that they name"}{none}, and measured on “{Path(pictures).name}”{every}.
 """
 
 
