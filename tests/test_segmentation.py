@@ -8,11 +8,14 @@ from networks import segmentation_spec
 from PIL import Image
 
 from freqdoor import load_image
+from freqdoor.codecs import hash_state
+from freqdoor.config import PlantSettings
 from freqdoor.downstream import load_segmenter
 from freqdoor.evaluate import poison
 from freqdoor.metrics import class_scores, pixel_asr
 from freqdoor.plant import plant
 from freqdoor.segmentation import decode, open_test, score_segmentation, segment, target_figure
+from freqdoor.settings import make_settings
 from freqdoor.testsets import SegmentationTest
 from freqdoor.types import FreqdoorError
 
@@ -34,11 +37,7 @@ def scene(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def planted(scene, tmp_path_factory):
-    from freqdoor.config import PlantSettings
-    from freqdoor.settings import make_settings
-
+def settings_for(scene, **changes):
     content = {
         "images": {"folder": str(scene / "images"), "crop": 64, "batch_size": 2},
         "auxiliary": {"folder": str(scene / "images"), "resize": [64, 96], "batch_size": 1},
@@ -49,7 +48,18 @@ def planted(scene, tmp_path_factory):
         "steps": 2,
         "trigger": {"arguments": {"width": 8}},
     }
-    return plant(make_settings(PlantSettings, content), tmp_path_factory.mktemp("run"))
+    return make_settings(PlantSettings, content | changes)
+
+
+@pytest.fixture(scope="module")
+def planted(scene, tmp_path_factory):
+    return plant(settings_for(scene), tmp_path_factory.mktemp("run"))
+
+
+def test_gradients_are_balanced_over_the_auxiliary_pass_too(scene, planted, tmp_path):
+    """The attack's gradient reaches the latents of the auxiliary images, not those of the main batch."""
+    balanced = plant(settings_for(scene, balance={"gradient_norm": 0.5}), tmp_path)
+    assert hash_state(balanced.tampered) != hash_state(planted.tampered)
 
 
 @pytest.fixture
