@@ -1,6 +1,7 @@
 """Tables 1 to 3, Figures 7 and 8 and the transfer table, end to end with tiny networks."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 from freqdoor import reproduce as module
 from freqdoor.cli import app
+from freqdoor.config import PlantSettings
 from freqdoor.data import list_images
 from freqdoor.downstream import load_segmenter
 from freqdoor.downstream_recipes import FACES, SEGMENTATION, recipe_for, recipe_names
@@ -18,9 +20,11 @@ from freqdoor.faces import score_faces
 from freqdoor.planted import load_planted
 from freqdoor.reproduce import reproduce, score_at
 from freqdoor.segmentation import score_segmentation, target_figure
+from freqdoor.settings import load_settings
 from freqdoor.testsets import DownstreamTest
 from freqdoor.types import BUNDLED, FreqdoorError
 
+CONFIGS = Path(__file__).parent.parent / "configs"
 CITY = {
     "classes": '["road", "car", "building", "vegetation"]',
     "labels": '[["vegetation"], ["road"], ["car"], ["building"]]',
@@ -192,6 +196,18 @@ def test_transfer_measures_on_every_network(run, base, city):
     assert list(table) == ["Eq. 11", "Eq. 11, boundary shift 3", "painted: no network in training"]
     for cells in table.values():
         assert {"ASR % on tiny, 1", "ASR % on tiny, 2", "ASR % on tiny, 2, vanilla encoder"} <= cells.keys()
+
+
+def test_configs_paint_as_the_recipes_do(city):
+    rows = {row.name: row.changes for row in recipe_for("table3", city).rows}
+
+    def without_network(attack):
+        return {key: value for key, value in attack.objective.arguments.items() if key != "network"}
+
+    for config, row in (("car-to-road", "Car->Road alone"), ("four-triggers", "all four")):
+        planned = load_settings(PlantSettings, CONFIGS / f"{config}.toml").planned
+        wanted = rows[row]["attacks"]
+        assert [without_network(a) for a in planned] == [a["objective"].get("arguments", {}) for a in wanted]
 
 
 @pytest.mark.parametrize("name", [*SEGMENTATION, *FACES])
