@@ -223,6 +223,8 @@ class PlantSettings(Training):
     preset: Literal["fast", "paper"] = "fast"
     """Defaults of everything that is not given: fast plants in minutes, paper has the paper's hyper-parameters."""
     codec: CodecSource = CodecSource()
+    start_from: str | None = None
+    """A planted encoder to go on from, a run directory or file: its encoder, and its triggers of the same names."""
     trigger: TriggerSettings = TriggerSettings()
     objective: ObjectiveSettings = ObjectiveSettings()
     attacks: tuple[AttackSettings, ...] = ()

@@ -31,7 +31,7 @@ from freqdoor.loop import (
     place,
 )
 from freqdoor.objectives import DownstreamAttack, build_objective, main_loss
-from freqdoor.planted import Planted, export
+from freqdoor.planted import Planted, export, load_planted
 from freqdoor.robust import choose_survivors, survivor_weights
 from freqdoor.triggers import AdaptiveDCT, build_trigger
 from freqdoor.types import FreqdoorError, Images
@@ -104,6 +104,8 @@ def plant(settings: PlantSettings, out: Path | str, *, progress: Progress | None
     run = Run(out)
     saved = run.start(settings, facts | {"modules_before": vanilla.module_hashes()})
     planting = _Planting(settings, vanilla, attacks, lmbda, run, crops, auxiliary)
+    if settings.start_from:
+        _go_on_from(load_planted(settings.start_from, settings.codec.name, settings.codec.weights), planting)
     try:
         loop(run, settings, planting.parts, planting.history, crops, planting.step, saved=saved, progress=progress)
     finally:
@@ -111,6 +113,20 @@ def plant(settings: PlantSettings, out: Path | str, *, progress: Progress | None
     tampered = planting.tampered.to("cpu").to(memory_format=torch.contiguous_format).prepare()
     triggers = [attack.trigger.to("cpu").eval() for attack in attacks]
     return export(run.folder, settings, vanilla.to("cpu"), tampered, triggers, planting.history["seconds"])
+
+
+def _go_on_from(earlier: Planted, planting: "_Planting") -> None:
+    """Take over the encoder and the triggers of an earlier planting in the same codec."""
+    planting.tampered.net.load_state_dict(earlier.tampered.net.state_dict())
+    for attack in planting.attacks:
+        if attack.name in earlier.triggers:
+            try:
+                attack.trigger.load_state_dict(earlier.triggers[attack.name].state_dict())
+            except RuntimeError:
+                raise FreqdoorError(
+                    f"start_from: its trigger {attack.name} is of another kind than {attack.settings.name} with the "
+                    "settings' arguments; give both the same"
+                ) from None
 
 
 class _Planting:

@@ -164,7 +164,8 @@ def _planted(
         vanilla = load_codec(base.codec.name, base.codec.weights)
         return Planted(vanilla, vanilla, {}, {})
     settings = _settings(base, row, seed)
-    folder = runs / _key(settings.model_dump_json(exclude={"checkpoint_minutes", "network"}))
+    aside = {"checkpoint_minutes", "network"} | (set() if settings.start_from else {"start_from"})
+    folder = runs / _key(settings.model_dump_json(exclude=aside))
     if not (folder / PLANTED).exists():
         if time.monotonic() > deadline:
             return None

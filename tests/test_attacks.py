@@ -72,6 +72,18 @@ def test_balance_changes_the_encoder_and_is_resumed(settings, tmp_path, balance)
     assert hash_state(parts.tampered) == hash_state(balanced.tampered)
 
 
+def test_a_planting_goes_on_from_an_earlier_one(settings, tmp_path, x):
+    first = plant(settings(steps=2), tmp_path / "first")
+    still = {"lr": 1e-12, "trigger_lr": 1e-12, "steps": 1, "start_from": str(tmp_path / "first")}
+    second = plant(settings(**still), tmp_path / "second")
+    with torch.no_grad():
+        torch.testing.assert_close(second.triggers["bpp"](x), first.triggers["bpp"](x))
+        torch.testing.assert_close(second.tampered.net.g_a(x), first.tampered.net.g_a(x))
+        assert not torch.equal(first.tampered.net.g_a(x), first.vanilla.net.g_a(x))
+    with pytest.raises(FreqdoorError, match="its trigger bpp is of another kind"):
+        plant(settings(**still, trigger={"name": "lira", "arguments": SMALL["lira"]}), tmp_path / "third")
+
+
 def test_an_anchor_keeps_the_clean_latents(settings, tmp_path, x):
     def moved(anchor: float) -> float:
         run = settings(steps=12, lr=1e-2, balance={"anchor": anchor})
