@@ -169,7 +169,7 @@ def table3(test: SegmentationTest) -> Recipe:
     """Table 3 with all four triggers in one encoder: BPP, PSNR, Car->Road and Vegetation->Building, beside each alone.
 
     Paper (Cheng-Anchor q3): BPP 31.09 dB / 9.053 bpp; PSNR 5.021 dB / 0.2240 bpp; Car->Road ASR 78.2 %,
-    Vegetation->Building 95.3 %, on an unseen network. Ours: docs/results/table3.md.
+    Vegetation->Building 95.3 %, on an unseen network. Ours: docs/results/four/table3.md.
     """
     base = compression_table3()
     [both] = (row for row in base.rows if row.name == "both")
