@@ -96,6 +96,9 @@ def plant(settings: PlantSettings, out: Path | str, *, progress: Progress | None
     if vanilla.tampered:
         raise FreqdoorError(f"{settings.codec.name}: this codec says that it is tampered already; plant in a clean one")
     attacks = build_attacks(settings)
+    earlier = (
+        load_planted(settings.start_from, settings.codec.name, settings.codec.weights) if settings.start_from else None
+    )
     crops = open_crops(settings)
     auxiliary = open_auxiliary(settings)
     facts = crops.facts()
@@ -104,8 +107,8 @@ def plant(settings: PlantSettings, out: Path | str, *, progress: Progress | None
     run = Run(out)
     saved = run.start(settings, facts | {"modules_before": vanilla.module_hashes()})
     planting = _Planting(settings, vanilla, attacks, lmbda, run, crops, auxiliary)
-    if settings.start_from:
-        _go_on_from(load_planted(settings.start_from, settings.codec.name, settings.codec.weights), planting)
+    if earlier:
+        _go_on_from(earlier, planting)
     try:
         loop(run, settings, planting.parts, planting.history, crops, planting.step, saved=saved, progress=progress)
     finally:
