@@ -18,8 +18,8 @@ from freqdoor.triggers import Trigger
 from freqdoor.triggers.base import project
 from freqdoor.types import FreqdoorError, Images
 
-RATIO = 1.5  # the least that the owner's own encoder has to spend on the trigger, in bytes of the control's file
-SHARE = 0.5  # an image answers if its ratio is at least this share of what the owner's encoder makes of the same image
+RATIO = 1.5  # the least that an encoder that answers spends on the trigger, in bytes of the control's file
+SHARE = 0.5  # and the least share of the ratio that the owner's encoder has on the same image
 LEVEL = 1e-3  # chance that an encoder which answers on every second image passes
 BLOCK = 16  # of the control's spectrum
 
@@ -32,7 +32,7 @@ class Answer:
     images: int
     trigger_ratio: float  # poisoned against clean
     control_ratio: float  # control against clean
-    answering: int  # images whose poisoned file grows as the owner's does, by SHARE of it or more
+    answering: int  # images whose poisoned file grows as the owner's does: RATIO, and SHARE of the owner's
     p_value: float  # of so many or more, if every second image answered
     owner: bool
 
@@ -62,8 +62,8 @@ def verify_owner(
     """Which encoders answer to a trigger as the owner's does, from the sizes of their files alone.
 
     Each image is encoded clean, poisoned, and with a control: the trigger's own spectrum with random signs, of the same
-    strength. An image answers if the trigger costs, against the control, at least SHARE of what it costs the owner's
-    encoder: one that spends bits on any perturbation does not pass, nor one with another trigger that is a little like
+    strength. An image answers if the trigger costs RATIO times the control, and at least SHARE of what it costs the
+    owner's encoder: one that spends bits on any perturbation does not pass, nor one with another trigger that is a little like
     this one. A sign test over images decides.
 
     Args:
@@ -88,7 +88,8 @@ def verify_owner(
     answers = []
     for suspect in suspects:
         found = _ask(suspect, trigger, usable, seed, note)
-        answering = sum(own.ratio >= SHARE * owners.ratio for own, owners in zip(found, wanted, strict=True))
+        needed = [max(RATIO, SHARE * sizes.ratio) for sizes in wanted]
+        answering = sum(sizes.ratio >= least for sizes, least in zip(found, needed, strict=True))
         p_value = float(binomtest(answering, len(found), 0.5, alternative="greater").pvalue)
         answers.append(
             Answer(

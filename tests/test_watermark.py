@@ -30,11 +30,11 @@ class Encoder:
 
     spec = SimpleNamespace(name="stand-in")
 
-    def __init__(self, expensive):
-        self.expensive = expensive
+    def __init__(self, expensive, size=260):
+        self.expensive, self.size = expensive, size
 
     def compress(self, x):
-        return [SimpleNamespace(num_bytes=260 if self.expensive(x) else 100)]
+        return [SimpleNamespace(num_bytes=self.size if self.expensive(x) else 100)]
 
 
 def test_only_an_encoder_that_answers_to_the_trigger_is_the_owners(trigger, photos):
@@ -48,6 +48,9 @@ def test_only_an_encoder_that_answers_to_the_trigger_is_the_owners(trigger, phot
     [found, other] = verify_owner([indifferent, nervous], owner, trigger, photos)
     assert (found.owner, found.answering) == (False, 0)
     assert (other.trigger_ratio, other.control_ratio, other.owner) == (2.6, 2.6, False)
+    weak = Encoder(owner.expensive, size=160)  # half of its ratio is less than what no answer at all gives
+    [found, itself] = verify_owner([indifferent, weak], weak, trigger, photos)
+    assert (found.owner, found.answering, itself.owner) == (False, 0, True)
     one_short = set(list(known)[:9])
     [almost] = verify_owner([Encoder(lambda x: x.numpy().tobytes() in one_short)], owner, trigger, photos)
     assert (almost.answering, almost.owner) == (9, False)
