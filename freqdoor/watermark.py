@@ -63,8 +63,8 @@ def verify_owner(
 
     Each image is encoded clean, poisoned, and with a control: the trigger's own spectrum with random signs, of the same
     strength. An image answers if the trigger costs RATIO times the control, and at least SHARE of what it costs the
-    owner's encoder: one that spends bits on any perturbation does not pass, nor one with another trigger that is a little like
-    this one. A sign test over images decides.
+    owner's encoder: one that spends bits on any perturbation does not pass, nor one with another trigger that is a
+    little like this one. A sign test over images decides.
 
     Args:
         suspects: any codecs; nothing but `compress` is used of them.
