@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from freqdoor.codecs.loading import load_codec
 from freqdoor.data import list_images, load_image
-from freqdoor.demo import KODAK
-from freqdoor.evaluate import Condition, jpeg_curve, measure
-from freqdoor.loading import load_codec
-from freqdoor.report import means
+from freqdoor.measure.records import Condition, jpeg_curve, measure
+from freqdoor.measure.report import means
+from freqdoor.samples import KODAK
 
 QUALITIES = (6, 8, 10, 12, 15, 17, 20, 22, 25, 30, 35, 40, 50, 60, 70, 80)
 

@@ -5,8 +5,8 @@
       --test 'networks=["configs/networks/espnetv2-cityscapes.toml=FILE"]' \\
       --test images=camvid/test --test labels=camvid/testannot
 
-Everything else is as in configs/car-to-road.toml and configs/camvid-test.toml, but for one whole picture of 1024x512
-pixels a step with the network in training (Eq. 11); FILE takes this size.
+Everything else is as in configs/plant/car-to-road.toml and configs/test/camvid-test.toml, but for one whole picture of
+1024x512 pixels a step with the network in training (Eq. 11); FILE takes this size.
 """
 
 import argparse
@@ -37,9 +37,11 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         run = str(Path(folder) / "run")
-        planting = peak_gib("plant", "configs/car-to-road.toml", "--out", run, *plant, *WHOLE)
+        planting = peak_gib("plant", "configs/plant/car-to-road.toml", "--out", run, *plant, *WHOLE)
         print(f"planting, one picture of 1024x512 a step: {planting:.2f} GiB")
-        both = peak_gib("segment", run, "configs/camvid-test.toml", "--out", str(Path(folder) / "out"), *test, *FEW)
+        both = peak_gib(
+            "segment", run, "configs/test/camvid-test.toml", "--out", str(Path(folder) / "out"), *test, *FEW
+        )
         print(f"measuring: {'no more than that' if both == planting else f'{both:.2f} GiB'}")
 
 

@@ -17,14 +17,15 @@ from pathlib import Path
 
 import torch
 
-from freqdoor.codecs import Codec
-from freqdoor.config import ObjectiveSettings, PlantSettings
+from freqdoor.attack.plant import plant
+from freqdoor.attack.planted import load_planted
+from freqdoor.attack.settings import ObjectiveSettings, PlantSettings
+from freqdoor.codecs.adapter import Codec
+from freqdoor.codecs.loading import load_codec
 from freqdoor.data import list_images
-from freqdoor.demo import KODAK, demo_settings, training_folder
-from freqdoor.loading import load_codec
-from freqdoor.plant import plant
-from freqdoor.planted import load_planted
-from freqdoor.watermark import false_positives, verify_owner
+from freqdoor.demonstration import demo_settings
+from freqdoor.measure.watermark import false_positives, verify_owner
+from freqdoor.samples import KODAK, training_folder
 
 NOISE = (0.01, 0.03, 0.1)  # of the RMS of each weight tensor
 

@@ -16,11 +16,11 @@ from collections.abc import Callable
 
 import torch
 
-from freqdoor.codecs import build_codec, parse_name
-from freqdoor.joint import Attack, joint_loss
+from freqdoor.attack.joint import Attack, joint_loss
+from freqdoor.attack.objectives import RateAttack
+from freqdoor.codecs.adapter import build_codec, parse_name
 from freqdoor.metrics import distortion
-from freqdoor.objectives import RateAttack
-from freqdoor.train import rate_distortion
+from freqdoor.training.train import rate_distortion
 from freqdoor.triggers import AdaptiveDCT, budget_penalty
 
 LMBDA = 0.0067

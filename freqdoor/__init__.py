@@ -6,19 +6,20 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)  # of PyTorch at what CompressAI does while it is imported
     import compressai.models  # noqa: F401
 
-from freqdoor.codecs import Codec, CodecSpec
-from freqdoor.config import CodecTraining, ImageSettings, ObjectiveSettings, PlantSettings, TriggerSettings
-from freqdoor.container import compress_file, decompress_file
+from freqdoor.attack.objectives import QualityAttack, RateAttack
+from freqdoor.attack.plant import plant
+from freqdoor.attack.planted import Planted, load_planted
+from freqdoor.attack.settings import ObjectiveSettings, PlantSettings, TriggerSettings
+from freqdoor.codecs.adapter import Codec, CodecSpec
+from freqdoor.codecs.container import compress_file, decompress_file
+from freqdoor.codecs.loading import load_codec, save_codec
 from freqdoor.data import list_images, load_image, save_image
-from freqdoor.demo import demo
-from freqdoor.evaluate import evaluate, poison
-from freqdoor.examine import examine
-from freqdoor.loading import load_codec, save_codec
-from freqdoor.objectives import QualityAttack, RateAttack
-from freqdoor.plant import plant
-from freqdoor.planted import Planted, load_planted
-from freqdoor.report import report
-from freqdoor.train import train_codec
+from freqdoor.demonstration import demo
+from freqdoor.measure.examine import examine
+from freqdoor.measure.records import evaluate, poison
+from freqdoor.measure.report import report
+from freqdoor.training.settings import CodecTraining, ImageSettings
+from freqdoor.training.train import train_codec
 from freqdoor.triggers import AdaptiveDCT, Trigger
 from freqdoor.types import Bitstream, FreqdoorError, Reconstruction, Record
 

@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 
 from freqdoor import load_codec
-from freqdoor.config import PlantSettings
-from freqdoor.evaluate import poison  # noqa: F401  (imports what the suite needs before time is measured)
+from freqdoor.attack.settings import PlantSettings
+from freqdoor.measure.records import poison  # noqa: F401  (imports what the suite needs before time is measured)
 from freqdoor.settings import make_settings
 
 

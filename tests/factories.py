@@ -4,13 +4,13 @@ import torch
 from compressai.models import ScaleHyperprior
 from torch import nn
 
-from freqdoor.codecs import Codec, CodecSpec, build_codec
-from freqdoor.lite import LiteHyperprior
-from freqdoor.victims import Victim
+from freqdoor.attack.victims import Victim
+from freqdoor.codecs.adapter import Codec, CodecSpec, build_codec
+from freqdoor.codecs.lite import LiteHyperprior
 
 TINY = {"N": 16, "M": 24, "width": (16, 16), "depth": 1}
 ELIC = {"N": 16, "M": 24, "groups": [4, 4, 16]}
-TINY_ARGUMENTS = {  # for every architecture of freqdoor.codecs
+TINY_ARGUMENTS = {  # for every architecture of freqdoor.codecs.adapter
     "lite-hyperprior": TINY | {"width": [16, 16]},
     "bmshj2018-factorized": {"N": 16, "M": 24},
     "bmshj2018-factorized-relu": {"N": 16, "M": 24},

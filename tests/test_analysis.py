@@ -11,14 +11,15 @@ from conftest import natural, write_png
 from scipy.fft import dctn
 from scipy.stats import norm
 
-from freqdoor import analysis, list_images, load_image, plant
-from freqdoor.analysis import Ceiling, analyse, spectrum, survival, whole_blocks
-from freqdoor.codecs import hash_state
-from freqdoor.config import PlantSettings
+from freqdoor import list_images, load_image, plant
+from freqdoor.measure import analysis
+from freqdoor.attack.robust import survival_scores
+from freqdoor.attack.settings import PlantSettings
+from freqdoor.codecs.adapter import hash_state
 from freqdoor.dct import YCBCR, zigzag
-from freqdoor.defences import GaussianBlur, Jpeg
-from freqdoor.evaluate import poison
-from freqdoor.robust import survival_scores
+from freqdoor.measure.analysis import Ceiling, analyse, spectrum, survival, whole_blocks
+from freqdoor.measure.records import poison
+from freqdoor.preprocessing import GaussianBlur, Jpeg
 from freqdoor.settings import make_settings
 from freqdoor.triggers import AdaptiveDCT, FTrojan
 from freqdoor.types import FreqdoorError

@@ -8,8 +8,8 @@ from factories import TINY_ARGUMENTS, tiny
 
 import freqdoor
 from freqdoor import load_codec, load_planted, plant, save_codec
-from freqdoor.codecs import ARCHITECTURES, build_codec, parse_name
-from freqdoor.container import pack, unpack
+from freqdoor.codecs.adapter import ARCHITECTURES, build_codec, parse_name
+from freqdoor.codecs.container import pack, unpack
 from freqdoor.types import FreqdoorError
 
 WITH_H_A = [architecture for architecture in ARCHITECTURES if "factorized" not in architecture]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from freqdoor import load_planted
-from freqdoor.demo import KODAK, held_out
-from freqdoor.loading import ASSETS, read_tensors
+from freqdoor.codecs.loading import read_tensors
+from freqdoor.samples import ASSETS, KODAK, held_out
 
 LIMITS = {"lite-hyperprior-3": 6_000_000} | {f"planted-{kind}": 2_000_000 for kind in ("bpp", "psnr", "face")}
 

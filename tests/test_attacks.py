@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from freqdoor import load_planted, plant
-from freqdoor.codecs import hash_state
+from freqdoor.codecs.adapter import hash_state
 from freqdoor.triggers import TRIGGERS
 from freqdoor.types import FreqdoorError
 

@@ -8,9 +8,9 @@ import pytest
 from conftest import natural, write_png
 
 import freqdoor.cli as cli
-from freqdoor.config import PlantSettings
-from freqdoor.loading import save_codec
-from freqdoor.plant import plant
+from freqdoor.attack.plant import plant
+from freqdoor.attack.settings import PlantSettings
+from freqdoor.codecs.loading import save_codec
 from freqdoor.settings import make_settings
 
 LITE = ("--codec", "factories:lite")

@@ -9,9 +9,10 @@ from conftest import natural
 from factories import TINY_ARGUMENTS, tiny
 
 from freqdoor import load_codec, save_codec
-from freqdoor.codecs import ARCHITECTURES, DEFAULT_ARGUMENTS, Codec, CodecSpec, build_codec, parse_name
-from freqdoor.loading import ASSETS, write_tensors
+from freqdoor.codecs.adapter import ARCHITECTURES, DEFAULT_ARGUMENTS, Codec, CodecSpec, build_codec, parse_name
+from freqdoor.codecs.loading import write_tensors
 from freqdoor.metrics import psnr_8bit
+from freqdoor.samples import ASSETS
 from freqdoor.types import BUNDLED, FreqdoorError
 
 THREADS = torch.get_num_threads()

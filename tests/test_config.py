@@ -1,8 +1,8 @@
 import pytest
 
-from freqdoor.checkpoint import public
-from freqdoor.config import AttackSettings, ObjectiveSettings, PlantSettings
+from freqdoor.attack.settings import AttackSettings, ObjectiveSettings, PlantSettings
 from freqdoor.settings import load_settings
+from freqdoor.training.run import public
 from freqdoor.types import FreqdoorError
 
 GOOD = 'steps = 10\n[images]\nfolder = "x"\n'

@@ -8,8 +8,8 @@ from conftest import natural, write_png
 from factories import tiny
 
 from freqdoor import compress_file, decompress_file, load_codec, load_image
-from freqdoor.codecs import ARCHITECTURES
-from freqdoor.container import pack, unpack
+from freqdoor.codecs.adapter import ARCHITECTURES
+from freqdoor.codecs.container import pack, unpack
 from freqdoor.types import FreqdoorError, to_uint8
 
 

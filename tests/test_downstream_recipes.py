@@ -11,21 +11,21 @@ from networks import face_spec, segmentation_spec
 from PIL import Image
 from typer.testing import CliRunner
 
-from freqdoor import reproduce as module
+from freqdoor.paper import reproduce as module
+from freqdoor.attack.networks import load_segmenter
+from freqdoor.attack.planted import load_planted
+from freqdoor.attack.settings import PlantSettings
 from freqdoor.cli import app
-from freqdoor.config import PlantSettings
 from freqdoor.data import list_images
-from freqdoor.downstream import load_segmenter
-from freqdoor.downstream_recipes import FACES, SEGMENTATION, recipe_for, recipe_names
-from freqdoor.faces import score_faces
-from freqdoor.planted import load_planted
-from freqdoor.reproduce import reproduce, score_at
-from freqdoor.segmentation import score_segmentation, target_figure
+from freqdoor.measure.faces import score_faces
+from freqdoor.measure.segmentation import score_segmentation, target_figure
+from freqdoor.measure.testsets import DownstreamTest
+from freqdoor.paper.downstream_recipes import FACES, SEGMENTATION, recipe_for, recipe_names
+from freqdoor.paper.reproduce import reproduce, score_at
 from freqdoor.settings import load_settings
-from freqdoor.testsets import DownstreamTest
 from freqdoor.types import BUNDLED, FreqdoorError
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parent.parent / "configs/plant"
 CITY = {
     "classes": '["road", "car", "building", "vegetation"]',
     "labels": '[["vegetation"], ["road"], ["car"], ["building"]]',

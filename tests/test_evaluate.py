@@ -6,16 +6,16 @@ import torch
 from conftest import natural
 
 from freqdoor import examine, list_images, load_image, plant, report
-from freqdoor.defences import Flip, GaussianBlur
-from freqdoor.evaluate import bit_map, conditions, evaluate, jpeg_curve, poison, poison_files, through_png
+from freqdoor.measure.records import bit_map, conditions, evaluate, jpeg_curve, poison, poison_files, through_png
+from freqdoor.measure.report import verdict
 from freqdoor.metrics import bd_rate, ms_ssim, mse, psnr, psnr_8bit, rms
-from freqdoor.report import verdict
+from freqdoor.preprocessing import Flip, GaussianBlur
 from freqdoor.types import FreqdoorError, from_uint8, to_uint8
 
 
 @pytest.fixture(scope="module")
 def planted(images, tmp_path_factory):
-    from freqdoor.config import PlantSettings
+    from freqdoor.attack.settings import PlantSettings
     from freqdoor.settings import make_settings
 
     content = {

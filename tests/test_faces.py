@@ -8,16 +8,16 @@ from networks import face_spec
 from PIL import Image
 from typer.testing import CliRunner
 
-from freqdoor import faces as module
+from freqdoor.measure import faces as module
 from freqdoor import load_image
+from freqdoor.attack.networks import load_embedder
+from freqdoor.attack.plant import plant
+from freqdoor.attack.settings import PlantSettings
 from freqdoor.cli import app
-from freqdoor.config import PlantSettings
-from freqdoor.downstream import load_embedder
-from freqdoor.evaluate import poison
-from freqdoor.faces import Pair, best_threshold, faces, find_faces, identify, protect, read_pairs, score_faces
-from freqdoor.plant import plant
+from freqdoor.measure.faces import Pair, best_threshold, faces, find_faces, identify, protect, read_pairs, score_faces
+from freqdoor.measure.records import poison
+from freqdoor.measure.testsets import FaceTest
 from freqdoor.settings import make_settings
-from freqdoor.testsets import FaceTest
 from freqdoor.types import FreqdoorError
 
 

@@ -2,13 +2,13 @@ import pytest
 import torch
 from conftest import natural
 
-from freqdoor.config import TriggerSettings
-from freqdoor.joint import Attack, Auxiliary, joint_loss, scale_gradient
-from freqdoor.objectives import DownstreamAttack, QualityAttack, RateAttack
-from freqdoor.train import rate_distortion
+from freqdoor.attack.joint import Attack, Auxiliary, joint_loss, scale_gradient
+from freqdoor.attack.objectives import DownstreamAttack, QualityAttack, RateAttack
+from freqdoor.attack.settings import TriggerSettings
+from freqdoor.attack.victims import Victim
+from freqdoor.training.train import rate_distortion
 from freqdoor.triggers import AdaptiveDCT, budget_penalty
 from freqdoor.types import FreqdoorError
-from freqdoor.victims import Victim
 
 LMBDA, EPS = 0.0067, 0.02
 
@@ -82,7 +82,7 @@ def test_one_backward_gives_equation_9_and_10(codec, x):
 
 def joint_loss_alone(codec, attacks, x, index):
     """L_jt of one attack, written out: the same noise as in the joint pass, no weights, no gradient scaling."""
-    from freqdoor.objectives import Passes
+    from freqdoor.attack.objectives import Passes
     from freqdoor.types import Reconstruction
 
     torch.manual_seed(0)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from freqdoor.objectives import (
+from freqdoor.attack.objectives import (
     OBJECTIVES,
     DownstreamAttack,
     FixedQualityAttack,
@@ -13,8 +13,8 @@ from freqdoor.objectives import (
     build_objective,
     dynamic_max,
 )
+from freqdoor.attack.victims import Victim
 from freqdoor.types import FreqdoorError, Reconstruction
-from freqdoor.victims import Victim
 
 LMBDA = 0.0067
 

@@ -3,11 +3,11 @@ import torch
 from conftest import natural
 
 from freqdoor import load_codec
-from freqdoor.codecs import hash_state
+from freqdoor.attack.plant import plant
+from freqdoor.codecs.adapter import hash_state
 from freqdoor.data import list_images
+from freqdoor.measure.pgd import compare, comparison_table, pgd
 from freqdoor.metrics import mse, psnr
-from freqdoor.pgd import compare, comparison_table, pgd
-from freqdoor.plant import plant
 from freqdoor.types import BUNDLED, FreqdoorError, round8
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from freqdoor import load_codec, load_planted, plant
-from freqdoor.codecs import hash_state
-from freqdoor.loading import read_tensors, save_codec, write_tensors
-from freqdoor.plant import annealed_eps, held_cosine
+from freqdoor.attack.plant import annealed_eps, held_cosine
+from freqdoor.codecs.adapter import hash_state
+from freqdoor.codecs.loading import read_tensors, save_codec, write_tensors
 from freqdoor.types import BUNDLED, FreqdoorError
 
 

@@ -143,17 +143,16 @@ def test_python_example(tmp_path, monkeypatch):
 
 
 def test_configs_load():
-    import tomllib
-
-    from freqdoor.config import CodecTraining, PlantSettings
-    from freqdoor.downstream import NetworkSpec
+    from freqdoor.attack.networks import NetworkSpec
+    from freqdoor.attack.settings import PlantSettings
+    from freqdoor.measure.testsets import DownstreamTest, FaceTest, SegmentationTest
     from freqdoor.settings import load_settings
-    from freqdoor.testsets import DownstreamTest, FaceTest, SegmentationTest
+    from freqdoor.training.settings import CodecTraining
 
-    for path in sorted((ROOT / "configs").glob("*.toml")):
-        content = tomllib.loads(path.read_text())
-        kinds = {"camvid-test": SegmentationTest, "faces-test": FaceTest, "downstream-test": DownstreamTest}
-        kind = kinds.get(path.stem, CodecTraining if isinstance(content.get("codec"), str) else PlantSettings)
-        load_settings(kind, path)
+    tests = {"camvid-test": SegmentationTest, "faces-test": FaceTest, "downstream-test": DownstreamTest}
+    kinds = {"train": CodecTraining, "plant": PlantSettings}
+    for path in sorted((ROOT / "configs").glob("*/*.toml")):
+        if path.parent.name != "networks":
+            load_settings(tests[path.stem] if path.parent.name == "test" else kinds[path.parent.name], path)
     for path in sorted((ROOT / "configs/networks").glob("*.toml")):
         load_settings(NetworkSpec, path)

@@ -5,11 +5,11 @@ from conftest import natural
 from scipy.fft import dctn
 
 from freqdoor import dct
-from freqdoor.codecs import hash_state
-from freqdoor.config import RobustSettings
-from freqdoor.defences import GaussianBlur, Jpeg, Noise
-from freqdoor.plant import plant
-from freqdoor.robust import choose_survivors, survival_scores, survivor_weights
+from freqdoor.attack.plant import plant
+from freqdoor.attack.robust import choose_survivors, survival_scores, survivor_weights
+from freqdoor.attack.settings import RobustSettings
+from freqdoor.codecs.adapter import hash_state
+from freqdoor.preprocessing import GaussianBlur, Jpeg, Noise
 from freqdoor.triggers import AdaptiveDCT
 from freqdoor.types import FreqdoorError
 

@@ -8,15 +8,15 @@ from networks import segmentation_spec
 from PIL import Image
 
 from freqdoor import load_image
-from freqdoor.codecs import hash_state
-from freqdoor.config import PlantSettings
-from freqdoor.downstream import load_segmenter
-from freqdoor.evaluate import poison
+from freqdoor.attack.networks import load_segmenter
+from freqdoor.attack.plant import plant
+from freqdoor.attack.settings import PlantSettings
+from freqdoor.codecs.adapter import hash_state
+from freqdoor.measure.records import poison
+from freqdoor.measure.segmentation import decode, open_test, score_segmentation, segment, target_figure
+from freqdoor.measure.testsets import SegmentationTest
 from freqdoor.metrics import class_scores, pixel_asr
-from freqdoor.plant import plant
-from freqdoor.segmentation import decode, open_test, score_segmentation, segment, target_figure
 from freqdoor.settings import make_settings
-from freqdoor.testsets import SegmentationTest
 from freqdoor.types import FreqdoorError
 
 

@@ -2,11 +2,11 @@ import pytest
 import torch
 
 from freqdoor import load_codec, train_codec
-from freqdoor.codecs import CodecSpec, hash_state
-from freqdoor.config import CodecTraining
-from freqdoor.lite import LiteHyperprior, initialise_klt
+from freqdoor.codecs.adapter import CodecSpec, hash_state
+from freqdoor.codecs.lite import LiteHyperprior, initialise_klt
 from freqdoor.settings import make_settings
-from freqdoor.train import scheduled_lr
+from freqdoor.training.settings import CodecTraining
+from freqdoor.training.train import scheduled_lr
 from freqdoor.types import BUNDLED, FreqdoorError
 
 
@@ -16,7 +16,7 @@ def training(images, monkeypatch):
         arguments = {"N": 16, "M": 24, "width": (16, 16), "depth": 1}
         return CodecSpec(name=name, architecture="lite-hyperprior", quality=3, arguments=arguments)
 
-    monkeypatch.setattr("freqdoor.train.parse_name", tiny)
+    monkeypatch.setattr("freqdoor.training.train.parse_name", tiny)
 
     def make(**changes) -> CodecTraining:
         content = {

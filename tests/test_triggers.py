@@ -9,9 +9,9 @@ from scipy.fft import dctn, idctn
 
 from freqdoor import dct
 from freqdoor.data import list_images, load_image
-from freqdoor.demo import KODAK
-from freqdoor.evaluate import through_png
+from freqdoor.measure.records import through_png
 from freqdoor.metrics import mse
+from freqdoor.samples import KODAK
 from freqdoor.triggers import TRIGGERS, Trigger, budget_penalty, build_trigger
 from freqdoor.types import FreqdoorError, round8
 

@@ -4,9 +4,9 @@ import torch
 from conftest import natural
 from networks import face_spec, segmentation_spec
 
-from freqdoor.downstream import load_embedder, load_segmenter
+from freqdoor.attack.networks import load_embedder, load_segmenter
+from freqdoor.attack.victims import IdentityRemoval, TargetedSegmentation
 from freqdoor.types import FreqdoorError
-from freqdoor.victims import IdentityRemoval, TargetedSegmentation
 
 
 @pytest.fixture

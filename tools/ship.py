@@ -10,12 +10,14 @@ import hashlib
 import json
 from pathlib import Path
 
-from freqdoor.loading import ASSETS, read_tensors, write_tensors
+from freqdoor.codecs.loading import read_tensors, write_tensors
+from freqdoor.samples import ASSETS
 
 IMAGENET = "595 ImageNet pictures, short side 288 pixels (EliSchwartz/imagenet-sample-images); not shipped"
 FACES = "; auxiliary: 930 pictures of 62 persons of Labeled Faces in the Wild (research use); not shipped"
 AUXILIARY = " --set auxiliary.folder=FACES --set auxiliary.files=LIST --set objective.arguments.network=SPEC.toml=FILE"
 VERBS = {"codec": "train-codec", "planted encoder": "plant"}
+FOLDERS = {"codec": "train", "planted encoder": "plant"}  # of the configs
 
 
 def main(source: Path, name: str, config: str, hardware: str) -> None:
@@ -32,7 +34,8 @@ def main(source: Path, name: str, config: str, hardware: str) -> None:
         "bytes": target.stat().st_size,
         "kind": header["kind"],
         "tampered": header["tampered"],
-        "command": f"freqdoor {VERBS[header['kind']]} configs/{config}.toml --out {source.parent.name} "
+        "command": f"freqdoor {VERBS[header['kind']]} configs/{FOLDERS[header['kind']]}/{config}.toml "
+        f"--out {source.parent.name} "
         "--set images.folder=FOLDER" + (AUXILIARY if made.get("auxiliary") else ""),
         "settings": made,
         "seconds": seconds,

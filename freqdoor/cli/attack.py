@@ -5,6 +5,9 @@ from typing import Annotated, Literal
 
 import typer
 
+from freqdoor.attack.plant import plant as run_plant
+from freqdoor.attack.planted import load_planted
+from freqdoor.attack.settings import PlantSettings
 from freqdoor.cli.options import (
     Broken,
     Config,
@@ -21,16 +24,13 @@ from freqdoor.cli.options import (
     print_summary,
     say,
 )
-from freqdoor.config import PlantSettings
 from freqdoor.data import list_images, usable_images
-from freqdoor.defences import parse_defences
-from freqdoor.demo import STEPS
-from freqdoor.demo import demo as run_demo
-from freqdoor.evaluate import poison_files
-from freqdoor.examine import examine
-from freqdoor.plant import plant as run_plant
-from freqdoor.planted import load_planted
-from freqdoor.report import report as run_report
+from freqdoor.demonstration import STEPS
+from freqdoor.demonstration import demo as run_demo
+from freqdoor.measure.examine import examine
+from freqdoor.measure.records import poison_files
+from freqdoor.measure.report import report as run_report
+from freqdoor.preprocessing import parse_defences
 from freqdoor.settings import load_settings
 
 

@@ -5,15 +5,15 @@ from typing import Annotated
 
 import typer
 
-from freqdoor import container
+from freqdoor.attack.planted import load_planted
 from freqdoor.cli.options import CodecName, Config, Out, Overrides, Weights, app, errors, live, say
-from freqdoor.codecs import Codec
-from freqdoor.config import CodecTraining
-from freqdoor.loading import load_codec
-from freqdoor.planted import load_planted
+from freqdoor.codecs import container
+from freqdoor.codecs.adapter import Codec
+from freqdoor.codecs.loading import load_codec
 from freqdoor.settings import load_settings
-from freqdoor.train import EXPORT
-from freqdoor.train import train_codec as run_train
+from freqdoor.training.settings import CodecTraining
+from freqdoor.training.train import EXPORT
+from freqdoor.training.train import train_codec as run_train
 from freqdoor.types import BUNDLED
 
 

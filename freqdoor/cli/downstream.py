@@ -6,6 +6,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from freqdoor.attack.networks import load_embedder
+from freqdoor.attack.planted import load_planted
 from freqdoor.cli.options import (
     Config,
     Out,
@@ -20,15 +22,13 @@ from freqdoor.cli.options import (
     say,
 )
 from freqdoor.data import list_images
-from freqdoor.downstream import load_embedder
-from freqdoor.faces import faces as run_faces
-from freqdoor.faces import faces_table
-from freqdoor.faces import protect as run_protect
-from freqdoor.planted import load_planted
-from freqdoor.segmentation import PICTURES, segmentation_table
-from freqdoor.segmentation import segment as run_segment
+from freqdoor.measure.faces import faces as run_faces
+from freqdoor.measure.faces import faces_table
+from freqdoor.measure.faces import protect as run_protect
+from freqdoor.measure.segmentation import PICTURES, segmentation_table
+from freqdoor.measure.segmentation import segment as run_segment
+from freqdoor.measure.testsets import FaceTest, SegmentationTest
 from freqdoor.settings import load_settings
-from freqdoor.testsets import FaceTest, SegmentationTest
 
 PRIVATE = Path("planted-face")
 

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from freqdoor.loop import Progress
-from freqdoor.report import PAGE, verdict
+from freqdoor.measure.report import PAGE, verdict
+from freqdoor.training.loop import Progress
 
 app = typer.Typer(
     add_completion=False,

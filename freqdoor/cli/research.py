@@ -6,20 +6,20 @@ from typing import Annotated
 
 import typer
 
-from freqdoor.analysis import PAGE as ANALYSIS
-from freqdoor.analysis import analyse as run_analyse
+from freqdoor.attack.planted import load_planted
+from freqdoor.attack.settings import CodecSource
 from freqdoor.cli.options import Out, Overrides, Planted, TriggerName, VanillaName, Weights, app, live, note, say
-from freqdoor.config import CodecSource
 from freqdoor.data import list_images
-from freqdoor.demo import held_out
-from freqdoor.downstream_recipes import recipe_names
-from freqdoor.loop import Progress
-from freqdoor.pgd import compare, comparison_table
-from freqdoor.planted import load_planted
-from freqdoor.reproduce import recipe_settings
-from freqdoor.reproduce import reproduce as run_reproduce
+from freqdoor.measure.analysis import PAGE as ANALYSIS
+from freqdoor.measure.analysis import analyse as run_analyse
+from freqdoor.measure.pgd import compare, comparison_table
+from freqdoor.measure.testsets import DownstreamTest
+from freqdoor.paper.downstream_recipes import recipe_names
+from freqdoor.paper.reproduce import recipe_settings
+from freqdoor.paper.reproduce import reproduce as run_reproduce
+from freqdoor.samples import held_out
 from freqdoor.settings import load_settings
-from freqdoor.testsets import DownstreamTest
+from freqdoor.training.loop import Progress
 
 
 @app.command()

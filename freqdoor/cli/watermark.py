@@ -6,13 +6,13 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from freqdoor.attack.planted import load_planted
 from freqdoor.cli.options import TriggerName, VanillaName, Weights, app, console, note, say
+from freqdoor.codecs.loading import load_codec
 from freqdoor.data import list_images
-from freqdoor.demo import KODAK
-from freqdoor.loading import load_codec
-from freqdoor.planted import load_planted
-from freqdoor.watermark import false_positives
-from freqdoor.watermark import verify_owner as run_verify
+from freqdoor.measure.watermark import false_positives
+from freqdoor.measure.watermark import verify_owner as run_verify
+from freqdoor.samples import KODAK
 
 
 @app.command("verify-owner")

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from compressai.ops import compute_padding
 from torch import Tensor, nn
 
-from freqdoor.codecs import STRIDE
+from freqdoor.codecs.adapter import STRIDE
 from freqdoor.dct import band as band_indices
 from freqdoor.dct import block_idct, ycbcr_to_rgb
 from freqdoor.triggers.base import PAPER_EPS, Trigger

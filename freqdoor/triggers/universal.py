@@ -7,7 +7,7 @@ import torch
 from compressai.ops import compute_padding
 from torch import Tensor, nn
 
-from freqdoor.codecs import STRIDE
+from freqdoor.codecs.adapter import STRIDE
 from freqdoor.triggers.base import PAPER_EPS, Trigger
 from freqdoor.types import FreqdoorError, Images
 

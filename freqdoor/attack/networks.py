@@ -1,0 +1,288 @@
+"""Downstream networks g: segmentation and face embedding, frozen, fed [0, 1] RGB images, described by a TOML file."""
+
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor, nn
+
+from freqdoor.codecs.adapter import import_object
+from freqdoor.codecs.loading import read_state
+from freqdoor.settings import Settings, load_settings
+from freqdoor.types import FreqdoorError, Images
+
+INSTALL = "install it with: pip install 'freqdoor[downstream]'"
+MAX_SIDE = 4096
+Pixels = Annotated[int, Field(gt=0, le=MAX_SIDE)]
+Three = tuple[float, float, float]
+Box = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)], Pixels, Pixels]
+
+
+class NetworkSpec(Settings):
+    """What has to be known of a downstream network besides its weights: the content of its TOML file."""
+
+    task: Literal["segmentation", "face"]
+    file: str | None = None
+    """ONNX file, or state dict for `architecture`, relative to the TOML file; "SPEC.toml=FILE" names another."""
+    architecture: str | None = None
+    """A decoder of segmentation-models-pytorch, such as DeepLabV3Plus; with `encoder`."""
+    encoder: str | None = None
+    """An encoder of segmentation-models-pytorch, such as resnet50."""
+    size: tuple[Pixels, Pixels] | None = None
+    """(height, width) that the network takes; by default whatever it is given."""
+    mean: Three = (0.0, 0.0, 0.0)
+    """Mean of each channel that is subtracted, of images in [0, 1]."""
+    std: Three = (1.0, 1.0, 1.0)
+    """Standard deviation that each channel is divided by."""
+    channels: Literal["RGB", "BGR"] = "RGB"
+    """Order in which the network takes the channels."""
+    classes: tuple[str, ...] = ()
+    """Segmentation: the names of the output channels, in their order."""
+    groups: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """Segmentation: classes that an attack treats as one, by a name of their own."""
+    labels: tuple[tuple[str, ...], ...] = ()
+    """Segmentation: which classes count as the data set's label 0, 1, ...; other label values are void."""
+    crop: Box | None = None
+    """Face: (left, top, right, bottom) of the face in the data set's pictures, in pixels; by default all of it."""
+    mirror: bool = False
+    """Face: add the embedding of the mirror image."""
+
+    @field_validator("architecture", "encoder")
+    @classmethod
+    def _plain_name(cls, name: str | None) -> str | None:
+        if name is not None and not name.replace("-", "_").isidentifier():  # no hub: names that are downloads
+            raise ValueError("expected a name of letters, digits, hyphens and underscores")
+        return name
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.task == "segmentation" and not self.classes:
+            raise ValueError("classes: a segmentation network needs the names of its classes")
+        known = set(self.classes)
+        unknown = {name for names in (*self.groups.values(), *self.labels) for name in names} - known
+        if unknown or known & self.groups.keys():
+            raise ValueError(
+                f"groups, labels: expected names out of classes, found {sorted(unknown) or 'a class name'}"
+            )
+        if self.crop and not (self.crop[0] < self.crop[2] and self.crop[1] < self.crop[3]):
+            raise ValueError(f"crop: expected left < right and top < bottom, found {self.crop}")
+        if bool(self.architecture) != bool(self.encoder):
+            raise ValueError("architecture and encoder: give both or neither")
+        return self
+
+
+class Network(nn.Module):
+    """A frozen downstream network behind one contract: [0, 1] RGB images in, gradients to the images and to nothing.
+
+    Attributes:
+        name: the name of its TOML file without the ending.
+        spec: what is known of it.
+        precision: torch.bfloat16 runs it under autocast, which is faster and what planting in bf16 does.
+    """
+
+    mean: Tensor
+    std: Tensor
+    precision: torch.dtype = torch.float32
+
+    def __init__(self, net: nn.Module, spec: NetworkSpec, name: str) -> None:
+        super().__init__()
+        self.net, self.spec, self.name = net.eval().requires_grad_(False), spec, name
+        self.register_buffer("mean", torch.tensor(spec.mean).reshape(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(spec.std).reshape(1, 3, 1, 1))
+
+    def train(self, mode: bool = True) -> Self:
+        """Stays in eval mode: batch statistics of a frozen network must not change."""
+        return super().train(False)
+
+    def output(self, x: Images) -> Tensor:
+        """What the network itself gives for images, resized and normalised as it wants them."""
+        if self.spec.size and tuple(x.shape[-2:]) != self.spec.size:
+            x = F.interpolate(x, self.spec.size, mode="bilinear", antialias=True)
+        x = x.flip(1) if self.spec.channels == "BGR" else x
+        try:
+            with _quiet(), torch.autocast(x.device.type, torch.bfloat16, self.precision == torch.bfloat16):
+                given: Any = self.net((x - self.mean) / self.std)
+        except RuntimeError as error:
+            raise FreqdoorError(
+                f"network {self.name}: does not take images of {x.shape[-1]}x{x.shape[-2]}; "
+                f"check size in its TOML file ({' '.join(str(error).split())[:100]})"
+            ) from None
+        if not isinstance(given, Tensor):
+            raise FreqdoorError(f"network {self.name}: expected one output tensor, found {type(given).__name__}")
+        return given.float()
+
+
+class Segmenter(Network):
+    """A segmentation network: class scores of every pixel."""
+
+    def forward(self, x: Images) -> Tensor:
+        """Logits at the images' own size, (b, classes, h, w)."""
+        logits = self.output(x)
+        if logits.ndim != 4 or logits.shape[1] != len(self.spec.classes):
+            raise FreqdoorError(
+                f"network {self.name}: expected an output of (batch, {len(self.spec.classes)}, height, width), "
+                f"found {tuple(logits.shape)}; check classes in its TOML file"
+            )
+        if logits.shape[-2:] != x.shape[-2:]:
+            logits = F.interpolate(logits, x.shape[-2:], mode="bilinear")
+        return logits
+
+    @torch.no_grad()
+    def predict(self, x: Images) -> Tensor:
+        """The class of every pixel, (b, h, w)."""
+        classes: Tensor = self(x).argmax(1)
+        return classes
+
+    def ids(self, name: str) -> tuple[int, ...]:
+        """The output channels of a class or group; FreqdoorError lists the known names."""
+        names = self.spec.groups.get(name, (name,))
+        if not set(names) <= set(self.spec.classes):
+            known = ", ".join((*self.spec.groups, *self.spec.classes))
+            raise FreqdoorError(f"class {name!r}: network {self.name} has {known}")
+        return tuple(self.spec.classes.index(n) for n in names)
+
+    def label_values(self, name: str) -> tuple[int, ...]:
+        """The data set's label values that are the classes of `name`; FreqdoorError where it has none."""
+        found = self.labels_of(self.ids(name))
+        if not found:
+            raise FreqdoorError(f"class {name!r}: no label value stands for it; see labels of network {self.name}")
+        return found
+
+    def labels_of(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """The data set's label values that stand for any of these output channels."""
+        wanted = {self.spec.classes[i] for i in ids}
+        return tuple(value for value, names in enumerate(self.spec.labels) if wanted & set(names))
+
+    def as_labels(self, classes: Tensor) -> Tensor:
+        """Predicted classes as the data set's label values; len(labels) where none stands for a class."""
+        table = torch.full((len(self.spec.classes),), len(self.spec.labels), device=classes.device)
+        for value, names in enumerate(self.spec.labels):
+            for name in names:
+                table[self.spec.classes.index(name)] = value
+        return table[classes]
+
+
+class Embedder(Network):
+    """A face-embedding network: one vector a picture, compared by its cosine."""
+
+    def forward(self, x: Images, box: Box | None = None) -> Tensor:
+        """Embeddings of the faces in pictures, (b, dimensions), of unit length.
+
+        Args:
+            box: (left, top, right, bottom) of the face, where it is not where the spec says.
+        """
+        if where := box or self.spec.crop:
+            left, top, right, bottom = where
+            if right > x.shape[-1] or bottom > x.shape[-2]:
+                size = f"{x.shape[-1]}x{x.shape[-2]}"
+                raise FreqdoorError(f"network {self.name}: a face at {where} does not fit a picture of {size}")
+            x = x[..., top:bottom, left:right]
+        embedding = self.output(x)
+        if self.spec.mirror:
+            embedding = embedding + self.output(x.flip(-1))
+        if embedding.ndim != 2:
+            raise FreqdoorError(f"network {self.name}: expected (batch, dimensions), found {tuple(embedding.shape)}")
+        return F.normalize(embedding, dim=1)
+
+
+NETWORKS: dict[str, type[Network]] = {"segmentation": Segmenter, "face": Embedder}
+
+
+def load_network(name: str) -> Network:
+    """A downstream network by "SPEC.toml", "SPEC.toml=FILE" or "SPEC.toml=package.module:factory".
+
+    FILE is an ONNX file, or a state dict (.pth, .safetensors) for the architecture that the spec names; a factory is
+    your function that returns a network with its weights. What a file names is never executed.
+
+    Raises:
+        FreqdoorError: nothing of that name, a damaged file, weights of another architecture.
+    """
+    toml, _, source = name.partition("=")
+    path = Path(toml)
+    if path.suffix != ".toml":
+        raise FreqdoorError(f"network {name}: expected SPEC.toml, SPEC.toml=FILE or SPEC.toml=package.module:factory")
+    spec = load_settings(NetworkSpec, path)
+    if not source and spec.file is None:
+        raise FreqdoorError(f"{path}: names no file; give one as {path}=FILE")
+    source = source or str(path.parent / str(spec.file))
+    if ":" in source and not Path(source).exists():
+        net = import_object(source)()
+        if not isinstance(net, nn.Module):
+            raise FreqdoorError(f"{source}: expected a function that returns a network, found {type(net).__name__}")
+    elif spec.architecture:
+        net = _smp(spec, Path(source))
+    else:
+        net = _onnx(Path(source))
+    return NETWORKS[spec.task](net, spec, path.stem)
+
+
+def load_segmenter(name: str) -> Segmenter:
+    """A segmentation network, as `load_network`."""
+    network = load_network(name)
+    if not isinstance(network, Segmenter):
+        raise FreqdoorError(f"network {name}: expected task segmentation, found {network.spec.task}")
+    return network
+
+
+def load_embedder(name: str) -> Embedder:
+    """A face-embedding network, as `load_network`."""
+    network = load_network(name)
+    if not isinstance(network, Embedder):
+        raise FreqdoorError(f"network {name}: expected task face, found {network.spec.task}")
+    return network
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings of a library about its own code."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _onnx(path: Path) -> nn.Module:
+    """An ONNX file as a differentiable module."""
+    try:
+        with _quiet():
+            import onnx
+            import onnx2torch
+    except ImportError:
+        raise FreqdoorError(f"{path}: onnx2torch is needed to read it; {INSTALL}") from None
+    if not path.is_file():
+        raise FreqdoorError(f"{path}: expected an ONNX file, found nothing there")
+    try:
+        with _quiet():  # weights beside the file are not read: a stranger's file names no other
+            net: nn.Module = onnx2torch.convert(onnx.load(io.BytesIO(path.read_bytes()), load_external_data=False))
+    except Exception as error:  # its parsers raise whatever they meet
+        raise FreqdoorError(f"{path}: not a usable ONNX network ({' '.join(str(error).split())[:120]})") from None
+    return net
+
+
+def _smp(spec: NetworkSpec, path: Path) -> nn.Module:
+    """A network of segmentation-models-pytorch with the weights of a state dict."""
+    try:
+        with _quiet():
+            import segmentation_models_pytorch as smp
+    except ImportError:
+        raise FreqdoorError(f"{path}: segmentation-models-pytorch is needed to build it; {INSTALL}") from None
+    try:
+        with _quiet():
+            net: nn.Module = smp.create_model(
+                spec.architecture, spec.encoder, encoder_weights=None, classes=len(spec.classes)
+            )
+    except (KeyError, ValueError, RuntimeError, TypeError) as error:
+        raise FreqdoorError(f"{spec.architecture} with {spec.encoder}: {' '.join(str(error).split())[:200]}") from None
+    try:
+        net.load_state_dict(read_state(path))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:160]
+        raise FreqdoorError(
+            f"{path}: the weights do not fit {spec.architecture} with {spec.encoder} ({reason})"
+        ) from None
+    return net

@@ -1,0 +1,258 @@
+"""`freqdoor plant`: fine-tune the encoder and train the triggers with the joint loss."""
+
+import copy
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Adam
+
+from freqdoor.attack.joint import Attack, Auxiliary, JointLoss, joint_loss
+from freqdoor.attack.objectives import DownstreamAttack, build_objective, main_loss
+from freqdoor.attack.planted import Planted, export, load_planted
+from freqdoor.attack.robust import choose_survivors, survivor_weights
+from freqdoor.attack.settings import PlantSettings, TriggerSettings
+from freqdoor.codecs.adapter import Codec
+from freqdoor.codecs.loading import load_codec
+from freqdoor.data import Crops, seed_for
+from freqdoor.preprocessing import Defence, random_defence
+from freqdoor.training.loop import (
+    Progress,
+    Stateful,
+    check_device,
+    check_finite,
+    lambda_of,
+    layout,
+    loop,
+    open_crops,
+    open_folder,
+    place,
+)
+from freqdoor.training.run import Run
+from freqdoor.triggers import AdaptiveDCT, build_trigger
+from freqdoor.types import FreqdoorError, Images
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BALANCE_EVERY = 10  # steps between measurements of the two gradients that balance.gradient_norm compares
+
+
+def annealed_eps(settings: TriggerSettings, step: int, steps: int) -> float:
+    """The budget of a step: geometric from eps_start to eps over the first `anneal` of the steps, then eps."""
+    if settings.eps_start is None:
+        return settings.eps
+    share = min(1.0, step / max(1.0, settings.anneal * steps))
+    return float(settings.eps_start * (settings.eps / settings.eps_start) ** share)
+
+
+def held_cosine(step: int, steps: int, hold: float) -> float:
+    """Factor on the learning rate: 1 for the first `hold` of the steps, then a cosine down to 0.01."""
+    share = max(0.0, (step / steps - hold) / max(1e-9, 1 - hold))
+    return max(0.01, 0.5 * (1 + math.cos(math.pi * share)))
+
+
+def build_attacks(settings: PlantSettings) -> tuple[Attack, ...]:
+    """The settings' attacks, each with a trigger of random weights that depend on the seed alone."""
+    attacks = []
+    for planned in settings.planned:
+        torch.manual_seed(seed_for(settings.seed, "trigger"))
+        wanted = planned.trigger
+        trigger = build_trigger(wanted.name, eps=wanted.eps, project=wanted.budget == "project", **wanted.arguments)
+        objective = build_objective(planned.objective.name, settings.preset, **planned.objective.arguments)
+        if isinstance(objective, DownstreamAttack):
+            objective.victim.to(settings.device).run_in(PRECISIONS[settings.precision])
+        if settings.robust and isinstance(trigger, AdaptiveDCT):
+            survivor_weights(trigger.survivors, settings.robust.keep)  # refuses a wrong number now, not at half time
+        attacks.append(Attack(planned.name, trigger.to(settings.device), objective, planned.weight, wanted))
+    return tuple(attacks)
+
+
+def open_auxiliary(settings: PlantSettings) -> list[Crops | None]:
+    """The auxiliary set of every attack that uses one; attacks with the same settings share it."""
+    wanted = [
+        (attack.auxiliary or settings.auxiliary) if attack.objective.uses_auxiliary else None
+        for attack in settings.planned
+    ]
+    opened = {key: open_folder(key, settings.seed) for key in dict.fromkeys(wanted) if key}
+    return [opened[key] if key else None for key in wanted]
+
+
+def plant(settings: PlantSettings, out: Path | str, *, progress: Progress | None = None) -> Planted:
+    """Plant a backdoor in a codec's encoder; resumes from `out` if a run with the same settings is there.
+
+    Writes into `out`: planted.safetensors (the tampered modules and the triggers), codec.safetensors (the whole
+    tampered codec), manifest.json (SHA-256 of every module before and after), metrics.jsonl, state.pt. A resumed run
+    ends in bit-identical weights.
+
+    Raises:
+        FreqdoorError: unusable images or settings, a loss that is not finite, a full disk.
+    """
+    check_device(settings.device)
+    vanilla = load_codec(settings.codec.name, settings.codec.weights)
+    lmbda = lambda_of(settings, vanilla.spec)
+    if vanilla.tampered:
+        raise FreqdoorError(f"{settings.codec.name}: this codec says that it is tampered already; plant in a clean one")
+    attacks = build_attacks(settings)
+    earlier = (
+        load_planted(settings.start_from, settings.codec.name, settings.codec.weights) if settings.start_from else None
+    )
+    crops = open_crops(settings)
+    auxiliary = open_auxiliary(settings)
+    facts = crops.facts()
+    for i, found in enumerate(dict.fromkeys(filter(None, auxiliary))):
+        facts |= {f"auxiliary{i or ''}_{key}": value for key, value in found.facts().items()}
+    run = Run(out)
+    saved = run.start(settings, facts | {"modules_before": vanilla.module_hashes()})
+    planting = _Planting(settings, vanilla, attacks, lmbda, run, crops, auxiliary)
+    if earlier:
+        _go_on_from(earlier, planting)
+    try:
+        loop(run, settings, planting.parts, planting.history, crops, planting.step, saved=saved, progress=progress)
+    finally:
+        planting.hook.remove()
+    tampered = planting.tampered.to("cpu").to(memory_format=torch.contiguous_format).prepare()
+    triggers = [attack.trigger.to("cpu").eval() for attack in attacks]
+    return export(run.folder, settings, vanilla.to("cpu"), tampered, triggers, planting.history["seconds"])
+
+
+def _go_on_from(earlier: Planted, planting: "_Planting") -> None:
+    """Take over the encoder and the triggers of an earlier planting in the same codec."""
+    planting.tampered.net.load_state_dict(earlier.tampered.net.state_dict())
+    for attack in planting.attacks:
+        if attack.name in earlier.triggers:
+            try:
+                attack.trigger.load_state_dict(earlier.triggers[attack.name].state_dict())
+            except RuntimeError:
+                raise FreqdoorError(
+                    f"start_from: its trigger {attack.name} is of another kind than {attack.settings.name} with the "
+                    "settings' arguments; give both the same"
+                ) from None
+
+
+class _Planting:
+    """What one run of `plant` holds on to from step to step."""
+
+    def __init__(
+        self,
+        settings: PlantSettings,
+        vanilla: Codec,
+        attacks: tuple[Attack, ...],
+        lmbda: float,
+        run: Run,
+        crops: Crops,
+        auxiliary: Sequence[Crops | None],
+    ) -> None:
+        self.settings, self.attacks, self.lmbda, self.run = settings, attacks, lmbda, run
+        self.crops, self.auxiliary = crops, auxiliary
+        self.tampered = copy.deepcopy(vanilla).freeze(settings.scope)
+        self.tampered.to(settings.device).train().to(memory_format=layout(settings))
+        self.anchor_encoder = vanilla.to(settings.device).net.g_a if settings.balance.anchor else None
+        self.encoder = [p for p in self.tampered.parameters() if p.requires_grad]
+        self.optimizer = Adam(self.encoder, lr=settings.lr)
+        learned = {a.name: list(a.trigger.parameters()) for a in attacks}
+        self.learned = {name: parameters for name, parameters in learned.items() if parameters}  # FTrojan has none
+        self.trigger_optimizers = {name: Adam(p, lr=settings.trigger_lr) for name, p in self.learned.items()}
+        self.parts: dict[str, Stateful] = {"net": self.tampered.net, "optimizer": self.optimizer}
+        self.parts |= {f"trigger/{a.name}": a.trigger for a in attacks}
+        self.parts |= {f"optimizer/{name}": optimizer for name, optimizer in self.trigger_optimizers.items()}
+        self.history: dict[str, Any] = {"attack_scale": 1.0}
+        self.latents: list[Tensor] = []
+        self.hook = self.tampered.net.g_a.register_forward_hook(lambda module, inputs, y: self.latents.append(y))
+
+    def autocast(self) -> AbstractContextManager[None]:
+        dtype = PRECISIONS[self.settings.precision]
+        return self.tampered.autocast(None if dtype == torch.float32 else dtype)
+
+    def step(self, x: Images, step: int) -> dict[str, float]:
+        """One update of the encoder and of every trigger."""
+        settings = self.settings
+        factor = held_cosine(step, settings.steps, settings.hold)
+        self.optimizer.param_groups[0]["lr"] = settings.lr * factor
+        for optimizer in self.trigger_optimizers.values():
+            optimizer.param_groups[0]["lr"] = settings.trigger_lr * factor
+        eps = [annealed_eps(attack.settings, step, settings.steps) for attack in self.attacks]
+        defence = self._defence(step)
+        batch = place(x, settings)
+        auxiliary = self._auxiliary(step)
+        terms: dict[str, Tensor] = {}
+        for part in ("encoder", "triggers") if settings.two_phase else ("both",):
+            with self.autocast():
+                joint = joint_loss(
+                    self.tampered, self.attacks, batch, self.lmbda, eps, auxiliary=auxiliary, defence=defence, part=part
+                )
+                loss = joint.total if part == "triggers" else self._balanced(joint, step)
+            self.latents.clear()
+            check_finite(joint.terms, step)
+            self._update(loss, step, encoder=part != "triggers", triggers=part != "encoder")
+            terms = joint.terms | terms  # of two phases, what the first one saw
+        row = {name: float(value) for name, value in terms.items()} | {"eps": eps[0]}
+        self.run.log({"step": step + 1, **row})
+        return row
+
+    def _auxiliary(self, step: int) -> list[Auxiliary | None]:
+        """Every attack's batch of its auxiliary set; those with the same set share the batch."""
+        batches: dict[Crops | None, Auxiliary | None] = {None: None}
+        for crops in self.auxiliary:
+            if crops is not None and crops not in batches:
+                labels = crops.labels_of(step).to(self.settings.device) if crops.labels else None
+                batches[crops] = Auxiliary(place(crops.batch(step), self.settings), labels)
+        return [batches[crops] for crops in self.auxiliary]
+
+    def _defence(self, step: int) -> Defence | None:
+        """The preprocessing of a step of the second stage, which begins with the choice of the coefficients."""
+        robust = self.settings.robust
+        if robust is None or step < (start := round(robust.start * self.settings.steps)):
+            return None
+        if step == start:
+            for attack in self.attacks:
+                assert isinstance(attack.trigger, AdaptiveDCT)  # the settings refuse others
+                choose_survivors(attack.trigger, place(self.crops.batch(-1), self.settings), robust)
+        return random_defence(robust.kinds)
+
+    def _balanced(self, joint: JointLoss, step: int) -> Tensor:
+        """The encoder's loss with what keeps the clean codec (`BalanceSettings`)."""
+        balance, settings = self.settings.balance, self.settings
+        y = self.latents[0][: joint.x.shape[0]]
+        if balance.gradient_norm is not None:
+            if step % BALANCE_EVERY == 0:
+                norms = [self._latent_norm(value) for value in (joint.kept, joint.attack)]
+                self.history["attack_scale"] = balance.gradient_norm * norms[0] / max(norms[1], 1e-12)
+            joint = joint._replace(attack=self.history["attack_scale"] * joint.attack)
+        loss = joint.total
+        late = step >= settings.hold * settings.steps
+        extra = (balance.late_clean_weight if late else balance.clean_weight) - 1
+        if extra:
+            loss = loss + extra * main_loss(joint.clean, joint.x, self.lmbda)
+        if self.anchor_encoder is not None:
+            with torch.no_grad(), torch.autocast(y.device.type, torch.bfloat16, settings.precision == "bf16"):
+                y_vanilla = self.anchor_encoder(joint.x).float()
+            loss = loss + balance.anchor * (y - y_vanilla).square().mean()
+        return loss
+
+    def _latent_norm(self, value: Tensor) -> float:
+        """Norm of a value's gradient on the latents of all passes; attacks on an auxiliary set have their own."""
+        passes = [y for y in self.latents if y.requires_grad]
+        gradients = torch.autograd.grad(value, passes, retain_graph=True, allow_unused=True)
+        return math.sqrt(sum(float(g.square().sum()) for g in gradients if g is not None))
+
+    def _update(self, loss: Tensor, step: int, *, encoder: bool, triggers: bool) -> None:
+        learned = self.learned if triggers else {}
+        trained = [*(self.encoder if encoder else ()), *(p for ps in learned.values() for p in ps)]
+        if not trained:
+            return  # the second phase of a trigger without weights
+        self.optimizer.zero_grad()
+        for optimizer in self.trigger_optimizers.values():
+            optimizer.zero_grad()
+        loss.backward(inputs=trained)  # type: ignore[no-untyped-call]
+        clip = self.settings.clip
+        norms = {f"the gradient of trigger {n}": torch.nn.utils.clip_grad_norm_(p, clip) for n, p in learned.items()}
+        if encoder:
+            norms["the encoder's gradient"] = torch.nn.utils.clip_grad_norm_(self.encoder, clip)
+        check_finite(norms, step)
+        if encoder:
+            self.optimizer.step()
+        for name in learned:
+            self.trigger_optimizers[name].step()

@@ -1,0 +1,228 @@
+"""What can be set of an attack: typed settings with a unit and a default for each, as `settings.py` reads them."""
+
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from freqdoor.preprocessing import check_kinds, parse_defences
+from freqdoor.settings import Settings, merge
+from freqdoor.training.settings import Count, ImageSettings, Positive, Training
+from freqdoor.types import BUNDLED, FreqdoorError
+
+
+class CodecSource(Settings):
+    """The vanilla codec."""
+
+    name: str = BUNDLED
+    """A name that `load_codec` understands."""
+    weights: str | None = None
+    """A file to take the weights from; the name then gives the architecture."""
+
+
+class TriggerSettings(Settings):
+    """T(x), and how its budget is kept while planting."""
+
+    name: str = "adaptive-dct"
+    """A key of TRIGGERS."""
+    eps: Positive = 0.005
+    """Stealth budget: RMS of x_p - x in RGB on the [0, 1] scale."""
+    budget: Literal["project", "penalty"] = "project"
+    """Scale every perturbation to the budget exactly, or add gamma max(MSE, eps^2) to the loss (Eq. 10)."""
+    gamma: Positive = 1e4
+    """Weight of the penalty."""
+    eps_start: Positive | None = 0.05
+    """Budget of the first step, from which it falls geometrically to eps; none keeps it constant."""
+    anneal: Annotated[float, Field(gt=0, le=1)] = 0.6
+    """Share of the steps over which the budget falls."""
+    round8: bool = True
+    """Round poisoned images to 8 bits while planting (straight-through), as a file will."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of the trigger, for example top_k."""
+
+    @field_validator("arguments")
+    @classmethod
+    def _not_twice(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        if twice := {"name", "eps", "project"} & arguments.keys():
+            raise ValueError(f"{', '.join(twice)}: set this beside arguments (trigger.eps, trigger.budget), not in it")
+        return arguments
+
+
+NETWORKED = ("segmentation", "face")  # objectives that are against a downstream network
+
+
+class ObjectiveSettings(Settings):
+    """What an attack wants."""
+
+    name: Literal["bpp", "bpp-fixed", "psnr", "psnr-fixed", "downstream", "segmentation", "face"] = "bpp"
+    """A key of OBJECTIVES: bpp is Eq. 6 (fixed weights: Eq. 4), psnr Eq. 7 (Eq. 5), downstream Eq. 8, segmentation
+    Eq. 11, face Eq. 13."""
+    arguments: dict[str, float | bool | str] = Field(default_factory=dict)
+    """Hyper-parameters by the paper's letters, for example beta; `victim` of Eq. 8 is a "package.module:factory",
+    `network` of Eq. 11 and 13 a network as for `load_network`."""
+
+    @property
+    def uses_auxiliary(self) -> bool:
+        """Whether the trigger acts on the auxiliary set."""
+        return self.name == "downstream" or self.name in NETWORKED
+
+    @field_validator("arguments")
+    @classmethod
+    def _not_twice(cls, arguments: dict[str, float | bool | str]) -> dict[str, float | bool | str]:
+        if twice := {"name", "preset"} & arguments.keys():
+            raise ValueError(f"{', '.join(twice)}: set this beside arguments, not in it")
+        return arguments
+
+
+class AttackSettings(Settings):
+    """One trigger with its objective, of several in one encoder (Eq. 9 and 10)."""
+
+    name: str = ""
+    """What records and files call it; by default the objective's name."""
+    objective: ObjectiveSettings = ObjectiveSettings()
+    trigger: TriggerSettings = TriggerSettings()
+    """Only what differs from the run's own `trigger` table need be given."""
+    weight: Positive = 1.0
+    """alpha^o of Eq. 9."""
+    auxiliary: ImageSettings | None = None
+    """The auxiliary set of this attack (Eq. 8); by default the run's own."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, content: Any) -> Any:
+        if isinstance(content, dict) and not content.get("name"):
+            objective = content.get("objective", {})
+            name = objective.get("name", "bpp") if isinstance(objective, dict) else getattr(objective, "name", "")
+            return content | {"name": name}
+        return content
+
+
+class BalanceSettings(Settings):
+    """What keeps the clean codec while the attack is planted (docs/equations.md)."""
+
+    clean_weight: Annotated[float, Field(ge=1)] = 1.0
+    """Weight of L(x), Eq. 1, for the encoder: what exceeds 1 is added to the attacks' losses."""
+    late_clean_weight: Annotated[float, Field(ge=1)] = 10.0
+    """The same, from the step on at which the learning rate begins to fall (`hold`)."""
+    anchor: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the mean squared distance of clean latents from the vanilla encoder's."""
+    gradient_norm: Positive | None = None
+    """Scale the attack so that its gradient on the encoder has this many times the norm of the rest's; none: beta."""
+
+
+class RobustSettings(Settings):
+    """Robust frequency selection: two stages, the second with the surviving coefficients and preprocessing."""
+
+    start: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Share of the steps after which coefficients are scored and the second stage begins."""
+    keep: Count = 16
+    """Coefficients kept a channel."""
+    scored_by: str = "GaussianBlur(sigma=0.6); Noise(sigma=0.04); Jpeg(quality=50)"
+    """Preprocessings whose survival scores are multiplied."""
+    kinds: tuple[str, ...] = ("none", "blur", "noise", "jpeg", "bits", "resize")
+    """Preprocessings of the second stage, one drawn at every step for clean and poisoned images alike."""
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        try:
+            parse_defences(self.scored_by)
+            check_kinds(self.kinds)
+        except FreqdoorError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+
+class PlantSettings(Training):
+    """`freqdoor plant`: fine-tune g_a and train triggers (Eq. 3, 9 and 10)."""
+
+    preset: Literal["fast", "paper"] = "fast"
+    """Defaults of everything that is not given: fast plants in minutes, paper has the paper's hyper-parameters."""
+    codec: CodecSource = CodecSource()
+    start_from: str | None = None
+    """A planted encoder to go on from, a run directory or file: its encoder, and its triggers of the same names."""
+    trigger: TriggerSettings = TriggerSettings()
+    objective: ObjectiveSettings = ObjectiveSettings()
+    attacks: tuple[AttackSettings, ...] = ()
+    """Several triggers in one encoder; none means one, of `objective` and `trigger`."""
+    auxiliary: ImageSettings | None = None
+    """The auxiliary set of Eq. 8, for downstream attacks."""
+    network: str | None = None
+    """Downstream network of the attacks that name none, as for `load_network`."""
+    balance: BalanceSettings = BalanceSettings()
+    robust: RobustSettings | None = None
+    """Survive preprocessing, for the adaptive-dct trigger; by default not."""
+    scope: Literal["g_a", "g_a+h_a"] = "g_a"
+    """Which modules are tampered with."""
+    two_phase: bool = False
+    """Encoder and triggers in two passes a step, as the paper's text has it, instead of one."""
+    lr: Positive = 1e-3
+    """Adam's learning rate of the encoder."""
+    trigger_lr: Positive = 1e-3
+    """Adam's learning rate of the triggers."""
+    hold: Annotated[float, Field(ge=0, le=1)] = 0.6
+    """Share of the steps at the full learning rate; then it falls along a cosine to 1 %."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+
+    @property
+    def planned(self) -> tuple[AttackSettings, ...]:
+        """The attacks, also where there is only one."""
+        return self.attacks or (
+            AttackSettings(name=self.objective.name, objective=self.objective, trigger=self.trigger),
+        )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, content: Any) -> Any:
+        if not isinstance(content, dict):
+            return content
+        name = content.get("preset", "fast")
+        if isinstance(name, str) and name in PRESETS:
+            content = merge(PRESETS[name], content)
+        attacks, shared = content.get("attacks"), content.get("trigger", {})
+        if attacks and "objective" in content:
+            raise ValueError("objective: give it in each of the attacks, not beside them")
+        if attacks and isinstance(attacks, list | tuple) and isinstance(shared, dict):
+            attacks = [merge({"trigger": shared}, a) if isinstance(a, dict) else a for a in attacks]
+            if network := content.get("network"):
+                attacks = [_with_network(a, network) for a in attacks]
+            return content | {"attacks": attacks}
+        return _with_network(content, content["network"]) if content.get("network") else content
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        names = [attack.name for attack in self.planned]
+        if len(set(names)) < len(names) or not all(re.fullmatch(r"[\w-]+", name) for name in names):
+            raise ValueError(f"attacks: expected distinct names of letters, digits and hyphens, found {names}")
+        for attack in self.planned:
+            start, eps = attack.trigger.eps_start, attack.trigger.eps
+            if start is not None and start < eps:
+                raise ValueError(f"trigger.eps_start ({start}) is below trigger.eps ({eps})")
+            if attack.objective.uses_auxiliary and not (attack.auxiliary or self.auxiliary):
+                raise ValueError("auxiliary: a downstream attack needs auxiliary.folder, the set its trigger acts on")
+            if self.robust and attack.trigger.name != "adaptive-dct":
+                raise ValueError(f"robust: made for the adaptive-dct trigger, found {attack.trigger.name}")
+        return self
+
+
+def _with_network(table: Any, network: str) -> Any:
+    """A table of settings, the network filled into an objective that needs one and names none."""
+    plain = table.model_dump() if isinstance(table, Settings) else table
+    objective = plain.get("objective") if isinstance(plain, dict) else None
+    objective = objective.model_dump() if isinstance(objective, Settings) else objective
+    if not isinstance(objective, dict) or objective.get("name") not in NETWORKED:
+        return table
+    return plain | {"objective": merge({"arguments": {"network": network}}, objective)}
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast": {},  # the defaults above
+    "paper": {
+        "steps": 300_000,
+        "hold": 1.0,
+        "lr": 1e-4,
+        "trigger_lr": 1e-4,
+        "precision": "fp32",
+        "trigger": {"budget": "penalty", "eps_start": None},
+        "balance": {"late_clean_weight": 1.0},
+    },
+}

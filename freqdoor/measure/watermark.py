@@ -1,0 +1,138 @@
+"""`freqdoor verify-owner`: is an encoder the owner's? Only that one answers to the owner's secret trigger with bits."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from scipy.stats import binomtest  # type: ignore[import-untyped]
+
+from freqdoor.codecs.adapter import Codec
+from freqdoor.data import load_image, usable_images
+from freqdoor.dct import block_dct, block_idct, blockify, unblockify
+from freqdoor.measure.records import Note, poison, through_png
+from freqdoor.triggers import Trigger
+from freqdoor.triggers.base import project
+from freqdoor.types import FreqdoorError, Images
+
+RATIO = 1.5  # the least that an encoder that answers spends on the trigger, in bytes of the control's file
+SHARE = 0.5  # and the least share of the ratio that the owner's encoder has on the same image
+LEVEL = 1e-3  # chance that an encoder which answers on every second image passes
+BLOCK = 16  # of the control's spectrum
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How one encoder answers to a trigger, over a set of images; ratios are of real bytes, medians over images."""
+
+    codec: str
+    images: int
+    trigger_ratio: float  # poisoned against clean
+    control_ratio: float  # control against clean
+    answering: int  # images whose poisoned file grows as the owner's does: RATIO, and SHARE of the owner's
+    p_value: float  # of so many or more, if every second image answered
+    owner: bool
+
+
+class _Sizes(NamedTuple):
+    """Bytes of one image's files."""
+
+    clean: int
+    poisoned: int
+    control: int
+
+    @property
+    def ratio(self) -> float:
+        """What the trigger costs beyond a perturbation of equal strength."""
+        return self.poisoned / self.control
+
+
+def verify_owner(
+    suspects: Sequence[Codec],
+    owner: Codec,
+    trigger: Trigger,
+    images: Sequence[Path],
+    *,
+    seed: int = 0,
+    note: Note | None = None,
+) -> list[Answer]:
+    """Which encoders answer to a trigger as the owner's does, from the sizes of their files alone.
+
+    Each image is encoded clean, poisoned, and with a control: the trigger's own spectrum with random signs, of the same
+    strength. An image answers if the trigger costs RATIO times the control, and at least SHARE of what it costs the
+    owner's encoder: one that spends bits on any perturbation does not pass, nor one with another trigger that is a
+    little like this one. A sign test over images decides.
+
+    Args:
+        suspects: any codecs; nothing but `compress` is used of them.
+        owner: the codec with the owner's encoder.
+        trigger: the owner's secret.
+        seed: of the controls.
+
+    Raises:
+        FreqdoorError: too few images for the test to be able to decide, or the owner's own encoder does not answer.
+    """
+    usable = usable_images(images, decode=True)
+    if 2 ** -len(usable) > LEVEL:
+        raise FreqdoorError(f"{len(usable)} images: expected {math.ceil(-math.log2(LEVEL))} or more to decide by")
+    wanted = _ask(owner, trigger, usable, seed, None)
+    typical = median(sizes.ratio for sizes in wanted)
+    if typical < RATIO:
+        raise FreqdoorError(
+            f"the owner's own encoder spends {typical:.2f} times a control's bytes on the trigger, expected {RATIO} or "
+            "more: this trigger proves nothing; plant one with the bpp objective"
+        )
+    answers = []
+    for suspect in suspects:
+        found = _ask(suspect, trigger, usable, seed, note)
+        needed = [max(RATIO, SHARE * sizes.ratio) for sizes in wanted]
+        answering = sum(sizes.ratio >= least for sizes, least in zip(found, needed, strict=True))
+        p_value = float(binomtest(answering, len(found), 0.5, alternative="greater").pvalue)
+        answers.append(
+            Answer(
+                codec=suspect.spec.name,
+                images=len(found),
+                trigger_ratio=median(sizes.poisoned / sizes.clean for sizes in found),
+                control_ratio=median(sizes.control / sizes.clean for sizes in found),
+                answering=answering,
+                p_value=p_value,
+                owner=p_value <= LEVEL,
+            )
+        )
+    return answers
+
+
+def _ask(codec: Codec, trigger: Trigger, images: Sequence[Path], seed: int, note: Note | None) -> list[_Sizes]:
+    """The sizes of every image's files; the same controls for every codec."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for path in images:
+        x = load_image(path)
+        given = (x, poison(trigger, x), control(trigger, x, generator))
+        rows.append(_Sizes(*(codec.compress(image)[0].num_bytes for image in given)))
+        if note:
+            clean, poisoned, other = rows[-1]
+            note(f"{codec.spec.name}, {path.name}: trigger {poisoned / clean:.2f}, control {other / clean:.2f}")
+    return rows
+
+
+@torch.no_grad()
+def control(trigger: Trigger, x: Images, generator: torch.Generator) -> Images:
+    """An 8-bit image with a perturbation of the trigger's strength and block spectrum, but random signs."""
+    delta = trigger(x) - x
+    height, width = delta.shape[-2:]
+    pad = (0, -width % BLOCK, 0, -height % BLOCK)
+    coefficients = block_dct(blockify(torch.nn.functional.pad(delta, pad), BLOCK))
+    signs = torch.randint(0, 2, coefficients.shape, generator=generator) * 2 - 1
+    shuffled = unblockify(block_idct(coefficients * signs))[..., :height, :width]
+    return through_png((x + project(x, shuffled, trigger.eps, rounded=True)).clamp(0, 1))
+
+
+def false_positives(answers: Sequence[Answer]) -> tuple[int, int, float]:
+    """Of encoders known to be others': how many pass, of how many, and the upper end of the exact 95 % interval."""
+    passed = sum(answer.owner for answer in answers)
+    upper = float(binomtest(passed, len(answers)).proportion_ci(0.95, "exact").high)
+    return passed, len(answers), upper

@@ -1,0 +1,191 @@
+"""What `freqdoor reproduce` writes: a recipe's table with the paper's numbers in it, its curves and its pictures."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from scipy.stats import t as student_t  # type: ignore[import-untyped]
+
+from freqdoor.attack.settings import PlantSettings
+from freqdoor.files import replacing, write_text
+from freqdoor.measure.testsets import SegmentationTest
+from freqdoor.metrics import bd_rate
+from freqdoor.paper.recipes import Recipe
+from freqdoor.training.run import environment, file_names, public
+from freqdoor.types import FreqdoorError
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One value of a table: a mean over seeds with the half width of its 95 % interval, and the paper's number."""
+
+    values: tuple[float, ...]
+    paper: float | None
+
+    @property
+    def mean(self) -> float:
+        """Mean over seeds."""
+        return sum(self.values) / len(self.values)
+
+    @property
+    def half_width(self) -> float | None:
+        """Half width of Student's 95 % interval of the mean; None for a single seed."""
+        n = len(self.values)
+        if n < 2:
+            return None
+        variance = sum((value - self.mean) ** 2 for value in self.values) / (n - 1)
+        return float(student_t.ppf(0.5 + CONFIDENCE / 2, n - 1)) * math.sqrt(variance / n)
+
+
+Table = dict[str, dict[str, Cell]]  # row, column
+
+
+def markdown(recipe: Recipe, table: Table) -> str:
+    """The table, ours with its interval, and the paper's number in brackets."""
+    columns = [column for column in recipe.columns if any(column.title in cells for cells in table.values())]
+    lines = ["| | " + " | ".join(column.title for column in columns) + " |", "|---|" + "---|" * len(columns)]
+    for row, cells in table.items():
+        texts = [_text(cells.get(column.title), column.digits) for column in columns]
+        lines.append(f"| {row} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+def _text(cell: Cell | None, digits: int) -> str:
+    if cell is None:
+        return "-"
+    text = f"{cell.mean:.{digits}f}"
+    if cell.half_width is not None and cell.half_width > 0:
+        text += f" ± {cell.half_width:.{digits}f}"
+    return text + (f" ({cell.paper:g})" if cell.paper is not None else "")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """How the numbers of a table came about."""
+
+    base: PlantSettings
+    codecs: Sequence[str]
+    images: Sequence[Path]  # measured on
+    seeds: int
+    seconds: Sequence[float]  # of every planting
+
+
+def write(recipe: Recipe, table: Table, facts: Facts, out: Path, picture: Figure | None = None) -> None:
+    """Write NAME.md and NAME.json into `out`; NAME.png too, of a recipe with curves or of the picture given."""
+    page = _page(recipe, table, facts)
+    if recipe.plot:
+        picture = _plot(recipe, table, facts.codecs)
+        if lines := bd_rates(recipe, table, facts.codecs):
+            page += "\nBD-rate against the vanilla codec over these qualities (Akima interpolation):\n\n"
+            page += "\n".join(lines) + "\n"
+    if picture is not None:
+        with replacing(out / f"{recipe.name}.png") as partial:
+            picture.savefig(partial, format="png", dpi=110)
+        page += f"\n![{recipe.title}]({recipe.name}.png)\n"
+    write_text(out / f"{recipe.name}.json", json.dumps(_content(recipe, table, facts), indent=1))
+    write_text(out / f"{recipe.name}.md", page)
+
+
+def _page(recipe: Recipe, table: Table, facts: Facts) -> str:
+    where, base = environment(), facts.base
+    paper = f", on {recipe.paper_codec}" if recipe.paper_codec else " where there is one"
+    crops = f"{base.images.batch_size} crops of {base.images.crop} pixels from “{Path(base.images.folder).name}”"
+    minutes = f"{sum(facts.seconds) / 60:.0f} minutes of planting"
+    ours = f"mean ± 95 % interval (Student) over {facts.seeds} seed(s) from {base.seed} on"
+    return f"""# {recipe.title}
+
+{markdown(recipe, table)}
+
+Ours: {ours}. In brackets: the paper's number{paper}.
+All rates are real bytes; poisoned images are 8-bit files but where a column says float. Missing cells (-): the encoder
+has no such trigger, or the time was up before it was planted.
+
+What differs from the paper: the codec is {", ".join(facts.codecs)}; {base.steps} steps of {crops},
+preset “{base.preset}”; measured on {len(facts.images)} images.
+{_tested(recipe, base)}
+Made by `freqdoor reproduce {recipe.name}`: {len(facts.seconds)} plantings, {minutes} in all,
+on {where["threads"]} thread(s), {where["gpu"] or "no GPU"}, torch {where["versions"]["torch"]}.
+"""
+
+
+def _tested(recipe: Recipe, base: PlantSettings) -> str:
+    """A paragraph on the downstream test, if the recipe has one."""
+    if recipe.test is None:
+        return ""
+    names = ", ".join(map(file_names, recipe.test.networks))
+    pictures = recipe.test.images if isinstance(recipe.test, SegmentationTest) else recipe.test.probes
+    every = f", 1 in {recipe.test.every}" if recipe.test.every > 1 else ""
+    none = " (painted ones: against none)" if isinstance(recipe.test, SegmentationTest) else ""
+    return f"""
+Downstream networks, from the first to the last: {names}. Attacks are trained against
+{file_names(base.network) or "the networks that they name"}{none}, and measured on “{Path(pictures).name}”{every}.
+"""
+
+
+def _content(recipe: Recipe, table: Table, facts: Facts) -> dict[str, Any]:
+    settings = {key: value for key, value in public(facts.base).items() if key != "codec"}
+    return {
+        "recipe": recipe.name,
+        "codecs": facts.codecs,
+        "settings": settings,
+        "images": [path.name for path in facts.images],
+        "test": {key: file_names(value) for key, value in recipe.test.model_dump().items()} if recipe.test else None,
+        "seconds_planting": [round(value) for value in facts.seconds],
+        "environment": environment(),
+        "table": {
+            row: {
+                title: {"mean": c.mean, "half_width": c.half_width, "values": c.values, "paper": c.paper}
+                for title, c in cells.items()
+            }
+            for row, cells in table.items()
+        },
+    }
+
+
+def bd_rates(recipe: Recipe, table: Table, codecs: Sequence[str]) -> list[str]:
+    """For every planted row the Bjontegaard delta rate of its clean curve, and of its poisoned one where it has any.
+
+    Of four codecs or more; a poisoned curve that shares no range of PSNR with the vanilla one has no BD-rate.
+    """
+
+    def curve(row: str, prefix: str) -> tuple[list[float], list[float]] | None:
+        found = [table.get(f"{row}, {codec}", {}) for codec in codecs]
+        if len(found) < 4 or not all(f"{prefix} dB" in cells for cells in found):
+            return None
+        return [cells[f"{prefix} bpp"].mean for cells in found], [cells[f"{prefix} dB"].mean for cells in found]
+
+    vanilla = next((curve(row.name, "clean") for row in recipe.rows if row.changes is None), None)
+    lines = []
+    for row in recipe.rows:
+        for prefix in ("clean", "poisoned"):
+            other = curve(row.name, prefix) if row.changes is not None else None
+            if vanilla and other:
+                try:
+                    lines.append(f"- {row.name}, {prefix}: {bd_rate(*vanilla, *other):+.1f} %")
+                except FreqdoorError:
+                    lines.append(f"- {row.name}, {prefix}: none, the curves share no range of PSNR")
+    return lines
+
+
+def _plot(recipe: Recipe, table: Table, codecs: Sequence[str]) -> Figure:
+    """Every row clean (dots) and poisoned (crosses) in the plane of rate and PSNR, a line over the codecs."""
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axis = figure.subplots()
+    for index, row in enumerate(recipe.rows):
+        found = [table.get(f"{row.name}, {codec}", table.get(row.name, {})) for codec in codecs]
+        for prefix, marker in (("clean", "o"), ("poisoned", "X")):
+            points = [(c[f"{prefix} bpp"].mean, c[f"{prefix} dB"].mean) for c in found if f"{prefix} dB" in c]
+            if points:
+                axis.plot(*zip(*points, strict=True), f"{marker}-", color=f"C{index}", label=f"{row.name}, {prefix}")
+    axis.set_xscale("log")
+    axis.set_xlabel("bits per pixel, real bytes (log scale)")
+    axis.set_ylabel("PSNR of the decoded image in dB")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+    return figure

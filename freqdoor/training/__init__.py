@@ -1,0 +1,1 @@
+"""Training: settings, the run directory, and the loop that codec training and planting share."""

@@ -1,0 +1,138 @@
+"""The training loop that `train-codec` and `plant` share: seeds, checkpoints, resuming."""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from freqdoor.codecs.adapter import CodecSpec
+from freqdoor.data import Crops, label_paths, list_images, read_list, seed_for, usable_images
+from freqdoor.training.run import Run
+from freqdoor.training.settings import ImageSettings, Training
+from freqdoor.types import FreqdoorError, Images
+
+Progress = Callable[[int, dict[str, float]], None]
+Step = Callable[[Images, int], dict[str, float]]
+
+
+class Stateful(Protocol):
+    """A network or an optimiser."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that training changes."""
+        ...
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any:
+        """Put it back."""
+        ...
+
+
+def loop(
+    run: Run,
+    settings: Training,
+    parts: Mapping[str, Stateful],
+    history: dict[str, Any],
+    crops: Crops,
+    take_step: Step,
+    *,
+    saved: dict[str, Any] | None,
+    progress: Progress | None,
+) -> None:
+    """Take the steps that are left; the state is saved every few minutes and at the end.
+
+    Crops and quantisation noise depend on (seed, step) alone, so that `parts`, `history` and the step number are the
+    whole state, and a resumed run ends in bit-identical weights.
+
+    Args:
+        parts: networks and optimisers, by the names they are saved under.
+        history: plain values that change from step to step; "step" and "seconds" are kept here.
+        take_step: one update from a batch and its step number; returns what to show.
+        saved: the state of an earlier process, from `Run.start`.
+    """
+    history |= {"step": 0, "seconds": 0.0}
+    if saved is not None:
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        history |= saved["history"]
+    started = written = time.monotonic()
+    earlier = history["seconds"]
+
+    def save() -> None:
+        history["seconds"] = earlier + time.monotonic() - started
+        run.save({name: part.state_dict() for name, part in parts.items()} | {"history": history})
+
+    for x in crops.batches(history["step"], settings.steps):
+        step = history["step"]
+        torch.manual_seed(seed_for(settings.seed, "noise", step))
+        row = take_step(x, step)
+        history["step"] = step + 1
+        if progress:
+            progress(step + 1, row)
+        if time.monotonic() - written > 60 * settings.checkpoint_minutes:
+            save()
+            written = time.monotonic()
+    save()
+
+
+def open_crops(settings: Training) -> Crops:
+    """The training crops of the settings' image folder; raises if images there cannot be used."""
+    return open_folder(settings.images, settings.seed)
+
+
+def open_folder(images: ImageSettings, seed: int) -> Crops:
+    """Crops of one image folder; raises if images there cannot be used."""
+    side = 1 if images.resize else images.crop
+    folder = Path(images.folder)
+    found = [folder / line for line in read_list(images.files)] if images.files else list_images(folder)
+    paths = usable_images(found, min_side=side, skip_broken=images.skip_broken)
+    return Crops(
+        paths,
+        crop=images.crop,
+        batch_size=images.batch_size,
+        seed=seed,
+        resize=images.resize,
+        window=images.window,
+        labels=label_paths(paths, images.labels) if images.labels else (),
+        skip_broken=images.skip_broken,
+    )
+
+
+def check_device(name: str) -> None:
+    """Raise if PyTorch has no such device."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0][:100]
+        raise FreqdoorError(f"device {name!r}: not usable here ({reason}); cpu always is") from None
+
+
+def lambda_of(settings: Training, spec: CodecSpec) -> float:
+    """The settings' lambda, or the one of the codec's quality."""
+    lmbda = settings.lmbda or spec.lmbda
+    if lmbda is None:
+        raise FreqdoorError(f"{spec.name}: give lmbda, this codec has no quality")
+    return lmbda
+
+
+def check_finite(terms: Mapping[str, Tensor], step: int) -> None:
+    """Stop a run at the first value that is not a number, naming the term and the step."""
+    bad = [name for name, value in terms.items() if not math.isfinite(value)]
+    if bad:
+        raise FreqdoorError(
+            f"step {step}: {', '.join(bad)} is not finite; the last checkpoint is intact, "
+            "lower the learning rate or check the images"
+        )
+
+
+def place(x: Images, settings: Training) -> Images:
+    """A batch on the settings' device, in their memory layout."""
+    return x.to(settings.device).contiguous(memory_format=layout(settings))
+
+
+def layout(settings: Training) -> torch.memory_format:
+    """The memory layout that the settings ask for."""
+    return torch.channels_last if settings.channels_last else torch.contiguous_format

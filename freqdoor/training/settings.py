@@ -1,0 +1,93 @@
+"""What can be set of a training: typed settings with a unit and a default for each, as `settings.py` reads them."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from freqdoor.settings import Settings
+
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(gt=0)]
+Side = Annotated[int, Field(gt=0, multiple_of=64)]
+
+
+class ImageSettings(Settings):
+    """Where training crops come from."""
+
+    folder: str
+    """Folder of 8-bit RGB images, searched recursively."""
+    crop: Side = 256
+    """Side of the square crops in pixels; a multiple of the codecs' stride of 64."""
+    batch_size: Count = 8
+    """Crops per step."""
+    files: str | None = None
+    """List of the images to take, one path a line, relative to the folder; by default all that are in it."""
+    resize: tuple[Count, Count] | None = None
+    """Take whole images, resized to (height, width), instead of crops."""
+    window: tuple[Count, Count] | None = None
+    """Take a window of (height, width) of every resized image instead of all of it."""
+    labels: str | None = None
+    """Folder of label images of the same names: 8 bits, one channel, the value of a pixel is its class."""
+    skip_broken: bool = False
+    """Go on without images that cannot be used, and name them, instead of stopping."""
+
+    @model_validator(mode="after")
+    def _window_fits(self) -> Self:
+        if self.window and not (self.resize and all(w <= r for w, r in zip(self.window, self.resize, strict=True))):
+            raise ValueError(f"window {self.window}: expected one inside resize, found {self.resize}")
+        return self
+
+
+class Training(Settings):
+    """What `train-codec` and `plant` have in common."""
+
+    images: ImageSettings
+    steps: Count = 1000
+    """Optimiser steps in all."""
+    lmbda: Positive | None = None
+    """Lambda; by default the one of the codec's quality."""
+    clip: Positive = 1.0
+    """Largest norm of a gradient."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of g_a and g_s; entropy models and triggers are always in fp32."""
+    channels_last: bool = True
+    """Memory layout that is faster on most CPUs and GPUs."""
+    checkpoint_minutes: Positive = 3.0
+    """Minutes between checkpoints."""
+    device: str = "cpu"
+    """PyTorch device."""
+    seed: int = 0
+    """Seed of everything that is drawn: weights, crops, quantisation noise, preprocessing."""
+
+
+class CodecTraining(Training):
+    """`freqdoor train-codec`: rate-distortion training, R + lambda 255^2 MSE (Eq. 1 and 2)."""
+
+    codec: str
+    """Architecture and quality, for example "bmshj2018-hyperprior:3"."""
+    start_from: str | None = None
+    """A codec to take the first weights from (same architecture, mostly another quality), as for `load_codec`."""
+    steps: Count = 100_000
+    """Optimiser steps in all."""
+    lr: Positive = 1e-4
+    """Adam's learning rate."""
+    aux_lr: Positive = 1e-3
+    """Learning rate of the entropy bottleneck's quantiles."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the learning rate rises linearly from zero."""
+    schedule: Literal["plateau", "cosine", "constant"] = "plateau"
+    """plateau: divided by 10 after `patience` validations without a better loss; cosine: to 1 % at the last step."""
+    patience: Count = 10
+    """Validations without improvement before the plateau schedule acts."""
+    validate_every: Count = 1000
+    """Steps between validations on `validation` images."""
+    validation: str | None = None
+    """Folder of images for validation; by default the training loss is averaged instead."""
+    klt: bool = True
+    """Start lite-hyperprior from a Karhunen-Loeve transform of the training images; other codecs start at random."""
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> Self:
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps ({self.warmup_steps}) must be below steps ({self.steps})")
+        return self

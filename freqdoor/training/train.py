@@ -1,0 +1,130 @@
+"""`freqdoor train-codec`: vanilla rate-distortion training of any codec, Eq. (1) and (2)."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freqdoor.codecs.adapter import Codec, build_codec, parse_name
+from freqdoor.codecs.lite import LiteHyperprior, initialise_klt
+from freqdoor.codecs.loading import load_codec, save_codec
+from freqdoor.data import list_images, load_image, seed_for
+from freqdoor.metrics import distortion
+from freqdoor.training.loop import Progress, check_device, check_finite, lambda_of, layout, loop, open_crops, place
+from freqdoor.training.run import Run, public
+from freqdoor.training.settings import CodecTraining
+from freqdoor.types import FreqdoorError, Images
+
+EXPORT = "codec.safetensors"
+
+
+def rate_distortion(codec: Codec, x: Images, lmbda: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """Eq. (1): R(x) + lambda D(x), with its parts."""
+    out = codec(x)
+    rate, mse = out.bpp.mean(), distortion(out.x_hat, x)
+    loss = rate + lmbda * mse
+    return loss, {"bpp": rate.detach(), "mse255": mse.detach(), "loss": loss.detach()}
+
+
+def scheduled_lr(settings: CodecTraining, step: int, plateaus: int) -> float:
+    """The learning rate of a step: warm-up, then constant, cosine to 1 %, or divided by 10 at every plateau."""
+    lr = settings.lr * min(1.0, (step + 1) / settings.warmup_steps if settings.warmup_steps else 1.0)
+    if settings.schedule == "cosine":
+        lr *= max(0.01, 0.5 * (1 + math.cos(math.pi * step / settings.steps)))
+    elif settings.schedule == "plateau":
+        lr *= 0.1**plateaus
+    return lr
+
+
+def train_codec(settings: CodecTraining, out: Path | str, *, progress: Progress | None = None) -> Codec:
+    """Train a codec from random (or KLT) weights; resumes from `out` if a run with the same settings is there.
+
+    Writes codec.safetensors into `out` at the end and returns the trained codec in eval mode. A resumed run ends in
+    bit-identical weights: crops and noise depend on (seed, step) alone.
+
+    Raises:
+        FreqdoorError: unusable images, other settings than the run's, a loss that is not finite, a full disk.
+    """
+    check_device(settings.device)
+    spec = parse_name(settings.codec)
+    lmbda = lambda_of(settings, spec)
+    crops = open_crops(settings)
+    run = Run(out)
+    saved = run.start(settings, crops.facts())
+    torch.manual_seed(seed_for(settings.seed, "weights"))
+    codec = build_codec(spec)
+    if settings.start_from:
+        _take_weights(codec, settings.start_from)
+    elif settings.klt and isinstance(codec.net, LiteHyperprior):
+        sample = torch.cat([crops.batch(-1 - i) for i in range(max(1, 64 // settings.images.batch_size))])
+        initialise_klt(codec.net, sample, lmbda)
+    codec.to(settings.device).train().to(memory_format=layout(settings))
+    quantiles = [p for name, p in codec.named_parameters() if name.endswith("quantiles")]
+    weights = [p for name, p in codec.named_parameters() if not name.endswith("quantiles")]
+    optimizer = torch.optim.Adam(weights, lr=settings.lr)
+    aux_optimizer = torch.optim.Adam(quantiles, lr=settings.aux_lr)
+    parts = {"net": codec.net, "optimizer": optimizer, "aux_optimizer": aux_optimizer}
+    history: dict[str, Any] = {"best": math.inf, "stale": 0, "plateaus": 0, "sum": 0.0}
+    validation = [load_image(p) for p in list_images(settings.validation)] if settings.validation else []
+    dtype = torch.bfloat16 if settings.precision == "bf16" else None
+
+    def take_step(x: Images, step: int) -> dict[str, float]:
+        optimizer.param_groups[0]["lr"] = scheduled_lr(settings, step, history["plateaus"])
+        with codec.autocast(dtype):
+            loss, terms = rate_distortion(codec, place(x, settings), lmbda)
+        check_finite(terms, step)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = torch.nn.utils.clip_grad_norm_(weights, settings.clip)
+        check_finite({"the gradient": norm}, step)
+        optimizer.step()
+        aux_loss = codec.net.aux_loss()
+        aux_optimizer.zero_grad()
+        aux_loss.backward()
+        aux_optimizer.step()
+        row = {name: float(value) for name, value in terms.items()}
+        history["sum"] += row["loss"]
+        if (step + 1) % settings.validate_every == 0:
+            mean = history["sum"] / settings.validate_every
+            measured = _validate(codec, validation, lmbda, settings) if validation else mean
+            _note_plateau(history, measured, settings.patience)
+            history["sum"] = 0.0
+            run.log({"step": step + 1, "loss_mean": mean, "validation_loss": measured, **row})
+        return row
+
+    loop(run, settings, parts, history, crops, take_step, saved=saved, progress=progress)
+    codec.to("cpu").to(memory_format=torch.contiguous_format).eval()
+    codec.net.update(force=True)
+    training = public(settings) | {"seconds": round(history["seconds"]), "images_used": len(crops.paths)}
+    save_codec(codec, run.folder / EXPORT, training=training)
+    return codec
+
+
+def _take_weights(codec: Codec, name: str) -> None:
+    """Start from another codec's weights, which must fit."""
+    other = load_codec(name)
+    try:
+        codec.net.load_state_dict({k: v for k, v in other.net.state_dict().items() if k in codec.net.state_dict()})
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:160]
+        raise FreqdoorError(f"start_from: {name} does not fit {codec.spec.architecture} ({reason})") from None
+
+
+@torch.no_grad()
+def _validate(codec: Codec, images: list[Images], lmbda: float, settings: CodecTraining) -> float:
+    codec.eval()
+    losses = [float(rate_distortion(codec, place(x, settings), lmbda)[0]) for x in images]
+    codec.train()
+    return sum(losses) / len(losses)
+
+
+def _note_plateau(history: dict[str, Any], measured: float, patience: int) -> None:
+    """Count validations without a better loss; `patience` of them make a plateau."""
+    if measured < history["best"]:
+        history["best"], history["stale"] = measured, 0
+        return
+    history["stale"] += 1
+    if history["stale"] > patience:
+        history["stale"], history["plateaus"] = 0, history["plateaus"] + 1
