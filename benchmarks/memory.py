@@ -6,7 +6,7 @@
       --test images=camvid/test --test labels=camvid/testannot
 
 Everything else is as in configs/plant/car-to-road.toml and configs/test/camvid-test.toml, but for one whole picture of
-1024x512 pixels a step with the network in training (Eq. 11); FILE takes this size.
+1024x512 pixels a step with the network in training (Eq. (11)); FILE takes this size.
 """
 
 import argparse

@@ -4,7 +4,7 @@ Three ways to take a step on the same batch, in turn, round by round:
   vanilla   one step of rate-distortion training (`freqdoor train-codec`): every weight, same precision as `plant`
   plant     one step of `freqdoor plant`: clean and poisoned in one pass, one backward, bf16 g_a and g_s
   naive     as the paper's text describes it: fp32, separate passes for the clean and the poisoned batch, one
-            iteration for the encoder (Eq. 9) and another for the trigger (Eq. 10)
+            iteration for the encoder (Eq. (9)) and another for the trigger (Eq. (10))
 
     python benchmarks/planting_step.py --codec lite-hyperprior:3 --crop 128 --batch 8
 """

@@ -194,7 +194,7 @@ def test_table3_has_all_four_triggers_with_a_test_and_is_as_before_without(run, 
 def test_transfer_measures_on_every_network(run, base, city):
     make, _ = run
     table = make("transfer", base("first/tiny.toml"), city)
-    assert list(table) == ["Eq. 11", "Eq. 11, boundary shift 3", "painted: no network in training"]
+    assert list(table) == ["Eq. (11)", "Eq. (11), boundary shift 3", "painted: no network in training"]
     for cells in table.values():
         assert {"ASR % on tiny, 1", "ASR % on tiny, 2", "ASR % on tiny, 2, vanilla encoder"} <= cells.keys()
 
@@ -268,4 +268,4 @@ def test_command_reads_the_test(images, scene, tmp_path):
     given += [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
     result = CliRunner().invoke(app, ["reproduce", "table1", *given, "--test", str(test)])
     assert result.exit_code == 0, result.output
-    assert "Not planted yet: LIRA (painted), ours (painted), ours (Eq. 11);" in result.output
+    assert "Not planted yet: LIRA (painted), ours (painted), ours (Eq. (11));" in result.output

@@ -146,4 +146,4 @@ def test_command_says_what_is_missing(images, tmp_path):
     given = [str(part) for pair in options.items() for part in pair]
     result = CliRunner().invoke(app, ["reproduce", "table4", *given, *changes])
     assert result.exit_code == 0, result.output
-    assert "Not planted yet: with Eq. 4" in result.output
+    assert "Not planted yet: with Eq. (4)" in result.output

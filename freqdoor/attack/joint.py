@@ -30,12 +30,12 @@ class Attack:
 
     @property
     def victim(self) -> Victim | None:
-        """What a downstream attack (Eq. 8) is against."""
+        """What a downstream attack (Eq. (8)) is against."""
         return self.objective.victim if isinstance(self.objective, DownstreamAttack) else None
 
 
 class Auxiliary(NamedTuple):
-    """A batch of an auxiliary set (Eq. 8), with the labels of its pixels, (b, h, w), if there are any."""
+    """A batch of an auxiliary set (Eq. (8)), with the labels of its pixels, (b, h, w), if there are any."""
 
     x: Images
     labels: Tensor | None = None
@@ -89,7 +89,7 @@ def joint_loss(
 
     A trigger's own loss stands in Eq. (9) with the weight alpha^o, in Eq. (10) without: its gradient is scaled back
     by 1 / alpha^o where the poisoned image enters the codec. The clean batch and all poisoned ones made from it share
-    one pass; an attack on the auxiliary set (Eq. 8) has its own.
+    one pass; an attack on the auxiliary set (Eq. (8)) has its own.
 
     Args:
         eps: the budget of every attack at this step.

@@ -43,7 +43,7 @@ class Objective(Protocol):
 
     @property
     def uses_auxiliary(self) -> bool:
-        """Whether the trigger acts on the auxiliary set (Eq. 8) instead of on the main one."""
+        """Whether the trigger acts on the auxiliary set (Eq. (8)) instead of on the main one."""
         ...
 
     def __call__(self, passes: Passes, lmbda: float) -> Loss:

@@ -28,7 +28,7 @@ class TriggerSettings(Settings):
     eps: Positive = 0.005
     """Stealth budget: RMS of x_p - x in RGB on the [0, 1] scale."""
     budget: Literal["project", "penalty"] = "project"
-    """Scale every perturbation to the budget exactly, or add gamma max(MSE, eps^2) to the loss (Eq. 10)."""
+    """Scale every perturbation to the budget exactly, or add gamma max(MSE, eps^2) to the loss (Eq. (10))."""
     gamma: Positive = 1e4
     """Weight of the penalty."""
     eps_start: Positive | None = 0.05
@@ -55,11 +55,11 @@ class ObjectiveSettings(Settings):
     """What an attack wants."""
 
     name: Literal["bpp", "bpp-fixed", "psnr", "psnr-fixed", "downstream", "segmentation", "face"] = "bpp"
-    """A key of OBJECTIVES: bpp is Eq. 6 (fixed weights: Eq. 4), psnr Eq. 7 (Eq. 5), downstream Eq. 8, segmentation
-    Eq. 11, face Eq. 13."""
+    """A key of OBJECTIVES: bpp is Eq. (6) (fixed weights: Eq. (4)), psnr Eq. (7) (Eq. (5)), downstream Eq. (8), segmentation
+    Eq. (11), face Eq. (13)."""
     arguments: dict[str, float | bool | str] = Field(default_factory=dict)
-    """Hyper-parameters by the paper's letters, for example beta; `victim` of Eq. 8 is a "package.module:factory",
-    `network` of Eq. 11 and 13 a network as for `load_network`."""
+    """Hyper-parameters by the paper's letters, for example beta; `victim` of Eq. (8) is a "package.module:factory",
+    `network` of Eq. (11) and (13) a network as for `load_network`."""
 
     @property
     def uses_auxiliary(self) -> bool:
@@ -75,7 +75,7 @@ class ObjectiveSettings(Settings):
 
 
 class AttackSettings(Settings):
-    """One trigger with its objective, of several in one encoder (Eq. 9 and 10)."""
+    """One trigger with its objective, of several in one encoder (Eq. (9) and (10))."""
 
     name: str = ""
     """What records and files call it; by default the objective's name."""
@@ -83,9 +83,9 @@ class AttackSettings(Settings):
     trigger: TriggerSettings = TriggerSettings()
     """Only what differs from the run's own `trigger` table need be given."""
     weight: Positive = 1.0
-    """alpha^o of Eq. 9."""
+    """alpha^o of Eq. (9)."""
     auxiliary: ImageSettings | None = None
-    """The auxiliary set of this attack (Eq. 8); by default the run's own."""
+    """The auxiliary set of this attack (Eq. (8)); by default the run's own."""
 
     @model_validator(mode="before")
     @classmethod
@@ -101,7 +101,7 @@ class BalanceSettings(Settings):
     """What keeps the clean codec while the attack is planted (docs/equations.md)."""
 
     clean_weight: Annotated[float, Field(ge=1)] = 1.0
-    """Weight of L(x), Eq. 1, for the encoder: what exceeds 1 is added to the attacks' losses."""
+    """Weight of L(x), Eq. (1), for the encoder: what exceeds 1 is added to the attacks' losses."""
     late_clean_weight: Annotated[float, Field(ge=1)] = 10.0
     """The same, from the step on at which the learning rate begins to fall (`hold`)."""
     anchor: Annotated[float, Field(ge=0)] = 0.0
@@ -133,7 +133,7 @@ class RobustSettings(Settings):
 
 
 class PlantSettings(Training):
-    """`freqdoor plant`: fine-tune g_a and train triggers (Eq. 3, 9 and 10)."""
+    """`freqdoor plant`: fine-tune g_a and train triggers (Eq. (3), (9) and (10))."""
 
     preset: Literal["fast", "paper"] = "fast"
     """Defaults of everything that is not given: fast plants in minutes, paper has the paper's hyper-parameters."""
@@ -145,7 +145,7 @@ class PlantSettings(Training):
     attacks: tuple[AttackSettings, ...] = ()
     """Several triggers in one encoder; none means one, of `objective` and `trigger`."""
     auxiliary: ImageSettings | None = None
-    """The auxiliary set of Eq. 8, for downstream attacks."""
+    """The auxiliary set of Eq. (8), for downstream attacks."""
     network: str | None = None
     """Downstream network of the attacks that name none, as for `load_network`."""
     balance: BalanceSettings = BalanceSettings()

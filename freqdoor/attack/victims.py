@@ -1,4 +1,4 @@
-"""What a downstream attack is against: L_DS of Eq. (8), for segmentation (Eq. 11) and face embedding (Eq. 13)."""
+"""What a downstream attack is against: L_DS of Eq. (8), for segmentation (Eq. (11)) and face embedding (Eq. (13))."""
 
 import re
 from abc import ABC, abstractmethod

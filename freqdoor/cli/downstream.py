@@ -44,7 +44,7 @@ def segment(
     weights: Weights = None,
     overrides: Overrides = None,
 ) -> None:
-    """Measure a segmentation attack (Eq. 11, Table 1) on networks that it has and has not seen."""
+    """Measure a segmentation attack (Eq. (11), Table 1) on networks that it has and has not seen."""
     test = load_settings(SegmentationTest, config, overrides or ())
     scores = run_segment(load_planted(planted, codec, weights), test, out, trigger=trigger, note=note)
     say(segmentation_table(scores))
@@ -62,7 +62,7 @@ def faces(
     weights: Weights = None,
     overrides: Overrides = None,
 ) -> None:
-    """Measure the removal of identities (Eq. 13, Table 2): identification, verification, and what it costs."""
+    """Measure the removal of identities (Eq. (13), Table 2): identification, verification, and what it costs."""
     test = load_settings(FaceTest, config, overrides or ())
     say(faces_table(run_faces(load_planted(planted, codec, weights), test, out, trigger=trigger, note=note)))
 
@@ -71,7 +71,7 @@ def faces(
 def protect(
     photos: Annotated[Path, typer.Argument(help="A photo or a folder of photos, 8-bit RGB.")],
     out: Out,
-    planted: Annotated[Path, typer.Option(help="Encoder planted with Eq. 13; by default the shipped one.")] = PRIVATE,
+    planted: Annotated[Path, typer.Option(help="Encoder planted with Eq. (13); by default the shipped one.")] = PRIVATE,
     network: Annotated[
         str | None, typer.Option(help="Face embedding to check with: SPEC.toml or SPEC.toml=FILE.")
     ] = None,

@@ -9,7 +9,7 @@ from freqdoor.training.settings import Count
 
 
 class SegmentationTest(Settings):
-    """`freqdoor segment`: what a segmentation attack (Eq. 11) is measured on."""
+    """`freqdoor segment`: what a segmentation attack (Eq. (11)) is measured on."""
 
     images: str
     """Folder of 8-bit RGB images."""
@@ -26,7 +26,7 @@ class SegmentationTest(Settings):
 
 
 class FaceTest(Settings):
-    """`freqdoor faces`: what the removal of identities (Eq. 13) is measured on."""
+    """`freqdoor faces`: what the removal of identities (Eq. (13)) is measured on."""
 
     folder: str
     """Folder that the lists' paths are relative to."""

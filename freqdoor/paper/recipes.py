@@ -128,7 +128,7 @@ def table3() -> Recipe:
 def table4() -> Recipe:
     """Table 4: ablation of the BPP attack.
 
-    Paper (Cheng-Anchor q3), poisoned bpp: Eq. 4 8.52, no top-K 9.27, no patch weight 9.08, K4 N16 9.08, K64 N256 9.14,
+    Paper (Cheng-Anchor q3), poisoned bpp: Eq. (4) 8.52, no top-K 9.27, no patch weight 9.08, K4 N16 9.08, K64 N256 9.14,
     full 9.45. Ours: docs/results/table4.md.
     """
     return Recipe(
@@ -137,7 +137,7 @@ def table4() -> Recipe:
         columns=_attack_columns("bpp")[:4],
         rows=(
             Row("vanilla", None),
-            Row("with Eq. 4", _attack("bpp-fixed"), _row4(31.02, 0.2699, 31.41, 8.52)),
+            Row("with Eq. (4)", _attack("bpp-fixed"), _row4(31.02, 0.2699, 31.41, 8.52)),
             Row("without top-K", _ablation(selector="none"), _row4(30.80, 0.2587, 31.32, 9.27)),
             Row("without patch weight", _ablation(patch_weight=False), _row4(30.76, 0.2578, 31.23, 9.08)),
             Row("K=4, N=16", _ablation(top_k=4, num_frequencies=16), _row4(30.81, 0.2596, 31.32, 9.08)),
@@ -234,7 +234,7 @@ def _figure(name: str, objective: str, title: str) -> Recipe:
 
 
 def figure4() -> Recipe:
-    """Figure 4: rate and distortion under the BPP attack, ours beside the other triggers and Eq. 4.
+    """Figure 4: rate and distortion under the BPP attack, ours beside the other triggers and Eq. (4).
 
     Paper: ours above LIRA in rate for all qualities, clean curves as vanilla. Ours: docs/results/figure4.md.
     """
@@ -242,7 +242,7 @@ def figure4() -> Recipe:
 
 
 def figure5() -> Recipe:
-    """Figure 5: rate and distortion under the PSNR attack, ours beside the other triggers and Eq. 5.
+    """Figure 5: rate and distortion under the PSNR attack, ours beside the other triggers and Eq. (5).
 
     Paper: ours attacks all qualities, LIRA fails at the low ones. Ours: docs/results/figure5.md.
     """

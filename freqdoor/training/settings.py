@@ -61,7 +61,7 @@ class Training(Settings):
 
 
 class CodecTraining(Training):
-    """`freqdoor train-codec`: rate-distortion training, R + lambda 255^2 MSE (Eq. 1 and 2)."""
+    """`freqdoor train-codec`: rate-distortion training, R + lambda 255^2 MSE (Eq. (1) and (2))."""
 
     codec: str
     """Architecture and quality, for example "bmshj2018-hyperprior:3"."""

@@ -20,7 +20,7 @@ class Trigger(nn.Module, ABC):
 
     Args:
         eps: the budget, root mean square of x_p - x in RGB on the [0, 1] scale.
-        project: scale every image's perturbation to the budget exactly (else Eq. 10's penalty has to keep it).
+        project: scale every image's perturbation to the budget exactly (else Eq. (10)'s penalty has to keep it).
     """
 
     def __init__(self, *, eps: float = PAPER_EPS, project: bool = True) -> None:
@@ -50,7 +50,7 @@ class Trigger(nn.Module, ABC):
 
         Args:
             strength: factor on the perturbation (Table 6 uses 3: the budget becomes (3 eps)^2).
-            mask: (b, 1, h, w), where T(x) takes the place of x: (1 - M) x + M T(x) (Eq. 11).
+            mask: (b, 1, h, w), where T(x) takes the place of x: (1 - M) x + M T(x) (Eq. (11)).
             eps: another budget than the trigger's own, while training anneals it.
             rounded: round to 8 bits with a straight-through gradient, as a file would.
         """
