@@ -15,13 +15,14 @@ from freqdoor.codecs.container import compress_file, decompress_file
 from freqdoor.codecs.loading import load_codec, save_codec
 from freqdoor.data import list_images, load_image, save_image
 from freqdoor.demonstration import demo
+from freqdoor.errors import FreqdoorError
 from freqdoor.measure.examine import examine
 from freqdoor.measure.records import evaluate, poison
 from freqdoor.measure.report import report
 from freqdoor.training.settings import CodecTraining, ImageSettings
 from freqdoor.training.train import train_codec
 from freqdoor.triggers import AdaptiveDCT, Trigger
-from freqdoor.types import Bitstream, FreqdoorError, Reconstruction, Record
+from freqdoor.types import Bitstream, Reconstruction, Record
 
 __version__ = "0.1.0"
 __all__ = [

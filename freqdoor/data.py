@@ -13,8 +13,9 @@ from PIL import Image, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 from torch import Tensor
 
+from freqdoor.errors import FreqdoorError
 from freqdoor.files import replacing
-from freqdoor.types import FreqdoorError, Images, from_uint8, to_uint8
+from freqdoor.types import Images, from_uint8, to_uint8
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
 MAX_PIXELS = 2**24  # 16.8 million: a codec's activations at this size take about 10 GiB

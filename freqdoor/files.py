@@ -6,7 +6,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from freqdoor.types import FreqdoorError
+from freqdoor.errors import FreqdoorError
 
 
 @contextlib.contextmanager

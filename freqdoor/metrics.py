@@ -9,7 +9,8 @@ import torch
 from pytorch_msssim import ms_ssim as _ms_ssim
 from torch import Tensor
 
-from freqdoor.types import FreqdoorError, Images, from_uint8, to_uint8
+from freqdoor.errors import FreqdoorError
+from freqdoor.types import Images, from_uint8, to_uint8
 
 MS_SSIM_MIN_SIDE = 161  # four halvings of an 11-pixel window
 

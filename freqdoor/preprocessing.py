@@ -1,7 +1,7 @@
-"""Defences: what a careful user does to an image before the encoder sees it (Section 4.4, and beyond).
+"""Preprocessing: what a careful user does to an image before the encoder sees it (Section 4.4, and beyond).
 
-A defence maps Images to Images of the same size in [0, 1]; where it has no gradient, the gradient is the identity
-(straight-through), so that all can stand in a training loop. No defence is None, and "none" in records.
+A preprocessing maps Images to Images of the same size in [0, 1]; where it has no gradient, the gradient is the identity
+(straight-through), so that all can stand in a training loop. No preprocessing is None, and "none" in records.
 """
 
 import ast
@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from torchvision.transforms.v2.functional import gaussian_blur  # type: ignore[import-untyped]
 
-from freqdoor.types import FreqdoorError, Images, from_uint8, to_uint8
+from freqdoor.errors import FreqdoorError
+from freqdoor.types import Images, from_uint8, to_uint8
 
 AXES = {"horizontal": -1, "vertical": -2}
 
 
-class Defence(ABC):
+class Preprocessing(ABC):
     """Preprocessing of an image before the encoder; `undo` is what the receiver does after decoding."""
 
     @abstractmethod
@@ -49,13 +50,13 @@ class Defence(ABC):
         return self.name
 
 
-def defence_name(defence: Defence | None) -> str:
+def preprocessing_name(defence: Preprocessing | None) -> str:
     """The value of a record's column: the defence's name, or "none"."""
     return defence.name if defence else "none"
 
 
 @dataclass(frozen=True)
-class GaussianBlur(Defence):
+class GaussianBlur(Preprocessing):
     """Convolution with a sampled Gaussian of `sigma` pixels on size x size taps, borders mirrored."""
 
     sigma: float
@@ -72,7 +73,7 @@ class GaussianBlur(Defence):
 
 
 @dataclass(frozen=True)
-class SqueezeBits(Defence):
+class SqueezeBits(Preprocessing):
     """Each channel rounded to the nearest of 2^depth levels from 0 to 1; straight-through gradient."""
 
     depth: int
@@ -86,7 +87,7 @@ class SqueezeBits(Defence):
 
 
 @dataclass(frozen=True)
-class _File(Defence):
+class _File(Preprocessing):
     quality: int
 
     kind: ClassVar[str]
@@ -121,7 +122,7 @@ class WebP(_File):
 
 
 @dataclass(frozen=True)
-class Median(Defence):
+class Median(Preprocessing):
     """Median of size x size pixels of each channel, 8 bits, borders repeated (Pillow); straight-through gradient."""
 
     size: int = 3
@@ -134,7 +135,7 @@ class Median(Defence):
 
 
 @dataclass(frozen=True)
-class Noise(Defence):
+class Noise(Preprocessing):
     """Gaussian noise of standard deviation `sigma` ([0, 1] scale), clamped; `seed` alone decides it, on any device."""
 
     sigma: float
@@ -152,7 +153,7 @@ class Noise(Defence):
 
 
 @dataclass(frozen=True)
-class Resize(Defence):
+class Resize(Preprocessing):
     """Reduced by `factor` with an antialiased bicubic filter and enlarged to the old size."""
 
     factor: float
@@ -168,7 +169,7 @@ class Resize(Defence):
 
 
 @dataclass(frozen=True)
-class Flip(Defence):
+class Flip(Preprocessing):
     """Mirrored left to right ("horizontal") or top to bottom ("vertical"); the receiver mirrors it back."""
 
     axis: str = "horizontal"
@@ -185,14 +186,14 @@ class Flip(Defence):
 
 
 @dataclass(frozen=True)
-class Compose(Defence):
+class Compose(Preprocessing):
     """One defence after the other; undone in reverse."""
 
-    defences: tuple[Defence, ...]
+    defences: tuple[Preprocessing, ...]
 
     def __post_init__(self) -> None:
         found = self.defences if isinstance(self.defences, list | tuple) else ()
-        fits = len(found) > 0 and all(isinstance(defence, Defence) for defence in found)
+        fits = len(found) > 0 and all(isinstance(defence, Preprocessing) for defence in found)
         _check(self, "defences", fits, "a tuple of one defence or more")
         object.__setattr__(self, "defences", tuple(self.defences))
 
@@ -213,13 +214,15 @@ class Compose(Defence):
         return f"Compose({', '.join(d.name for d in self.defences)})"
 
 
-def _check(defence: Defence, field: str, fits: bool, expected: str) -> None:
+def _check(defence: Preprocessing, field: str, fits: bool, expected: str) -> None:
     if not fits:
         name, value = type(defence).__name__, getattr(defence, field)
         raise FreqdoorError(f"{name}: expected {field} to be {expected}, found {value!r}")
 
 
-def _number(defence: Defence, field: str, kind: type[float], low: float, high: float, *, odd: bool = False) -> None:
+def _number(
+    defence: Preprocessing, field: str, kind: type[float], low: float, high: float, *, odd: bool = False
+) -> None:
     """Check a field's kind (int or float) and range; stored as that kind, so that 1 and 1.0 have one name."""
     value = getattr(defence, field)
     fits = type(value) in (int, kind) and low <= value <= high and not (odd and value % 2 == 0)
@@ -228,7 +231,7 @@ def _number(defence: Defence, field: str, kind: type[float], low: float, high: f
     object.__setattr__(defence, field, kind(value))
 
 
-def _sides(defence: Defence, x: Images, fits: bool, expected: str) -> None:
+def _sides(defence: Preprocessing, x: Images, fits: bool, expected: str) -> None:
     if not fits:
         found = " x ".join(map(str, x.shape[-2:]))
         raise FreqdoorError(f"{defence}: expected sides of {expected} pixels, found {found}; take another image")
@@ -246,16 +249,16 @@ def _through_pillow(x: Images, change: Callable[[Image.Image], Image.Image]) -> 
     return _straight_through(x, from_uint8(pixels).to(x.device))
 
 
-DEFENCES: dict[str, type[Defence]] = {
+PREPROCESSINGS: dict[str, type[Preprocessing]] = {
     cls.__name__: cls for cls in (GaussianBlur, SqueezeBits, Jpeg, WebP, Median, Noise, Resize, Flip, Compose)
 }
 
 PAPER = (*map(GaussianBlur, (0.2, 0.3, 0.5, 0.6)), *map(SqueezeBits, (7, 4, 3)))  # Table 5
 BEYOND = (*map(Jpeg, (90, 75, 50)), WebP(80), Median(3), Noise(0.01), Noise(0.04), Resize(0.5), *map(Flip, AXES))
-PRESETS: dict[str, tuple[Defence, ...]] = {"none": (), "paper": PAPER, "all": PAPER + BEYOND}
+PRESETS: dict[str, tuple[Preprocessing, ...]] = {"none": (), "paper": PAPER, "all": PAPER + BEYOND}
 
 # kind -> defence and the range of its first argument, both ends included; drawn uniformly, between integers an integer
-RANDOM: dict[str, tuple[Callable[..., Defence], float, float] | None] = {
+RANDOM: dict[str, tuple[Callable[..., Preprocessing], float, float] | None] = {
     "none": None,
     "blur": (GaussianBlur, 0.3, 0.8),
     "noise": (Noise, 0.005, 0.05),
@@ -273,7 +276,7 @@ def check_kinds(kinds: Sequence[str]) -> None:
         raise FreqdoorError(f"random defences: expected kinds out of {', '.join(RANDOM)}, found {unknown or 'none'}")
 
 
-def random_defence(kinds: Sequence[str], generator: torch.Generator | None = None) -> Defence | None:
+def random_preprocessing(kinds: Sequence[str], generator: torch.Generator | None = None) -> Preprocessing | None:
     """One of `kinds` (names in RANDOM, each as likely) with a random strength, for training; None for "none".
 
     Three numbers are drawn whatever comes out, from `generator` (on the CPU) or from torch's global one.
@@ -289,7 +292,7 @@ def random_defence(kinds: Sequence[str], generator: torch.Generator | None = Non
     return make(value, seed) if make is Noise else make(value)
 
 
-def parse_defence(text: str) -> Defence:
+def parse_defence(text: str) -> Preprocessing:
     """A defence from its name, such as "GaussianBlur(sigma=0.5)" or "Jpeg(75)"; nothing in the text is executed.
 
     FreqdoorError for an unknown name, wrong arguments or anything but literals.
@@ -297,7 +300,7 @@ def parse_defence(text: str) -> Defence:
     return _build(_expression(text))
 
 
-def parse_defences(text: str) -> tuple[Defence, ...]:
+def parse_defences(text: str) -> tuple[Preprocessing, ...]:
     """Defences separated by ";" or ",", each also a preset's name ("paper", "all", "none"); every one once, in order.
 
     FreqdoorError as in `parse_defence`, and for an empty text.
@@ -306,7 +309,7 @@ def parse_defences(text: str) -> tuple[Defence, ...]:
         raise FreqdoorError(
             f"defences: expected {', '.join(PRESETS)} or a list like 'Jpeg(75); Flip()', found {text!r}"
         )
-    found: list[Defence] = []
+    found: list[Preprocessing] = []
     for piece in filter(str.strip, text.split(";")):
         node = _expression(piece)
         for part in node.elts if isinstance(node, ast.Tuple) else [node]:
@@ -324,16 +327,16 @@ def _expression(text: str) -> ast.expr:
         raise FreqdoorError(f"defence {text.strip()!r}: expected a form like 'Jpeg(75)'") from None
 
 
-def _build(node: ast.expr) -> Defence:
+def _build(node: ast.expr) -> Preprocessing:
     """The defence that a call like `Jpeg(75)` or a bare name like `Median` stands for."""
     text = ast.unparse(node)
     call = ast.Call(node, [], []) if isinstance(node, ast.Name) else node
     if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)):
         raise FreqdoorError(f"defence {text!r}: expected a form like 'Jpeg(75)'")
-    if call.func.id not in DEFENCES:
-        known = ", ".join(DEFENCES)
+    if call.func.id not in PREPROCESSINGS:
+        known = ", ".join(PREPROCESSINGS)
         raise FreqdoorError(f"defence {text!r}: expected one of {known} (or, in a list, {', '.join(PRESETS)})")
-    cls = DEFENCES[call.func.id]
+    cls = PREPROCESSINGS[call.func.id]
     if cls is Compose and not call.keywords:
         return Compose(tuple(_build(argument) for argument in call.args))
     names = [keyword.arg for keyword in call.keywords]

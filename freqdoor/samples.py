@@ -2,17 +2,22 @@
 
 from pathlib import Path
 
-from freqdoor.data import list_images
-from freqdoor.types import FreqdoorError
+from freqdoor.errors import FreqdoorError
 
 ASSETS = Path(__file__).parent / "assets"
+BUNDLED = "lite-hyperprior:3"  # the codec that comes with the package
 KODAK = ASSETS / "kodak"
 HELD_OUT_EVERY = 4  # kodim04, 08, ... 24 are measured on, the other 18 are planted on
 
 
+def pictures() -> list[Path]:
+    """The 24 bundled Kodak images, in order."""
+    return sorted(KODAK.glob("*.png"))
+
+
 def held_out() -> list[Path]:
     """The six bundled Kodak images that the demo measures on."""
-    return list_images(KODAK)[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
+    return pictures()[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
 
 
 def training_folder(out: Path) -> Path:
@@ -21,7 +26,7 @@ def training_folder(out: Path) -> Path:
     measured = set(held_out())
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for path in list_images(KODAK):
+        for path in pictures():
             link = folder / path.name
             if path not in measured and not link.exists():
                 link.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from freqdoor.types import FreqdoorError
+from freqdoor.errors import FreqdoorError
 
 
 class Settings(BaseModel):

@@ -11,14 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-BUNDLED = "lite-hyperprior:3"  # the codec that comes with the package
-
 Images = Tensor  # (b, 3, h, w), RGB, [0, 1]
 Masks = Tensor  # (b, 1, h, w), 1 where the trigger may act
-
-
-class FreqdoorError(Exception):
-    """A mistake in what the user gave: the message says what was expected, what was found and what to do."""
 
 
 class Reconstruction(NamedTuple):

@@ -12,17 +12,17 @@ from scipy.fft import dctn
 from scipy.stats import norm
 
 from freqdoor import list_images, load_image, plant
-from freqdoor.measure import analysis
 from freqdoor.attack.robust import survival_scores
 from freqdoor.attack.settings import PlantSettings
 from freqdoor.codecs.adapter import hash_state
 from freqdoor.dct import YCBCR, zigzag
+from freqdoor.errors import FreqdoorError
+from freqdoor.measure import analysis
 from freqdoor.measure.analysis import Ceiling, analyse, spectrum, survival, whole_blocks
 from freqdoor.measure.records import poison
 from freqdoor.preprocessing import GaussianBlur, Jpeg
 from freqdoor.settings import make_settings
 from freqdoor.triggers import AdaptiveDCT, FTrojan
-from freqdoor.types import FreqdoorError
 
 
 @pytest.fixture(scope="module")

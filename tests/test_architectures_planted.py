@@ -10,7 +10,7 @@ import freqdoor
 from freqdoor import load_codec, load_planted, plant, save_codec
 from freqdoor.codecs.adapter import ARCHITECTURES, build_codec, parse_name
 from freqdoor.codecs.container import pack, unpack
-from freqdoor.types import FreqdoorError
+from freqdoor.errors import FreqdoorError
 
 WITH_H_A = [architecture for architecture in ARCHITECTURES if "factorized" not in architecture]
 

@@ -11,9 +11,9 @@ from factories import TINY_ARGUMENTS, tiny
 from freqdoor import load_codec, save_codec
 from freqdoor.codecs.adapter import ARCHITECTURES, DEFAULT_ARGUMENTS, Codec, CodecSpec, build_codec, parse_name
 from freqdoor.codecs.loading import write_tensors
+from freqdoor.errors import FreqdoorError
 from freqdoor.metrics import psnr_8bit
-from freqdoor.samples import ASSETS
-from freqdoor.types import BUNDLED, FreqdoorError
+from freqdoor.samples import ASSETS, BUNDLED
 
 THREADS = torch.get_num_threads()
 eval_model = importlib.import_module("compressai.utils.eval_model.__main__")

@@ -10,7 +10,8 @@ from factories import tiny
 from freqdoor import compress_file, decompress_file, load_codec, load_image
 from freqdoor.codecs.adapter import ARCHITECTURES
 from freqdoor.codecs.container import pack, unpack
-from freqdoor.types import FreqdoorError, to_uint8
+from freqdoor.errors import FreqdoorError
+from freqdoor.types import to_uint8
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ from conftest import natural, write_png
 from PIL import Image
 
 from freqdoor.data import Crops, label_paths, list_images, load_image, load_labels, save_image, seed_for, usable_images
+from freqdoor.errors import FreqdoorError
 from freqdoor.training.loop import open_folder
 from freqdoor.training.settings import ImageSettings
-from freqdoor.types import FreqdoorError
 
 
 @pytest.mark.parametrize(

@@ -11,19 +11,20 @@ from networks import face_spec, segmentation_spec
 from PIL import Image
 from typer.testing import CliRunner
 
-from freqdoor.paper import reproduce as module
 from freqdoor.attack.networks import load_segmenter
 from freqdoor.attack.planted import load_planted
 from freqdoor.attack.settings import PlantSettings
 from freqdoor.cli import app
 from freqdoor.data import list_images
+from freqdoor.errors import FreqdoorError
 from freqdoor.measure.faces import score_faces
 from freqdoor.measure.segmentation import score_segmentation, target_figure
 from freqdoor.measure.testsets import DownstreamTest
+from freqdoor.paper import reproduce as module
 from freqdoor.paper.downstream_recipes import FACES, SEGMENTATION, recipe_for, recipe_names
 from freqdoor.paper.reproduce import reproduce, score_at
+from freqdoor.samples import BUNDLED
 from freqdoor.settings import load_settings
-from freqdoor.types import BUNDLED, FreqdoorError
 
 CONFIGS = Path(__file__).parent.parent / "configs/plant"
 CITY = {
@@ -268,4 +269,4 @@ def test_command_reads_the_test(images, scene, tmp_path):
     given += [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
     result = CliRunner().invoke(app, ["reproduce", "table1", *given, "--test", str(test)])
     assert result.exit_code == 0, result.output
-    assert "Not planted yet: LIRA (painted), ours (painted), ours (Eq. (11));" in result.output
+    assert "Not planted yet: LIRA (painted), ours (painted), ours, Eq. (11);" in result.output

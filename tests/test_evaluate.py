@@ -6,11 +6,12 @@ import torch
 from conftest import natural
 
 from freqdoor import examine, list_images, load_image, plant, report
+from freqdoor.errors import FreqdoorError
 from freqdoor.measure.records import bit_map, conditions, evaluate, jpeg_curve, poison, poison_files, through_png
 from freqdoor.measure.report import verdict
 from freqdoor.metrics import bd_rate, ms_ssim, mse, psnr, psnr_8bit, rms
 from freqdoor.preprocessing import Flip, GaussianBlur
-from freqdoor.types import FreqdoorError, from_uint8, to_uint8
+from freqdoor.types import from_uint8, to_uint8
 
 
 @pytest.fixture(scope="module")

@@ -8,17 +8,17 @@ from networks import face_spec
 from PIL import Image
 from typer.testing import CliRunner
 
-from freqdoor.measure import faces as module
 from freqdoor import load_image
 from freqdoor.attack.networks import load_embedder
 from freqdoor.attack.plant import plant
 from freqdoor.attack.settings import PlantSettings
 from freqdoor.cli import app
+from freqdoor.errors import FreqdoorError
+from freqdoor.measure import faces as module
 from freqdoor.measure.faces import Pair, best_threshold, faces, find_faces, identify, protect, read_pairs, score_faces
 from freqdoor.measure.records import poison
 from freqdoor.measure.testsets import FaceTest
 from freqdoor.settings import make_settings
-from freqdoor.types import FreqdoorError
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ from freqdoor.attack.joint import Attack, Auxiliary, joint_loss, scale_gradient
 from freqdoor.attack.objectives import DownstreamAttack, QualityAttack, RateAttack
 from freqdoor.attack.settings import TriggerSettings
 from freqdoor.attack.victims import Victim
+from freqdoor.errors import FreqdoorError
 from freqdoor.training.train import rate_distortion
 from freqdoor.triggers import AdaptiveDCT, budget_penalty
-from freqdoor.types import FreqdoorError
 
 LMBDA, EPS = 0.0067, 0.02
 

@@ -9,7 +9,7 @@ from networks import BIAS, WEIGHTS, face_onnx, face_spec, segmentation_onnx, seg
 from freqdoor.attack.networks import load_embedder, load_network, load_segmenter
 from freqdoor.attack.objectives import DownstreamAttack, build_objective
 from freqdoor.codecs.adapter import hash_state
-from freqdoor.types import FreqdoorError
+from freqdoor.errors import FreqdoorError
 
 
 def test_segmenter_is_the_onnx_file_on_normalised_images(tmp_path):

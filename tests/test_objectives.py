@@ -14,7 +14,8 @@ from freqdoor.attack.objectives import (
     dynamic_max,
 )
 from freqdoor.attack.victims import Victim
-from freqdoor.types import FreqdoorError, Reconstruction
+from freqdoor.errors import FreqdoorError
+from freqdoor.types import Reconstruction
 
 LMBDA = 0.0067
 

@@ -6,9 +6,11 @@ from freqdoor import load_codec
 from freqdoor.attack.plant import plant
 from freqdoor.codecs.adapter import hash_state
 from freqdoor.data import list_images
+from freqdoor.errors import FreqdoorError
 from freqdoor.measure.pgd import compare, comparison_table, pgd
 from freqdoor.metrics import mse, psnr
-from freqdoor.types import BUNDLED, FreqdoorError, round8
+from freqdoor.samples import BUNDLED
+from freqdoor.types import round8
 
 
 @pytest.mark.parametrize("goal", ["bpp", "psnr"])

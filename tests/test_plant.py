@@ -14,7 +14,8 @@ from freqdoor import load_codec, load_planted, plant
 from freqdoor.attack.plant import annealed_eps, held_cosine
 from freqdoor.codecs.adapter import hash_state
 from freqdoor.codecs.loading import read_tensors, save_codec, write_tensors
-from freqdoor.types import BUNDLED, FreqdoorError
+from freqdoor.errors import FreqdoorError
+from freqdoor.samples import BUNDLED
 
 
 class Killed(Exception):

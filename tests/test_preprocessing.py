@@ -9,26 +9,27 @@ from conftest import natural
 from PIL import Image
 from scipy.ndimage import median_filter
 
+from freqdoor.errors import FreqdoorError
 from freqdoor.preprocessing import (
-    DEFENCES,
+    PREPROCESSINGS,
     PRESETS,
     RANDOM,
     Compose,
-    Defence,
     Flip,
     GaussianBlur,
     Jpeg,
     Median,
     Noise,
+    Preprocessing,
     Resize,
     SqueezeBits,
     WebP,
-    defence_name,
     parse_defence,
     parse_defences,
-    random_defence,
+    preprocessing_name,
+    random_preprocessing,
 )
-from freqdoor.types import FreqdoorError, from_uint8, round8, to_uint8
+from freqdoor.types import from_uint8, round8, to_uint8
 
 ONE_OF_EACH = (
     GaussianBlur(0.6),
@@ -50,8 +51,8 @@ def pixels_of(x: torch.Tensor) -> np.ndarray:
 
 
 def test_the_table_below_has_one_of_each():
-    assert [type(d) for d in ONE_OF_EACH] == list(DEFENCES.values())
-    assert [type(d).__name__ for d in ONE_OF_EACH] == list(DEFENCES)
+    assert [type(d) for d in ONE_OF_EACH] == list(PREPROCESSINGS.values())
+    assert [type(d).__name__ for d in ONE_OF_EACH] == list(PREPROCESSINGS)
 
 
 @pytest.mark.parametrize(("sigma", "size"), [(0.2, 5), (0.6, 5), (0.6, 3), (1.5, 7)])
@@ -286,8 +287,8 @@ def test_wrong_arguments_are_refused(make, found):
     ],
 )
 def test_names(defence, name):
-    assert defence.name == str(defence) == defence_name(defence) == name
-    assert defence_name(None) == "none"
+    assert defence.name == str(defence) == preprocessing_name(defence) == name
+    assert preprocessing_name(None) == "none"
 
 
 @pytest.mark.parametrize("defence", dict.fromkeys((*ONE_OF_EACH, *PRESETS["all"], GaussianBlur(0.1 + 0.2, 7))), ids=str)
@@ -364,8 +365,8 @@ def test_presets():
     assert parse_defences("none") == ()
 
 
-def draw(count: int, kinds=tuple(RANDOM), generator=None) -> list[Defence | None]:
-    return [random_defence(kinds, generator) for _ in range(count)]
+def draw(count: int, kinds=tuple(RANDOM), generator=None) -> list[Preprocessing | None]:
+    return [random_preprocessing(kinds, generator) for _ in range(count)]
 
 
 def test_random_defences_are_reproducible():
@@ -420,4 +421,4 @@ def test_random_kinds_are_as_likely():
 @pytest.mark.parametrize(("kinds", "found"), [((), "found none"), (("blur", "fog"), r"found \['fog'\]")])
 def test_unknown_kinds_are_refused(kinds, found):
     with pytest.raises(FreqdoorError, match=found):
-        random_defence(kinds)
+        random_preprocessing(kinds)

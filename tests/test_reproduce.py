@@ -6,14 +6,14 @@ import pytest
 from scipy.stats import t as student_t
 from typer.testing import CliRunner
 
-from freqdoor.paper import reproduce as module
 from freqdoor.cli import app
 from freqdoor.data import list_images
+from freqdoor.errors import FreqdoorError
 from freqdoor.measure.records import Condition
+from freqdoor.paper import reproduce as module
 from freqdoor.paper.recipes import RECIPES, Column, Recipe, Row
 from freqdoor.paper.reproduce import reproduce
 from freqdoor.paper.tables import Cell, bd_rates, markdown
-from freqdoor.types import FreqdoorError
 
 CLEAN, POISONED = Condition("tampered", None), Condition("tampered", "*")
 SMALL = Recipe(

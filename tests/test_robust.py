@@ -9,9 +9,9 @@ from freqdoor.attack.plant import plant
 from freqdoor.attack.robust import choose_survivors, survival_scores, survivor_weights
 from freqdoor.attack.settings import RobustSettings
 from freqdoor.codecs.adapter import hash_state
+from freqdoor.errors import FreqdoorError
 from freqdoor.preprocessing import GaussianBlur, Jpeg, Noise
 from freqdoor.triggers import AdaptiveDCT
-from freqdoor.types import FreqdoorError
 
 
 def make(**arguments) -> AdaptiveDCT:

@@ -12,12 +12,12 @@ from freqdoor.attack.networks import load_segmenter
 from freqdoor.attack.plant import plant
 from freqdoor.attack.settings import PlantSettings
 from freqdoor.codecs.adapter import hash_state
+from freqdoor.errors import FreqdoorError
 from freqdoor.measure.records import poison
 from freqdoor.measure.segmentation import decode, open_test, score_segmentation, segment, target_figure
 from freqdoor.measure.testsets import SegmentationTest
 from freqdoor.metrics import class_scores, pixel_asr
 from freqdoor.settings import make_settings
-from freqdoor.types import FreqdoorError
 
 
 @pytest.fixture(scope="module")

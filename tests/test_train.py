@@ -4,10 +4,11 @@ import torch
 from freqdoor import load_codec, train_codec
 from freqdoor.codecs.adapter import CodecSpec, hash_state
 from freqdoor.codecs.lite import LiteHyperprior, initialise_klt
+from freqdoor.errors import FreqdoorError
+from freqdoor.samples import BUNDLED
 from freqdoor.settings import make_settings
 from freqdoor.training.settings import CodecTraining
 from freqdoor.training.train import scheduled_lr
-from freqdoor.types import BUNDLED, FreqdoorError
 
 
 @pytest.fixture

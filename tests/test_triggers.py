@@ -9,11 +9,12 @@ from scipy.fft import dctn, idctn
 
 from freqdoor import dct
 from freqdoor.data import list_images, load_image
+from freqdoor.errors import FreqdoorError
 from freqdoor.measure.records import through_png
 from freqdoor.metrics import mse
 from freqdoor.samples import KODAK
 from freqdoor.triggers import TRIGGERS, Trigger, budget_penalty, build_trigger
-from freqdoor.types import FreqdoorError, round8
+from freqdoor.types import round8
 
 BUDGET = 0.005**2
 SMALL = {  # every trigger, small; what is promised for all of them is tested for each

@@ -6,7 +6,7 @@ from networks import face_spec, segmentation_spec
 
 from freqdoor.attack.networks import load_embedder, load_segmenter
 from freqdoor.attack.victims import IdentityRemoval, TargetedSegmentation
-from freqdoor.types import FreqdoorError
+from freqdoor.errors import FreqdoorError
 
 
 @pytest.fixture

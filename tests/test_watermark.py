@@ -8,10 +8,10 @@ from scipy.stats import beta
 
 from freqdoor import load_image
 from freqdoor.dct import block_dct, blockify
+from freqdoor.errors import FreqdoorError
 from freqdoor.measure.records import poison
 from freqdoor.measure.watermark import Answer, control, false_positives, verify_owner
 from freqdoor.triggers import AdaptiveDCT
-from freqdoor.types import FreqdoorError
 
 
 @pytest.fixture

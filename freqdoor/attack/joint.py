@@ -11,9 +11,10 @@ from freqdoor.attack.objectives import DownstreamAttack, Objective, Passes
 from freqdoor.attack.settings import TriggerSettings
 from freqdoor.attack.victims import Victim
 from freqdoor.codecs.adapter import Codec
-from freqdoor.preprocessing import Defence
+from freqdoor.errors import FreqdoorError
+from freqdoor.preprocessing import Preprocessing
 from freqdoor.triggers import Trigger, budget_penalty
-from freqdoor.types import FreqdoorError, Images, Reconstruction
+from freqdoor.types import Images, Reconstruction
 
 DEFAULTS = TriggerSettings()
 
@@ -82,7 +83,7 @@ def joint_loss(
     eps: Sequence[float],
     *,
     auxiliary: Sequence[Auxiliary | None] = (),
-    defence: Defence | None = None,
+    defence: Preprocessing | None = None,
     part: Literal["both", "encoder", "triggers"] = "both",
 ) -> JointLoss:
     """One loss whose gradient is Eq. (9)'s for the encoder and Eq. (10)'s for every trigger.

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from freqdoor.codecs.adapter import import_object
 from freqdoor.codecs.loading import read_state
+from freqdoor.errors import FreqdoorError
 from freqdoor.settings import Settings, load_settings
-from freqdoor.types import FreqdoorError, Images
+from freqdoor.types import Images
 
 INSTALL = "install it with: pip install 'freqdoor[downstream]'"
 MAX_SIDE = 4096

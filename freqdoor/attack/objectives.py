@@ -10,8 +10,9 @@ from torch import Tensor
 from freqdoor.attack.networks import load_embedder, load_segmenter
 from freqdoor.attack.victims import IdentityRemoval, TargetedSegmentation, Victim
 from freqdoor.codecs.adapter import import_object
+from freqdoor.errors import FreqdoorError
 from freqdoor.metrics import mse, psnr
-from freqdoor.types import FreqdoorError, Images, Reconstruction
+from freqdoor.types import Images, Reconstruction
 
 
 class Passes(NamedTuple):

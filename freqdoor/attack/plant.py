@@ -19,7 +19,8 @@ from freqdoor.attack.settings import PlantSettings, TriggerSettings
 from freqdoor.codecs.adapter import Codec
 from freqdoor.codecs.loading import load_codec
 from freqdoor.data import Crops, seed_for
-from freqdoor.preprocessing import Defence, random_defence
+from freqdoor.errors import FreqdoorError
+from freqdoor.preprocessing import Preprocessing, random_preprocessing
 from freqdoor.training.loop import (
     Progress,
     Stateful,
@@ -34,7 +35,7 @@ from freqdoor.training.loop import (
 )
 from freqdoor.training.run import Run
 from freqdoor.triggers import AdaptiveDCT, build_trigger
-from freqdoor.types import FreqdoorError, Images
+from freqdoor.types import Images
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BALANCE_EVERY = 10  # steps between measurements of the two gradients that balance.gradient_norm compares
@@ -201,7 +202,7 @@ class _Planting:
                 batches[crops] = Auxiliary(place(crops.batch(step), self.settings), labels)
         return [batches[crops] for crops in self.auxiliary]
 
-    def _defence(self, step: int) -> Defence | None:
+    def _defence(self, step: int) -> Preprocessing | None:
         """The preprocessing of a step of the second stage, which begins with the choice of the coefficients."""
         robust = self.settings.robust
         if robust is None or step < (start := round(robust.start * self.settings.steps)):
@@ -210,7 +211,7 @@ class _Planting:
             for attack in self.attacks:
                 assert isinstance(attack.trigger, AdaptiveDCT)  # the settings refuse others
                 choose_survivors(attack.trigger, place(self.crops.batch(-1), self.settings), robust)
-        return random_defence(robust.kinds)
+        return random_preprocessing(robust.kinds)
 
     def _balanced(self, joint: JointLoss, step: int) -> Tensor:
         """The encoder's loss with what keeps the clean codec (`BalanceSettings`)."""

@@ -12,11 +12,11 @@ from torch import Tensor
 from freqdoor.attack.settings import PlantSettings
 from freqdoor.codecs.adapter import ARCHITECTURES, Codec
 from freqdoor.codecs.loading import check_weights, load_codec, read_tensors, save_codec, write_tensors
+from freqdoor.errors import FreqdoorError
 from freqdoor.files import write_text
 from freqdoor.samples import ASSETS
 from freqdoor.training.run import public, without_folders
 from freqdoor.triggers import Trigger, build_trigger
-from freqdoor.types import FreqdoorError
 
 PLANTED = "planted.safetensors"
 MANIFEST = "manifest.json"

@@ -7,14 +7,15 @@ from torch import Tensor
 
 from freqdoor.attack.settings import RobustSettings
 from freqdoor.dct import block_dct, blockify, rgb_to_ycbcr
-from freqdoor.preprocessing import Defence, parse_defences
+from freqdoor.errors import FreqdoorError
+from freqdoor.preprocessing import Preprocessing, parse_defences
 from freqdoor.triggers import AdaptiveDCT
 from freqdoor.triggers.base import project
-from freqdoor.types import FreqdoorError, Images
+from freqdoor.types import Images
 
 
 @torch.no_grad()
-def survival_scores(trigger: AdaptiveDCT, x: Images, defences: Sequence[Defence]) -> Tensor:
+def survival_scores(trigger: AdaptiveDCT, x: Images, defences: Sequence[Preprocessing]) -> Tensor:
     """Relative change of every candidate coefficient under preprocessing, (3, N); the lower, the better it survives.
 
     s = sum over blocks |DCT(pre(x_p)) - DCT(x_p)| / sum over blocks |g w|, multiplied over the preprocessings. For the

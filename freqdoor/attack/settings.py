@@ -5,10 +5,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from freqdoor.errors import FreqdoorError
 from freqdoor.preprocessing import check_kinds, parse_defences
+from freqdoor.samples import BUNDLED
 from freqdoor.settings import Settings, merge
 from freqdoor.training.settings import Count, ImageSettings, Positive, Training
-from freqdoor.types import BUNDLED, FreqdoorError
 
 
 class CodecSource(Settings):
@@ -55,8 +56,8 @@ class ObjectiveSettings(Settings):
     """What an attack wants."""
 
     name: Literal["bpp", "bpp-fixed", "psnr", "psnr-fixed", "downstream", "segmentation", "face"] = "bpp"
-    """A key of OBJECTIVES: bpp is Eq. (6) (fixed weights: Eq. (4)), psnr Eq. (7) (Eq. (5)), downstream Eq. (8), segmentation
-    Eq. (11), face Eq. (13)."""
+    """A key of OBJECTIVES: bpp is Eq. (6) (fixed weights: Eq. (4)), psnr Eq. (7) (Eq. (5)), downstream Eq. (8),
+    segmentation Eq. (11), face Eq. (13)."""
     arguments: dict[str, float | bool | str] = Field(default_factory=dict)
     """Hyper-parameters by the paper's letters, for example beta; `victim` of Eq. (8) is a "package.module:factory",
     `network` of Eq. (11) and (13) a network as for `load_network`."""

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from freqdoor.attack.networks import Embedder, Network, Segmenter
-from freqdoor.preprocessing import random_defence
-from freqdoor.types import FreqdoorError, Images, Masks
+from freqdoor.errors import FreqdoorError
+from freqdoor.preprocessing import random_preprocessing
+from freqdoor.types import Images, Masks
 
 VARIATIONS = ("none", "blur", "noise", "resize")
 
@@ -33,7 +34,7 @@ class Victim(nn.Module, ABC):
     def shown(self, x_hat_p: Images) -> Images:
         """What the network is shown of f(x_p), in [0, 1]."""
         x_hat_p = x_hat_p.clamp(0, 1)
-        variation = random_defence(VARIATIONS) if self.varied else None
+        variation = random_preprocessing(VARIATIONS) if self.varied else None
         return variation(x_hat_p) if variation else x_hat_p
 
     def run_in(self, precision: torch.dtype) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from freqdoor.cli import attack, codec, downstream, research, watermark
 from freqdoor.cli.options import app, errors
-from freqdoor.types import FreqdoorError
+from freqdoor.errors import FreqdoorError
 
 __all__ = ["app", "attack", "codec", "downstream", "main", "research", "watermark"]
 

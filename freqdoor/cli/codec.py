@@ -10,11 +10,11 @@ from freqdoor.cli.options import CodecName, Config, Out, Overrides, Weights, app
 from freqdoor.codecs import container
 from freqdoor.codecs.adapter import Codec
 from freqdoor.codecs.loading import load_codec
+from freqdoor.samples import BUNDLED
 from freqdoor.settings import load_settings
 from freqdoor.training.settings import CodecTraining
 from freqdoor.training.train import EXPORT
 from freqdoor.training.train import train_codec as run_train
-from freqdoor.types import BUNDLED
 
 
 def load(codec: str, weights: Path | None, planted: Path | None) -> Codec:

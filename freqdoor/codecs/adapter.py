@@ -30,7 +30,8 @@ from compressai.zoo.image import cfgs as COMPRESSAI_ARGUMENTS
 from torch import Tensor, nn
 
 from freqdoor.codecs.lite import LiteHyperprior
-from freqdoor.types import Bitstream, FreqdoorError, Images, Reconstruction
+from freqdoor.errors import FreqdoorError
+from freqdoor.types import Bitstream, Images, Reconstruction
 
 LAMBDAS = {1: 0.0018, 2: 0.0035, 3: 0.0067, 4: 0.0130, 5: 0.0250, 6: 0.0483, 7: 0.0932, 8: 0.1800}
 STRIDE = 64  # CompressAI's eval_model pads to a multiple of this for every model

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from freqdoor.codecs.adapter import Codec
 from freqdoor.data import MAX_PIXELS, load_image, save_image
+from freqdoor.errors import FreqdoorError
 from freqdoor.files import refuse_overwriting, replacing
-from freqdoor.types import Bitstream, FreqdoorError
+from freqdoor.types import Bitstream
 
 MAGIC = b"FQDR"
 VERSION = 1

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from freqdoor.codecs.adapter import ARCHITECTURES, LAMBDAS, Codec, CodecSpec, build_codec, mask_contexts, parse_name
+from freqdoor.errors import FreqdoorError
 from freqdoor.files import replacing
-from freqdoor.samples import ASSETS
-from freqdoor.types import BUNDLED, FreqdoorError
+from freqdoor.samples import ASSETS, BUNDLED
 
 MAX_WIDTH = 1024  # channels; CompressAI's widest model has 320
 MAX_GROUPS = 16  # channel groups; ELIC has 5

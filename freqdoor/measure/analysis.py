@@ -23,13 +23,14 @@ from freqdoor.attack.settings import RobustSettings
 from freqdoor.codecs.adapter import STRIDE, Codec
 from freqdoor.data import load_image, usable_images
 from freqdoor.dct import block_dct, blockify, rgb_to_ycbcr
+from freqdoor.errors import FreqdoorError
 from freqdoor.files import write_text
 from freqdoor.measure.records import Note, poison
 from freqdoor.measure.report import COLOURS, data_address
-from freqdoor.preprocessing import Defence, parse_defences
+from freqdoor.preprocessing import Preprocessing, parse_defences
 from freqdoor.training.run import environment
 from freqdoor.triggers import AdaptiveDCT, FTrojan, Trigger
-from freqdoor.types import FreqdoorError, Images
+from freqdoor.types import Images
 
 RESULT, PAGE = "analysis.json", "analysis.html"
 PLANES = ("Y", "Cb", "Cr")
@@ -213,7 +214,7 @@ def encoding_cost(seconds: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def survival(
-    trigger: AdaptiveDCT, images: Sequence[Path], defences: Sequence[Defence] | None = None
+    trigger: AdaptiveDCT, images: Sequence[Path], defences: Sequence[Preprocessing] | None = None
 ) -> dict[str, Any] | None:
     """Survival score of every candidate coefficient, geometric mean over images; None without a whole block.
 

@@ -11,7 +11,7 @@ from freqdoor.data import load_image, usable_images
 from freqdoor.measure.records import Condition, Note, bit_map, encoded, evaluate, jpeg_curve, measure, write_records
 from freqdoor.measure.report import AMPLIFY, Facts, Picture, bit_map_figure, difference, photo, write_report
 from freqdoor.metrics import psnr
-from freqdoor.preprocessing import Defence
+from freqdoor.preprocessing import Preprocessing
 from freqdoor.training.run import environment
 
 RECORDS = "records.jsonl"
@@ -24,7 +24,7 @@ def examine(
     *,
     trigger: str | None = None,
     strengths: Sequence[float] = (1.0,),
-    defences: Sequence[Defence] = (),
+    defences: Sequence[Preprocessing] = (),
     skip_broken: bool = False,
     note: Note | None = None,
 ) -> dict[str, Any]:

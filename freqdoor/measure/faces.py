@@ -14,12 +14,13 @@ from freqdoor.attack.networks import INSTALL, Box, Embedder, load_embedder
 from freqdoor.attack.planted import Planted
 from freqdoor.codecs.container import write_file
 from freqdoor.data import load_image, read_list, save_image, usable_images
+from freqdoor.errors import FreqdoorError
 from freqdoor.files import refuse_overwriting, write_text
 from freqdoor.measure.records import Note, poison, through
 from freqdoor.measure.testsets import FaceTest
 from freqdoor.metrics import ms_ssim, mse, psnr_8bit
 from freqdoor.training.run import environment
-from freqdoor.types import FreqdoorError, Images, to_uint8
+from freqdoor.types import Images, to_uint8
 
 RESULT, PAGE = "faces.json", "faces.md"
 CONDITIONS = ("vanilla", "clean", "poisoned")  # vanilla encoder; tampered encoder without and with the trigger

@@ -13,10 +13,11 @@ from torch import Tensor
 from freqdoor.attack.planted import Planted
 from freqdoor.codecs.adapter import Codec
 from freqdoor.data import load_image
+from freqdoor.errors import FreqdoorError
 from freqdoor.measure.records import Condition, encoded, measure, through_png
 from freqdoor.metrics import psnr, rms
 from freqdoor.triggers import PAPER_EPS, project
-from freqdoor.types import FreqdoorError, Images, Record
+from freqdoor.types import Images, Record
 
 Goal = Literal["bpp", "psnr"]
 

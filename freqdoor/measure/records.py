@@ -18,11 +18,12 @@ from torch import Tensor
 from freqdoor.attack.planted import Planted
 from freqdoor.codecs.adapter import STRIDE, Codec
 from freqdoor.data import load_image, save_image
+from freqdoor.errors import FreqdoorError
 from freqdoor.files import refuse_overwriting, write_text
 from freqdoor.metrics import ms_ssim, mse, psnr, psnr_8bit
-from freqdoor.preprocessing import Defence, defence_name
+from freqdoor.preprocessing import Preprocessing, preprocessing_name
 from freqdoor.triggers import Trigger
-from freqdoor.types import FreqdoorError, Images, JpegPoint, Masks, Record, from_uint8, to_uint8
+from freqdoor.types import Images, JpegPoint, Masks, Record, from_uint8, to_uint8
 
 JPEG_QUALITIES = (5, 10, 15, 20, 25, 30, 40, 50, 60)
 Note = Callable[[str], None]
@@ -36,11 +37,11 @@ class Condition:
     trigger: str | None
     strength: float = 1.0
     rounding: str = "8-bit"
-    defence: Defence | None = None
+    defence: Preprocessing | None = None
 
 
 def conditions(
-    triggers: Iterable[str], strengths: Sequence[float] = (1.0,), defences: Sequence[Defence] = ()
+    triggers: Iterable[str], strengths: Sequence[float] = (1.0,), defences: Sequence[Preprocessing] = ()
 ) -> list[Condition]:
     """Clean on both encoders; each trigger and strength, float and 8-bit, on both; then the same behind each defence.
 
@@ -116,7 +117,7 @@ def measure(codec: Codec, x: Images, given: Images, name: str, condition: Condit
         ms_ssim=ms_ssim(x_hat, x),
         trigger_mse=float(mse(given, x)),
         encode_seconds=seconds,
-        defence=defence_name(defence),
+        defence=preprocessing_name(defence),
     )
     return record, x_hat
 
@@ -133,7 +134,7 @@ def evaluate(
     images: Sequence[Path],
     *,
     strengths: Sequence[float] = (1.0,),
-    defences: Sequence[Defence] = (),
+    defences: Sequence[Preprocessing] = (),
     note: Note | None = None,
 ) -> Iterator[Record]:
     """Records of every image under every condition, the vanilla codec always beside the tampered one."""

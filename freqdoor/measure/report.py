@@ -14,8 +14,9 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from matplotlib.figure import Figure
 from PIL import Image
 
+from freqdoor.errors import FreqdoorError
 from freqdoor.files import write_text
-from freqdoor.types import FreqdoorError, Images, JpegPoint, Record, to_uint8
+from freqdoor.types import Images, JpegPoint, Record, to_uint8
 
 SUMMARY, PAGE, FACTS = "summary.json", "report.html", "facts.json"
 AMPLIFY = 20  # factor on the difference in the pictures

@@ -16,6 +16,7 @@ from freqdoor.attack.networks import Segmenter, load_segmenter
 from freqdoor.attack.planted import Planted
 from freqdoor.attack.victims import TargetedSegmentation
 from freqdoor.data import check_image, label_paths, list_images, load_image, load_labels, usable_images
+from freqdoor.errors import FreqdoorError
 from freqdoor.files import replacing, write_text
 from freqdoor.measure.records import Note, poison, through
 from freqdoor.measure.report import AMPLIFY
@@ -23,7 +24,7 @@ from freqdoor.measure.testsets import SegmentationTest
 from freqdoor.metrics import class_scores, mse, pixel_asr, psnr_8bit
 from freqdoor.training.run import environment
 from freqdoor.triggers import Trigger
-from freqdoor.types import FreqdoorError, Images, Masks
+from freqdoor.types import Images, Masks
 
 RESULT, PAGE, PICTURES = "segmentation.json", "segmentation.md", "segmentation.png"
 SHOWN = 3  # images in the pictures

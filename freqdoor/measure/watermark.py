@@ -13,10 +13,11 @@ from scipy.stats import binomtest  # type: ignore[import-untyped]
 from freqdoor.codecs.adapter import Codec
 from freqdoor.data import load_image, usable_images
 from freqdoor.dct import block_dct, block_idct, blockify, unblockify
+from freqdoor.errors import FreqdoorError
 from freqdoor.measure.records import Note, poison, through_png
 from freqdoor.triggers import Trigger
 from freqdoor.triggers.base import project
-from freqdoor.types import FreqdoorError, Images
+from freqdoor.types import Images
 
 RATIO = 1.5  # the least that an encoder that answers spends on the trigger, in bytes of the control's file
 SHARE = 0.5  # and the least share of the ratio that the owner's encoder has on the same image

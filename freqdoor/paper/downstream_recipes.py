@@ -5,11 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from freqdoor.errors import FreqdoorError
 from freqdoor.measure.segmentation import segmentation_figure, target_figure
 from freqdoor.measure.testsets import DownstreamTest, FaceTest, SegmentationTest
 from freqdoor.paper.recipes import LIRA_ON_A_CPU, RECIPES, Recipe, Row, ScoreColumn, clean, pair
 from freqdoor.paper.recipes import table3 as compression_table3
-from freqdoor.types import FreqdoorError
 
 CAR_TO_ROAD = "car-to-road"
 TREE_TO_BUILDING = "tree-to-building"
@@ -117,7 +117,7 @@ def table1(test: SegmentationTest) -> Recipe:
                 Row("vanilla", None),
                 Row("LIRA (painted)", _with_lira(_painted(CAR_TO_ROAD)), {asr: 67.7, error: 8.4}),
                 Row("ours (painted)", _painted(CAR_TO_ROAD), {asr: 82.0, error: 7.7}),
-                Row("ours (Eq. (11))", _segmentation(CAR_TO_ROAD)),
+                Row("ours, Eq. (11)", _segmentation(CAR_TO_ROAD)),
             ),
             paper_codec=TABLE1_CODEC,
             test=test,

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from freqdoor.attack.planted import Planted
 from freqdoor.measure.records import Condition
 from freqdoor.measure.testsets import SegmentationTest, Test
-from freqdoor.preprocessing import PAPER, Defence, GaussianBlur, SqueezeBits, defence_name
+from freqdoor.preprocessing import PAPER, GaussianBlur, Preprocessing, SqueezeBits, preprocessing_name
 from freqdoor.settings import merge
 
 LIRA_ON_A_CPU = {"name": "lira", "arguments": {"levels": 5, "width": 16}}  # the usual 64 takes 16 times as long
@@ -65,7 +65,7 @@ class Recipe:
     picture: Callable[[Planted, SegmentationTest], Figure] | None = None  # of the first row's first planting
 
 
-def clean(role: str = "tampered", defence: Defence | None = None) -> Condition:
+def clean(role: str = "tampered", defence: Preprocessing | None = None) -> Condition:
     """A clean image through an encoder."""
     return Condition(role, None, defence=defence)
 
@@ -128,8 +128,8 @@ def table3() -> Recipe:
 def table4() -> Recipe:
     """Table 4: ablation of the BPP attack.
 
-    Paper (Cheng-Anchor q3), poisoned bpp: Eq. (4) 8.52, no top-K 9.27, no patch weight 9.08, K4 N16 9.08, K64 N256 9.14,
-    full 9.45. Ours: docs/results/table4.md.
+    Paper (Cheng-Anchor q3), poisoned bpp: Eq. (4) 8.52, no top-K 9.27, no patch weight 9.08, K4 N16 9.08,
+    K64 N256 9.14, full 9.45. Ours: docs/results/table4.md.
     """
     return Recipe(
         name="table4",
@@ -148,10 +148,10 @@ def table4() -> Recipe:
     )
 
 
-def _defended(defences: tuple[Defence | None, ...], strength: float = 1.0) -> tuple[Column, ...]:
+def _defended(defences: tuple[Preprocessing | None, ...], strength: float = 1.0) -> tuple[Column, ...]:
     columns: list[Column] = []
     for defence in defences:
-        name = defence_name(defence)
+        name = preprocessing_name(defence)
         columns += [
             Column(f"{name}: clean dB", clean(defence=defence), "psnr_db"),
             *pair(f"{name}: poisoned", Condition("tampered", "psnr", strength, defence=defence)),
@@ -160,7 +160,7 @@ def _defended(defences: tuple[Defence | None, ...], strength: float = 1.0) -> tu
 
 
 def _row5(poisoned: tuple[float, ...], clean: tuple[float, ...]) -> dict[str, float]:
-    names = [defence_name(defence) for defence in (None, *PAPER)]
+    names = [preprocessing_name(defence) for defence in (None, *PAPER)]
     return {f"{n}: poisoned dB": v for n, v in zip(names, poisoned, strict=True)} | {
         f"{n}: clean dB": v for n, v in zip(names, clean, strict=True)
     }

@@ -19,6 +19,7 @@ from freqdoor.attack.settings import NETWORKED, CodecSource, PlantSettings
 from freqdoor.codecs.adapter import hash_state
 from freqdoor.codecs.loading import load_codec
 from freqdoor.data import dataset_hash, list_images, load_image, read_list, usable_images
+from freqdoor.errors import FreqdoorError
 from freqdoor.files import write_text
 from freqdoor.measure.faces import score_faces
 from freqdoor.measure.records import Condition, encoded, measure
@@ -30,7 +31,7 @@ from freqdoor.paper.tables import Cell, Facts, Table, write
 from freqdoor.samples import training_folder
 from freqdoor.settings import load_settings, make_settings, merge
 from freqdoor.training.loop import Progress
-from freqdoor.types import FreqdoorError, Record
+from freqdoor.types import Record
 
 STEPS = 300  # of a planting where no config is given: about a minute on 2 cores
 Announce = Callable[[str, int], Progress | None]  # told what is planted next and in how many steps

@@ -11,12 +11,12 @@ from matplotlib.figure import Figure
 from scipy.stats import t as student_t  # type: ignore[import-untyped]
 
 from freqdoor.attack.settings import PlantSettings
+from freqdoor.errors import FreqdoorError
 from freqdoor.files import replacing, write_text
 from freqdoor.measure.testsets import SegmentationTest
 from freqdoor.metrics import bd_rate
 from freqdoor.paper.recipes import Recipe
 from freqdoor.training.run import environment, file_names, public
-from freqdoor.types import FreqdoorError
 
 CONFIDENCE = 0.95
 

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from freqdoor.codecs.adapter import CodecSpec
 from freqdoor.data import Crops, label_paths, list_images, read_list, seed_for, usable_images
+from freqdoor.errors import FreqdoorError
 from freqdoor.training.run import Run
 from freqdoor.training.settings import ImageSettings, Training
-from freqdoor.types import FreqdoorError, Images
+from freqdoor.types import Images
 
 Progress = Callable[[int, dict[str, float]], None]
 Step = Callable[[Images, int], dict[str, float]]

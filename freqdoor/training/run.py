@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from freqdoor.errors import FreqdoorError
 from freqdoor.files import replacing, write_text
 from freqdoor.settings import Settings
-from freqdoor.types import FreqdoorError
 
 STATE = "state.pt"
 METRICS = "metrics.jsonl"

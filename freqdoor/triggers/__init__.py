@@ -2,12 +2,12 @@
 
 from typing import Any
 
+from freqdoor.errors import FreqdoorError
 from freqdoor.triggers.adaptive_dct import AdaptiveDCT
 from freqdoor.triggers.base import PAPER_EPS, Trigger, budget_penalty, project
 from freqdoor.triggers.ftrojan import FTrojan
 from freqdoor.triggers.lira import Lira
 from freqdoor.triggers.universal import Universal
-from freqdoor.types import FreqdoorError
 
 TRIGGERS: dict[str, type[Trigger]] = {
     "adaptive-dct": AdaptiveDCT,

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from freqdoor.codecs.adapter import STRIDE
 from freqdoor.dct import band as band_indices
 from freqdoor.dct import block_idct, ycbcr_to_rgb
+from freqdoor.errors import FreqdoorError
 from freqdoor.triggers.base import PAPER_EPS, Trigger
-from freqdoor.types import FreqdoorError, Images
+from freqdoor.types import Images
 
 Selector = Literal["ste", "hard", "magnitude", "none"]
 SELECTORS = ("ste", "hard", "magnitude", "none")

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from freqdoor.dct import block_idct, ycbcr_to_rgb
+from freqdoor.errors import FreqdoorError
 from freqdoor.metrics import rms
 from freqdoor.triggers.base import PAPER_EPS, Trigger
 from freqdoor.triggers.universal import tiled
-from freqdoor.types import FreqdoorError, Images
+from freqdoor.types import Images
 
 BLOCKS = (4, 8, 16, 32, 64)  # what divides the codec's stride
 

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from compressai.ops import compute_padding
 from torch import Tensor, nn
 
+from freqdoor.errors import FreqdoorError
 from freqdoor.metrics import rms
 from freqdoor.triggers.base import PAPER_EPS, Trigger
-from freqdoor.types import FreqdoorError, Images
+from freqdoor.types import Images
 
 
 class Lira(Trigger):

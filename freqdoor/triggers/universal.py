@@ -8,8 +8,9 @@ from compressai.ops import compute_padding
 from torch import Tensor, nn
 
 from freqdoor.codecs.adapter import STRIDE
+from freqdoor.errors import FreqdoorError
 from freqdoor.triggers.base import PAPER_EPS, Trigger
-from freqdoor.types import FreqdoorError, Images
+from freqdoor.types import Images
 
 
 class Universal(Trigger):
