@@ -1,13 +1,13 @@
-"""The command line: every verb is a typed function, and contains no knowledge of its own."""
+"""The command line: every verb is a thin shell around the Python function of the same name."""
 
 import errno
 import sys
+import traceback
 import warnings
 
-import torch
-
 from freqdoor.cli import attack, codec, downstream, research, watermark
-from freqdoor.cli.options import app, errors
+from freqdoor.cli.options import app
+from freqdoor.cli.terminal import fail, warn
 from freqdoor.errors import FreqdoorError
 
 __all__ = ["app", "attack", "codec", "downstream", "main", "research", "watermark"]
@@ -15,27 +15,24 @@ __all__ = ["app", "attack", "codec", "downstream", "main", "research", "watermar
 
 def main() -> None:
     """Run a command; every expected failure ends in one sentence and exit code 2."""
-    torch.set_flush_denormal(True)  # denormal numbers slow late training down
-    warnings.showwarning = _show_warning
+    warnings.showwarning = warn
+    debug = "--debug" in sys.argv
     try:
-        app()
-    except FreqdoorError as error:
-        _fail(str(error))
-    except OSError as error:
-        reason = "no space left on the disk" if error.errno == errno.ENOSPC else str(error)
-        _fail(f"could not read or write: {reason}")
-    except (MemoryError, torch.OutOfMemoryError):
-        _fail("out of memory; use smaller images, crops or batches")
-    except RuntimeError as error:  # torch has no type of its own for a CPU that is out of memory
-        if "allocate memory" not in str(error):
-            raise
-        _fail("out of memory; use smaller images, crops or batches")
+        app(args=[word for word in sys.argv[1:] if word != "--debug"])
+    except (FreqdoorError, OSError, MemoryError, RuntimeError) as error:
+        sentence = _sentence(error)
+        if debug or sentence is None:
+            traceback.print_exception(error)
+        fail(sentence or f"{type(error).__name__}: {error}; this is a defect of freqdoor, please report it")
 
 
-def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    errors.print(f"note: {message}", style="yellow", highlight=False, markup=False, soft_wrap=True)
-
-
-def _fail(message: str) -> None:
-    errors.print(f"freqdoor: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
-    sys.exit(2)
+def _sentence(error: Exception) -> str | None:
+    """What a user is told of an expected error; None for one that should not occur."""
+    if isinstance(error, FreqdoorError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"could not read or write: {'no space left on the disk' if error.errno == errno.ENOSPC else error}"
+    # torch has a type of its own for a GPU that is out of memory, and none for a CPU
+    if isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error):
+        return "out of memory; use smaller images, crops or batches"
+    return None

@@ -1,67 +1,46 @@
 """The verbs of an attack: demo, plant, evaluate, poison, report."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from rich.table import Table
 
-from freqdoor.attack.plant import plant as run_plant
-from freqdoor.attack.planted import load_planted
-from freqdoor.attack.settings import PlantSettings
-from freqdoor.cli.options import (
-    Broken,
-    Config,
-    Out,
-    Overrides,
-    Planted,
-    TriggerName,
-    VanillaName,
-    Weights,
-    app,
-    console,
-    live,
-    note,
-    print_summary,
-    say,
-)
-from freqdoor.data import list_images, usable_images
-from freqdoor.demonstration import STEPS
-from freqdoor.demonstration import demo as run_demo
-from freqdoor.measure.examine import examine
-from freqdoor.measure.records import poison_files
-from freqdoor.measure.report import report as run_report
-from freqdoor.preprocessing import parse_defences
+import freqdoor
+from freqdoor.cli.options import Broken, Config, Out, Overrides, Planted, TriggerName, VanillaName, Weights
+from freqdoor.cli.options import load_torch, verb
+from freqdoor.cli.terminal import console, live, note, say
 from freqdoor.settings import load_settings
 
+if TYPE_CHECKING:
+    from freqdoor.measure.report import Summary
 
-@app.command()
+
+@verb()
 def demo(
     objective: Annotated[Literal["bpp", "psnr"], typer.Option(help="What the attack wants.")] = "bpp",
     out: Annotated[Path | None, typer.Option(help="Folder to write into; by default demo-bpp or demo-psnr.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Use the planted encoder that is shipped.")] = False,
 ) -> None:
     """Plant a backdoor in the bundled codec on 18 Kodak images, measure it on 6 others, write the report."""
+    load_torch()
     out = out or Path(f"demo-{objective}")
-    if quick:
-        summary = run_demo(objective, out, quick=True, note=note)
-    else:
-        with live(STEPS[objective], f"planting ({objective})") as progress:
-            summary = run_demo(objective, out, progress=progress, note=note)
+    with live(0 if quick else freqdoor.DEMO_STEPS, f"planting ({objective})") as progress:
+        summary = freqdoor.demo(objective, out, quick=quick, progress=progress, note=note)
     print_summary(summary, out)
 
 
-@app.command()
+@verb()
 def plant(config: Config = None, *, out: Out, overrides: Overrides = None) -> None:
     """Fine-tune g_a and train a trigger; the same command again resumes."""
-    settings = load_settings(PlantSettings, config, overrides or ())
+    settings = load_settings(freqdoor.PlantSettings, config, overrides or ())
+    load_torch()
     with live(settings.steps, "planting") as progress:
-        run_plant(settings, out, progress=progress)
-    console.print(
-        f"Planted encoder (tampered): {out / 'planted.safetensors'}", highlight=False, markup=False, soft_wrap=True
-    )
+        freqdoor.plant(settings, out, progress=progress)
+    say(f"Planted encoder (tampered): {out / 'planted.safetensors'}")
 
 
-@app.command()
+@verb()
 def evaluate(
     planted: Planted,
     images: Annotated[Path, typer.Option(help="Folder of images to measure on.")],
@@ -76,21 +55,23 @@ def evaluate(
     skip_broken: Broken = False,
 ) -> None:
     """Measure a planted encoder beside the vanilla one: records.jsonl, summary.json and report.html."""
-    loaded = load_planted(planted, codec, weights)
-    summary = examine(
-        loaded,
-        list_images(images),
+    load_torch()
+    summary = freqdoor.evaluate(
+        planted,
+        images,
         out,
+        codec=codec,
+        weights=weights,
+        strength=strength or (1.0,),
+        defences=defences,
         trigger=trigger,
-        strengths=strength or (1.0,),
-        defences=parse_defences(defences),
         skip_broken=skip_broken,
         note=note,
     )
     print_summary(summary, out)
 
 
-@app.command()
+@verb()
 def poison(
     planted: Planted,
     images: Annotated[Path, typer.Argument(help="An image or a folder of images.")],
@@ -102,14 +83,38 @@ def poison(
     skip_broken: Broken = False,
 ) -> None:
     """Write poisoned images as 8-bit PNG files."""
-    loaded = load_planted(planted, codec, weights)
-    chosen = loaded.triggers[loaded.named(trigger)]
-    paths = usable_images(list_images(images), decode=True, skip_broken=skip_broken)
-    written = poison_files(chosen, paths, out, strength=strength, note=note)
+    load_torch()
+    written = freqdoor.poison(
+        planted,
+        images,
+        out,
+        trigger=trigger,
+        strength=strength,
+        codec=codec,
+        weights=weights,
+        skip_broken=skip_broken,
+        note=note,
+    )
     say(f"{len(written)} poisoned images in {out}")
 
 
-@app.command()
+@verb()
 def report(folder: Annotated[Path, typer.Argument(help="Folder that `freqdoor evaluate` wrote.")]) -> None:
     """Make the report again from the records."""
-    print_summary(run_report(folder), folder)
+    print_summary(freqdoor.report(folder), folder)
+
+
+def print_summary(summary: "Summary", out: Path) -> None:
+    """Print what `evaluate` measured: table, verdict, and where the report is."""
+    table = Table("encoder and input", "PSNR dB", "bpp real", "bpp estimated")
+    rows = {
+        "vanilla, clean": summary.vanilla,
+        "tampered, clean": summary.clean,
+        "tampered, poisoned (float)": summary.poisoned,
+        "tampered, poisoned (8-bit)": summary.poisoned_8bit,
+    }
+    for name, row in rows.items():
+        table.add_row(name, f"{row.psnr_db:.2f}", f"{row.bpp_real:.4f}", f"{row.bpp_estimated:.4f}")
+    console.print(table)
+    say(freqdoor.verdict(summary))
+    say(f"Report: {out / 'report.html'}")

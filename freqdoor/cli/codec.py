@@ -5,38 +5,24 @@ from typing import Annotated
 
 import typer
 
-from freqdoor.attack.planted import load_planted
-from freqdoor.cli.options import CodecName, Config, Out, Overrides, Weights, app, errors, live, say
-from freqdoor.codecs import container
-from freqdoor.codecs.adapter import Codec
-from freqdoor.codecs.loading import load_codec
+import freqdoor
+from freqdoor.cli.options import CodecName, Config, Out, Overrides, Weights, load_torch, verb
+from freqdoor.cli.terminal import live, say
 from freqdoor.samples import BUNDLED
 from freqdoor.settings import load_settings
-from freqdoor.training.settings import CodecTraining
-from freqdoor.training.train import EXPORT
-from freqdoor.training.train import train_codec as run_train
 
 
-def load(codec: str, weights: Path | None, planted: Path | None) -> Codec:
-    """The codec that --codec, --weights and --planted name; says so if it calls itself tampered."""
-    if planted is not None:
-        return load_planted(planted, None if codec == BUNDLED and weights is None else codec, weights).tampered
-    loaded = load_codec(codec, weights)
-    if loaded.tampered:
-        errors.print(f"note: {codec} says of itself that its encoder was tampered with", style="yellow", markup=False)
-    return loaded
-
-
-@app.command("train-codec")
+@verb("train-codec")
 def train_codec(config: Config = None, *, out: Out, overrides: Overrides = None) -> None:
     """Train a vanilla codec on a folder of images; the same command again resumes."""
-    settings = load_settings(CodecTraining, config, overrides or ())
+    settings = load_settings(freqdoor.CodecTraining, config, overrides or ())
+    load_torch()
     with live(settings.steps, settings.codec) as progress:
-        run_train(settings, out, progress=progress)
-    say(f"Codec: {out / EXPORT}")
+        freqdoor.train_codec(settings, out, progress=progress)
+    say(f"Codec: {out / 'codec.safetensors'}")
 
 
-@app.command()
+@verb()
 def compress(
     image: Annotated[Path, typer.Argument(help="8-bit RGB image.")],
     out: Annotated[Path, typer.Argument(help="File to write.")],
@@ -45,13 +31,13 @@ def compress(
     planted: Annotated[Path | None, typer.Option(help="Encode with this planted encoder.")] = None,
 ) -> None:
     """Compress one image into a file."""
-    bitstream = container.compress_file(load(codec, weights, planted), image, out)
+    load_torch()
+    bitstream = freqdoor.compress(image, out, codec=codec, weights=weights, planted=planted)
     height, width = bitstream.image_size
-    rate = 8 * bitstream.num_bytes / (height * width)
-    say(f"{out}: {out.stat().st_size} bytes, {rate:.4f} bpp")
+    say(f"{out}: {out.stat().st_size} bytes, {8 * bitstream.num_bytes / (height * width):.4f} bpp")
 
 
-@app.command()
+@verb()
 def decompress(
     file: Annotated[Path, typer.Argument(help="File that `freqdoor compress` wrote.")],
     out: Annotated[Path, typer.Argument(help="Image to write, best a .png.")],
@@ -59,4 +45,5 @@ def decompress(
     weights: Weights = None,
 ) -> None:
     """Decode a compressed file; the decoder does not depend on who encoded it."""
-    container.decompress_file(load(codec, weights, None), file, out)
+    load_torch()
+    freqdoor.decompress(file, out, codec=codec, weights=weights)

@@ -6,34 +6,15 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from freqdoor.attack.networks import load_embedder
-from freqdoor.attack.planted import load_planted
-from freqdoor.cli.options import (
-    Config,
-    Out,
-    Overrides,
-    Planted,
-    TriggerName,
-    VanillaName,
-    Weights,
-    app,
-    console,
-    note,
-    say,
-)
-from freqdoor.data import list_images
-from freqdoor.measure.faces import faces as run_faces
-from freqdoor.measure.faces import faces_table
-from freqdoor.measure.faces import protect as run_protect
-from freqdoor.measure.segmentation import PICTURES, segmentation_table
-from freqdoor.measure.segmentation import segment as run_segment
-from freqdoor.measure.testsets import FaceTest, SegmentationTest
+import freqdoor
+from freqdoor.cli.options import Config, Out, Overrides, Planted, TriggerName, VanillaName, Weights, load_torch, verb
+from freqdoor.cli.terminal import console, note, say
 from freqdoor.settings import load_settings
 
 PRIVATE = Path("planted-face")
 
 
-@app.command()
+@verb()
 def segment(
     planted: Planted,
     config: Config = None,
@@ -45,13 +26,14 @@ def segment(
     overrides: Overrides = None,
 ) -> None:
     """Measure a segmentation attack (Eq. (11), Table 1) on networks that it has and has not seen."""
-    test = load_settings(SegmentationTest, config, overrides or ())
-    scores = run_segment(load_planted(planted, codec, weights), test, out, trigger=trigger, note=note)
-    say(segmentation_table(scores))
-    say(f"Pictures: {out / PICTURES}")
+    test = load_settings(freqdoor.SegmentationTest, config, overrides or ())
+    load_torch()
+    freqdoor.segment(planted, test, out, trigger=trigger, codec=codec, weights=weights, note=note)
+    say((out / "segmentation.md").read_text(encoding="utf-8"))
+    say(f"Pictures: {out / 'segmentation.png'}")
 
 
-@app.command()
+@verb()
 def faces(
     planted: Planted,
     config: Config = None,
@@ -63,11 +45,13 @@ def faces(
     overrides: Overrides = None,
 ) -> None:
     """Measure the removal of identities (Eq. (13), Table 2): identification, verification, and what it costs."""
-    test = load_settings(FaceTest, config, overrides or ())
-    say(faces_table(run_faces(load_planted(planted, codec, weights), test, out, trigger=trigger, note=note)))
+    test = load_settings(freqdoor.FaceTest, config, overrides or ())
+    load_torch()
+    freqdoor.faces(planted, test, out, trigger=trigger, codec=codec, weights=weights, note=note)
+    say((out / "faces.md").read_text(encoding="utf-8"))
 
 
-@app.command()
+@verb()
 def protect(
     photos: Annotated[Path, typer.Argument(help="A photo or a folder of photos, 8-bit RGB.")],
     out: Out,
@@ -83,13 +67,14 @@ def protect(
 
     Only faces seen from the front are found. It promises nothing about networks that were not tried.
     """
-    loaded = load_planted(planted, codec, weights)
-    checked = load_embedder(network) if network else None
+    load_torch()
+    photos_done = freqdoor.protect(
+        photos, out, planted=planted, network=network, trigger=trigger, codec=codec, weights=weights, note=note
+    )
     table = Table("photo", "faces", "written", "PSNR dB", "bpp", "cosine to the clean face")
-    done = run_protect(loaded, list_images(photos), out, network=checked, trigger=trigger, note=note)
-    for row in done:
+    for row in photos_done:
         values = [(row.psnr_db, 2), (row.bpp, 3), (row.cosine, 3)]
         texts = ["-" if value is None else f"{value:.{digits}f}" for value, digits in values]
         table.add_row(row.photo, str(row.faces), row.picture or "skipped, no face found", *texts)
     console.print(table)
-    say(f"{sum(row.picture is not None for row in done)} of {len(done)} photos protected in {out}")
+    say(f"{sum(row.picture is not None for row in photos_done)} of {len(photos_done)} photos protected in {out}")

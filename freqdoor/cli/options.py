@@ -1,27 +1,23 @@
-"""What the verbs share: the application, option types, the progress bar, and how results are printed."""
+"""What the verbs share: the application, how a function becomes a verb, and the types of options."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ParamSpec
 
 import typer
-from rich import progress as bars
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
-from freqdoor.measure.report import PAGE, verdict
-from freqdoor.training.loop import Progress
+from freqdoor import __version__
+from freqdoor.cli.terminal import errors, every_minute, note, say
+from freqdoor.errors import STOPPED, stop_code
 
+P = ParamSpec("P")
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Plant and measure backdoors in learned image codecs.",
 )
-console = Console()
-errors = Console(stderr=True)
 
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Override a setting, for example trigger.eps=0.003; repeatable.")
@@ -32,71 +28,52 @@ Weights = Annotated[Path | None, typer.Option(help="Take the weights from this f
 VanillaName = Annotated[
     str | None, typer.Option("--codec", help="The vanilla codec; by default what the planted encoder's file names.")
 ]
-Planted = Annotated[Path, typer.Argument(help="planted.safetensors, or the run directory that holds it.")]
+Planted = Annotated[Path, typer.Argument(help="planted.safetensors, the run directory that holds it, or planted-bpp.")]
 TriggerName = Annotated[str | None, typer.Option(help="Which trigger; by default the first.")]
 Out = Annotated[Path, typer.Option(help="Folder to write into.")]
 Broken = Annotated[bool, typer.Option("--skip-broken", help="Go on without images that cannot be used.")]
 
 
-@contextmanager
-def live(steps: int, what: str) -> Iterator[Progress]:
-    """A progress bar with the newest measured values."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[values]}"),
-    )
-    with bars.Progress(*columns, console=errors) as bar:
-        task = bar.add_task(what, total=steps, values="")
-
-        def show(step: int, row: dict[str, float]) -> None:
-            bar.update(task, completed=step, values=_values(row))
-            if not errors.is_terminal and step % 100 == 0:
-                errors.print(f"{what} {step}/{steps}  {_values(row)}", highlight=False)
-
-        try:
-            yield show
-        except KeyboardInterrupt:
-            errors.print("stopped; the same command goes on from the last checkpoint, if there is one yet")
-            raise
+def _print_version(asked: bool) -> None:
+    if asked:
+        say(f"freqdoor {__version__}")
+        raise typer.Exit
 
 
-def _values(row: dict[str, float]) -> str:
-    if "bpp_poisoned" not in row:
-        return f"loss {row['loss']:.3f}"
-    return (
-        f"clean {row['psnr_db_clean']:.2f} dB {row['bpp_clean']:.3f} bpp, "
-        f"poisoned {row['psnr_db_poisoned']:.2f} dB {row['bpp_poisoned']:.3f} bpp, eps {row['eps']:.4f}"
-    )
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the whole trace of an error; may stand anywhere.")] = False,
+) -> None:
+    """What may stand before the verb; `main` looks for --debug itself, wherever it stands."""
 
 
-def say(text: str) -> None:
-    """Print a line to the standard output."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+def verb(name: str | None = None) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Make a function a verb: a log hears every minute where it is, and a stop from outside is one sentence."""
+
+    def register(function: Callable[P, None]) -> Callable[P, None]:
+        title = name or function.__name__
+
+        @app.command(title)
+        @functools.wraps(function)
+        def run(*arguments: P.args, **options: P.kwargs) -> None:
+            try:
+                with every_minute(title):
+                    function(*arguments, **options)
+            except KeyboardInterrupt as stop:
+                errors.print(f"freqdoor: {STOPPED}", highlight=False, markup=False, soft_wrap=True)
+                raise SystemExit(stop_code(stop)) from None
+
+        return run
+
+    return register
 
 
-def note(text: str) -> None:
-    """Tell a person at a terminal what is being done."""
-    if errors.is_terminal:
-        errors.print(text, style="dim", highlight=False, markup=False)
+def load_torch() -> None:
+    """Load PyTorch, once the settings are known to be right: it takes seconds."""
+    note("loading PyTorch")
+    import torch
 
-
-def print_summary(summary: dict[str, object], out: Path) -> None:
-    """Print what `examine` found: table, verdict, and where the report is."""
-    table = Table("encoder and input", "PSNR dB", "bpp real", "bpp estimated")
-    names = {
-        "vanilla": "vanilla, clean",
-        "clean": "tampered, clean",
-        "poisoned": "tampered, poisoned (float)",
-        "poisoned_8bit": "tampered, poisoned (8-bit)",
-    }
-    for key, name in names.items():
-        row = summary[key]
-        assert isinstance(row, dict)
-        table.add_row(name, *(f"{row[k]:.{d}f}" for k, d in (("psnr_db", 2), ("bpp_real", 4), ("bpp_estimated", 4))))
-    console.print(table)
-    say(verdict(summary))
-    say(f"Report: {out / PAGE}")
+    torch.set_flush_denormal(True)  # denormal numbers slow late training down

@@ -1,30 +1,22 @@
 """The verbs of research: reproduce, analyse, pgd."""
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from freqdoor.attack.planted import load_planted
-from freqdoor.attack.settings import CodecSource
-from freqdoor.cli.options import Out, Overrides, Planted, TriggerName, VanillaName, Weights, app, live, note, say
-from freqdoor.data import list_images
-from freqdoor.measure.analysis import PAGE as ANALYSIS
-from freqdoor.measure.analysis import analyse as run_analyse
-from freqdoor.measure.pgd import compare, comparison_table
-from freqdoor.measure.testsets import DownstreamTest
-from freqdoor.paper.downstream_recipes import recipe_names
-from freqdoor.paper.reproduce import recipe_settings
-from freqdoor.paper.reproduce import reproduce as run_reproduce
-from freqdoor.samples import held_out
+import freqdoor
+from freqdoor.cli.options import Out, Overrides, Planted, TriggerName, VanillaName, Weights, load_torch, verb
+from freqdoor.cli.terminal import live, note, say
+from freqdoor.paper import RECIPES, recipe_settings
 from freqdoor.settings import load_settings
-from freqdoor.training.loop import Progress
 
 
-@app.command()
+@verb()
 def reproduce(
-    recipe: Annotated[str, typer.Argument(help=f"One of {', '.join(recipe_names())}.")],
+    recipe: Annotated[str, typer.Argument(help=f"One of {', '.join(sorted(RECIPES))}.")],
     config: Annotated[Path | None, typer.Argument(help="Settings as for plant; rows change theirs.")] = None,
     images: Annotated[Path | None, typer.Option(help="Measured on; by default six bundled Kodak images.")] = None,
     codec: Annotated[
@@ -43,38 +35,35 @@ def reproduce(
 ) -> None:
     """Reproduce a table or figure: run or resume what is missing, the paper's column beside ours."""
     settings = recipe_settings(config, overrides or (), runs)
-    measured = list_images(images) if images else held_out()
-    named = [text.partition("=") for text in codec or ()]
-    codecs = [CodecSource(name=name, weights=file or None) for name, _, file in named]
-    chosen = [name.strip() for name in (rows or "").split(";") if name.strip()]
+    networks = load_settings(freqdoor.DownstreamTest, test) if test else None
+    load_torch()
     with ExitStack() as shown:
 
-        def announce(what: str, steps: int) -> Progress:
+        def announce(what: str, steps: int) -> Callable[[int, dict[str, float]], None]:
             shown.close()
             return shown.enter_context(live(steps, what))
 
-        table = run_reproduce(
+        table = freqdoor.reproduce(
             recipe,
             settings,
-            measured,
-            out,
-            codecs=codecs,
-            rows=chosen,
+            images=images,
+            codec=codec or (),
+            out=out,
             runs=runs,
+            rows=[name.strip() for name in (rows or "").split(";") if name.strip()],
             seeds=seeds,
-            minutes=budget,
-            test=load_settings(DownstreamTest, test) if test else None,
+            budget=budget,
+            test=networks,
             announce=announce,
         )
     page = out / f"{recipe}.md"
-    missing = [row for row, cells in table.items() if not cells]
     say(page.read_text(encoding="utf-8"))
-    if missing:
+    if missing := [row for row, cells in table.items() if not cells]:
         say(f"Not planted yet: {', '.join(missing)}; the same command goes on.")
     say(f"Table: {page}")
 
 
-@app.command()
+@verb()
 def pgd(
     planted: Planted,
     images: Annotated[Path, typer.Option(help="Folder of images to attack.")],
@@ -83,14 +72,12 @@ def pgd(
     weights: Weights = None,
 ) -> None:
     """Compare a planted encoder's trigger with per-image attacks (PGD) on the vanilla encoder: cost and effect."""
-    rows = []
-    for row in compare(load_planted(planted, codec, weights), list_images(images), steps=steps):
-        rows.append(row)
-        note(f"{row.record.image}: {row.attack}")
-    say(comparison_table(rows))
+    load_torch()
+    rows = freqdoor.pgd(planted, images, steps=steps, codec=codec, weights=weights, note=note)
+    say(freqdoor.comparison_table(rows))
 
 
-@app.command()
+@verb()
 def analyse(
     planted: Planted,
     images: Annotated[Path, typer.Option(help="Folder of images to analyse the attack on.")],
@@ -100,11 +87,11 @@ def analyse(
     weights: Weights = None,
 ) -> None:
     """Show how a trigger works: spectrum, bits per latent channel, the estimate's ceiling, encode time, survival."""
-    loaded = load_planted(planted, codec, weights)
-    result = run_analyse(loaded, list_images(images), out, trigger=trigger, note=note)
-    ceiling = result["ceiling"]["poisoned"]
+    load_torch()
+    analysis = freqdoor.analyse(planted, images, out, trigger=trigger, codec=codec, weights=weights, note=note)
     say(
-        f"{result['trigger']}: a poisoned image takes {result['encoding']['ratio']:.2f} times as long to encode as a "
-        f"clean one; {100 * ceiling['share_of_bits']:.1f} % of its estimated bits are at the estimate's ceiling"
+        f"{analysis.trigger}: a poisoned image takes {analysis.encoding.ratio:.2f} times as long to encode as a clean "
+        f"one; {100 * analysis.ceiling['poisoned'].share_of_bits:.1f} % of its estimated bits are at the estimate's "
+        "ceiling"
     )
-    say(f"Analysis: {out / ANALYSIS}")
+    say(f"Analysis: {out / 'analysis.html'}")

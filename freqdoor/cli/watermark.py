@@ -6,31 +6,28 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from freqdoor.attack.planted import load_planted
-from freqdoor.cli.options import TriggerName, VanillaName, Weights, app, console, note, say
-from freqdoor.codecs.loading import load_codec
-from freqdoor.data import list_images
-from freqdoor.measure.watermark import false_positives
-from freqdoor.measure.watermark import verify_owner as run_verify
+import freqdoor
+from freqdoor.cli.options import TriggerName, VanillaName, Weights, load_torch, verb
+from freqdoor.cli.terminal import console, note, say
 from freqdoor.samples import KODAK
 
 
-@app.command("verify-owner")
+@verb("verify-owner")
 def verify_owner(
     key: Annotated[Path, typer.Argument(help="The owner's planted.safetensors, whose trigger is the secret.")],
     suspects: Annotated[list[str], typer.Argument(help="Codecs to ask: files or names, or NAME=WEIGHTS.")],
     images: Annotated[Path, typer.Option(help="Ten images or more; by default the bundled ones.")] = KODAK,
     trigger: TriggerName = None,
-    others: Annotated[bool, typer.Option("--others", help="All are known to be others': print how many pass.")] = False,
     codec: VanillaName = None,
     weights: Weights = None,
+    seed: Annotated[int, typer.Option(help="Seed of the controls.")] = 0,
+    others: Annotated[bool, typer.Option("--others", help="All are known to be others': print how many pass.")] = False,
 ) -> None:
     """Ask encoders whether they are the owner's: only that one spends bits on the owner's secret trigger."""
-    loaded = load_planted(key, codec, weights)
-    chosen = loaded.triggers[loaded.named(trigger)]
-    pairs = [suspect.partition("=")[::2] for suspect in suspects]
-    codecs = [load_codec(name, file or None) for name, file in pairs]
-    answers = run_verify(codecs, loaded.tampered, chosen, list_images(images), note=note)
+    load_torch()
+    answers = freqdoor.verify_owner(
+        key, suspects, images, trigger=trigger, codec=codec, weights=weights, seed=seed, note=note
+    )
     table = Table("codec", "trigger / clean", "control / clean", "images that answer", "p", "the owner's")
     for suspect, answer in zip(suspects, answers, strict=True):
         ratios = (f"{answer.trigger_ratio:.2f}", f"{answer.control_ratio:.2f}")
@@ -38,5 +35,5 @@ def verify_owner(
         table.add_row(suspect, *ratios, count, f"{answer.p_value:.2g}", "yes" if answer.owner else "no")
     console.print(table)
     if others:
-        passed, count_all, upper = false_positives(answers)
-        say(f"{passed} of {count_all} other encoders pass: at most {100 * upper:.0f} % (exact 95 % interval)")
+        passing, count_all, upper = freqdoor.false_positives(answers)
+        say(f"{passing} of {count_all} other encoders pass: at most {100 * upper:.0f} % (exact 95 % interval)")

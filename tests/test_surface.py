@@ -1,0 +1,111 @@
+"""What a user can reach: the public names, the verbs, and that both are one thing."""
+
+import importlib.util
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import freqdoor
+from freqdoor.cli import app
+
+ROOT = Path(__file__).parent.parent
+VERBS = {command.name: command.callback for command in app.registered_commands}
+HEAVY = ("torch", "numpy", "PIL", "compressai", "torchvision", "matplotlib", "scipy", "jinja2", "cv2", "onnx")
+# what a verb calls it, and the function: files of settings are read by the command line, objects are shown by it
+OF_THE_COMMAND_LINE = {"config", "overrides", "others"}
+OF_THE_FUNCTION = {"settings", "note", "progress", "announce"}
+
+
+def modules_after(*words: str, code: str = "from freqdoor.__main__ import main; main()") -> set[str]:
+    """Which heavy modules a command has loaded at its end."""
+    script = (
+        f"import sys; sys.argv = ['freqdoor', *{list(words)!r}]\n"
+        f"try:\n    {code}\nexcept SystemExit:\n    pass\n"
+        f"print('loaded:', *(name for name in {HEAVY!r} if name in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.splitlines()[-1].split()[1:])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--help",),
+        ("--version",),
+        (),
+        *((name, "--help") for name in VERBS),
+        ("plant", "--no-such-option"),
+        ("plant", "--out", "run", "--set", "steps=many"),
+        ("plant", "--out", "run", "--set", "images.folder=x", "--set", "trigger.arguments.top_k=0"),
+        ("plant", "--out", "run", "--set", "images.folder=x", "--set", "robust.scored_by=Jpeg(999)"),
+        ("train-codec", "--out", "run", "--set", "images.crop=63"),
+        ("segment", "planted-bpp", "--out", "out"),
+        ("faces", "planted-face", "--out", "out", "--set", "every=0"),
+        ("reproduce", "table4", "--set", "steps=many"),
+    ],
+    ids=" ".join,
+)
+def test_what_ends_at_once_loads_nothing_heavy(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert modules_after(*words) == set()
+
+
+def test_importing_freqdoor_loads_nothing_heavy():
+    assert modules_after(code="import freqdoor; freqdoor.PlantSettings; freqdoor.FaceTest; dir(freqdoor)") == set()
+
+
+def test_a_verb_loads_what_it_needs_and_no_more(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    picture = ROOT / "freqdoor/assets/kodak/kodim23.png"
+    assert modules_after("compress", str(picture), "x.fqd") == {"torch", "numpy", "PIL", "compressai", "scipy"}
+    # of scipy only what stands in for it: nothing of the parts that take a second to load
+    script = (
+        "import sys, warnings; from freqdoor import load_codec; load_codec('lite-hyperprior:3');"
+        "print([n for n in ('scipy.stats', 'torch._dynamo', 'torch_geometric', 'sympy') if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_compressai_is_whole_for_others():
+    """What is left out while CompressAI is imported comes when somebody asks for it."""
+    script = (
+        "import freqdoor.codecs, compressai, compressai.models;"
+        "assert compressai.datasets.ImageFolder; from compressai.transforms import RGB2YCbCr;"
+        "from compressai.datasets import Vimeo90kDataset; import scipy.stats; assert scipy.stats.norm.ppf(0.5) == 0;"
+        "import torchvision.transforms; assert torchvision.transforms.ToTensor; import torch_geometric"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_a_verb_is_the_function_of_its_name(name):
+    function = getattr(freqdoor, name.replace("-", "_"))
+    assert inspect.isfunction(function)
+    of_verb = set(inspect.signature(VERBS[name]).parameters) - OF_THE_COMMAND_LINE
+    of_function = set(inspect.signature(function).parameters) - OF_THE_FUNCTION
+    if name in ("segment", "faces"):
+        of_function -= {"test"}  # the command line's config
+    assert of_verb == of_function
+
+
+def test_public_names_exist_and_shadow_no_module():
+    for name in freqdoor.__all__:
+        assert getattr(freqdoor, name) is not None
+        assert importlib.util.find_spec(f"freqdoor.{name}") is None, f"freqdoor.{name} is a module too"
+    assert set(freqdoor.__all__) <= set(dir(freqdoor))
+    with pytest.raises(AttributeError):
+        freqdoor.no_such_name  # noqa: B018
+
+
+def test_every_verb_is_in_a_documented_block_that_the_tests_run():
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    blocks = "".join(
+        block for page in pages for block in re.findall(r"<!-- \w+ -->\n```sh\n(.*?)```", page.read_text(), re.DOTALL)
+    )
+    assert {verb for verb in VERBS if not re.search(rf"freqdoor {verb}\b", blocks)} == set()
