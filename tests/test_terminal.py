@@ -1,0 +1,90 @@
+"""What a log hears while a verb works, and how a verb ends when it is stopped from outside."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from freqdoor.cli import terminal
+from freqdoor.cli.terminal import every_minute, live, note
+from freqdoor.errors import STOPPED
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+
+
+def test_a_log_hears_every_minute_where_the_verb_is(monkeypatch, capsys):
+    monkeypatch.setattr(terminal, "MINUTE", 0.2)
+    with every_minute("plant"):
+        note("[bold]reading[/bold] pictures")
+        time.sleep(0.3)
+        with live(40, "planting") as show:
+            show(7, {"loss": 0.5})
+            time.sleep(0.25)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:2] == [
+        "plant, minute 1: [bold]reading[/bold] pictures",
+        "plant, minute 2: planting, step 7 of 40, loss 0.500",
+    ]
+    time.sleep(0.3)
+    assert capsys.readouterr().err == ""  # it is silent when the verb has ended
+
+
+def test_a_quick_verb_says_nothing_to_a_log(capsys):
+    with every_minute("compress"):
+        note("done in a moment")
+    assert capsys.readouterr().err == ""
+
+
+def start(*words: object, cwd: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "freqdoor", *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=cwd,
+        env=ENVIRONMENT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.5, 1.0])
+def test_ctrl_c_while_libraries_load_is_one_sentence(seconds, tmp_path):
+    process = start("compress", "a.png", "b.fqd", cwd=tmp_path)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    if process.returncode == 2:  # it was faster and has found out that there is no picture
+        assert "a.png" in err
+    elif process.returncode == -signal.SIGINT:
+        assert seconds == 0.1  # Python itself was still starting
+    else:
+        assert (process.returncode, out, err.strip()) == (130, "", f"freqdoor: {STOPPED}")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_planting_goes_on_where_it_was(images, tmp_path, number, code):
+    settings = ["codec=factories:lite", f"images.folder={images}", "images.crop=64", "images.batch_size=2"]
+    settings += ["lmbda=0.01", "steps=100000", "precision=fp32"]
+    words = ["plant", "--out", "run", *(word for text in settings for word in ("--set", text))]
+    process = start(*words, cwd=tmp_path)
+    metrics = tmp_path / "run/metrics.jsonl"
+    while not metrics.exists() or metrics.read_text().count("\n") < 3:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err.strip()) == (code, f"freqdoor: {STOPPED}")
+    steps = metrics.read_text().count("\n")
+    assert (tmp_path / "run/state.pt").exists()
+    process = start(*words, cwd=tmp_path)
+    while metrics.read_text().count("\n") < steps + 2:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    numbers = [line.split('"step": ')[1].split(",")[0] for line in metrics.read_text().splitlines()[: steps + 1]]
+    assert numbers == [str(i) for i in range(1, steps + 2)]  # it went on behind the last step, and took none twice
