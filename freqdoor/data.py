@@ -1,7 +1,13 @@
 """Images from files and folders, and crops that are a pure function of (seed, step)."""
 
+import contextlib
 import hashlib
+import os
+import stat
+import struct
 import warnings
+import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -9,15 +15,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 from torch import Tensor
 
 from freqdoor.errors import FreqdoorError
-from freqdoor.files import replacing
+from freqdoor.files import OTHER_PICTURES, PICTURES, read_text, replacing, with_slashes
 from freqdoor.types import Images, from_uint8, to_uint8
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
+FORMATS = sorted(set(PICTURES.values()))  # no other is tried: for some, Pillow starts a program
 MAX_PIXELS = 2**24  # 16.8 million: a codec's activations at this size take about 10 GiB
 CACHE_BYTES = 2**30  # decoded training images kept in memory; beyond it they are decoded again
 Size = tuple[int, int]  # (height, width) in pixels
@@ -36,30 +42,132 @@ MODES = {  # Pillow's mode -> what a user calls it
     "YCbCr": "YCbCr",
 }
 
+TURNS = {  # EXIF orientation -> how the stored picture becomes the one that is shown
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+DAMAGE = (  # what Pillow's parsers raise on a damaged file
+    *(OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, AttributeError, OverflowError),
+    *(struct.error, zlib.error),
+)
+FRAMES = "only the first frame is read"
+PROFILE = "the colour profile is ignored, colours are taken as sRGB"
+TRANSPARENCY = "the transparent colour is ignored"
+_said: set[str] = set()  # pictures of which it was said what is dropped: once a run is enough
+
 
 def list_images(path: Path | str) -> list[Path]:
-    """The image files below a folder, sorted, or the one file that `path` names."""
+    """The image files below a folder, sorted, or the one file that `path` names.
+
+    Hidden files and folders, and what a killed process left, are passed over; pictures of formats that are not read
+    are counted in a warning.
+    """
     path = Path(path)
-    if path.is_file():
+    if os.path.isfile(path):
         return [path]
-    if not path.is_dir():
-        raise FreqdoorError(f"{path}: expected an image or a folder of images, found nothing there")
-    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    if not found:
-        raise FreqdoorError(f"{path}: expected images ({', '.join(SUFFIXES)}), found none in this folder")
-    return found
+    if not os.path.isdir(path):
+        what = "a device or a pipe" if os.path.exists(path) else "nothing"
+        raise FreqdoorError(f"{path}: expected an image or a folder of images, found {what} there")
+    images, others = [], Counter[str]()
+    for file in path.rglob("*"):
+        ending = file.suffix.lower()
+        if any(part.startswith(".") for part in file.relative_to(path).parts) or not os.path.isfile(file):
+            continue
+        if ending in PICTURES:
+            images.append(file)
+        elif ending in OTHER_PICTURES:
+            others[ending] += 1
+    unread = f"{others.total()} pictures of formats that are not read ({', '.join(sorted(others))})"
+    if not images:
+        hint = f", but {unread}; convert them to PNG" if others else ""
+        raise FreqdoorError(f"{path}: expected images ({', '.join(PICTURES)}), found none in this folder{hint}")
+    if others:
+        warnings.warn(f"{path}: {unread} are left out; convert them to PNG to take them", stacklevel=2)
+    return sorted(images)
 
 
-def read_list(path: Path | str, every: int = 1) -> list[str]:
-    """The lines of a list of pictures; FreqdoorError if there are none."""
-    try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise FreqdoorError(f"{path}: could not read this list ({error})") from None
-    lines = [line for line in lines if line][::every]
+def read_list(path: Path | str, every: int = 1, folder: Path | str = ".") -> list[str]:
+    """The lines of a list of pictures, of any system; FreqdoorError if there are none.
+
+    Args:
+        folder: what the pictures' paths are relative to.
+    """
+    lines = [line.strip() for line in read_text(path, "this list").splitlines()]
+    lines = [with_slashes(line, folder) for line in lines if line][::every]
     if not lines:
         raise FreqdoorError(f"{path}: expected one picture a line, found none")
     return lines
+
+
+class _Header(NamedTuple):
+    """What is known of an image file before its pixels are read."""
+
+    height: int  # as shown
+    width: int
+    mode: str  # Pillow's, or "16-bit RGB"
+    losses: tuple[str, ...]  # what of the file is not taken
+
+
+@contextlib.contextmanager
+def _open(path: Path | str, what: str) -> Iterator[Image.Image]:
+    """An image file of a format that is read; a device or a pipe would let the program wait for ever."""
+    with contextlib.ExitStack() as stack:
+        try:
+            mode = os.stat(path).st_mode
+            if not stat.S_ISREG(mode):
+                kind = "folder" if stat.S_ISDIR(mode) else "device or a pipe"
+                raise FreqdoorError(f"{path}: expected {what}, found a {kind}")
+            file = stack.enter_context(Path(path).open("rb"))  # by its name, Pillow maps grey TIFF files in wrong order
+            image = stack.enter_context(Image.open(file, formats=FORMATS))
+        except FileNotFoundError:
+            raise FreqdoorError(f"{path}: expected {what}, found no such file") from None
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+            raise FreqdoorError(
+                f"{path}: too many pixels; at most {MAX_PIXELS} are accepted, crop or reduce it"
+            ) from None
+        except UnidentifiedImageError:
+            raise FreqdoorError(
+                f"{path}: expected {what}, could not read it (it is damaged or none of {', '.join(FORMATS)}); "
+                "convert it to PNG"
+            ) from None
+        except DAMAGE as error:
+            raise FreqdoorError(f"{path}: expected {what}, could not read it ({error})") from None
+        yield image
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """How the stored picture is turned or mirrored to be shown; Pillow does it itself with TIFF files."""
+    if image.format == "TIFF":
+        return None
+    try:  # Image's own method: the one of PNG would decode the whole picture
+        return TURNS.get(Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1))
+    except DAMAGE:  # viewers show a picture with damaged metadata as it is stored
+        return None
+
+
+def _header(path: Path | str, what: str = "an image") -> _Header:
+    with _open(path, what) as image:
+        width, height = image.size
+        if _turn(image) in (TURNS[5], TURNS[6], TURNS[7], TURNS[8]):
+            width, height = height, width
+        deep = isinstance(image, ImageFile) and image.mode == "RGB" and _is_16_bit(image)
+        mode = "16-bit RGB" if deep else image.mode
+        profile = image.info.get("icc_profile") or b""
+        losses = {
+            FRAMES: getattr(image, "is_animated", False),
+            PROFILE: profile and b"srgb" not in profile.replace(b"\0", b"").lower(),
+            TRANSPARENCY: mode == "RGB" and "transparency" in image.info,
+        }
+    if width * height > MAX_PIXELS:
+        raise FreqdoorError(
+            f"{path}: {width}x{height} is more than the {MAX_PIXELS} pixels accepted; crop or reduce it"
+        )
+    return _Header(height, width, mode, tuple(loss for loss, present in losses.items() if present))
 
 
 def _is_16_bit(image: ImageFile) -> bool:
@@ -68,35 +176,33 @@ def _is_16_bit(image: ImageFile) -> bool:
     return any("16" in str(raw[0] if isinstance(raw, tuple) else raw) for raw in raw_modes)
 
 
-def check_image(path: Path | str) -> tuple[int, int]:
-    """(height, width) of an 8-bit RGB image file from its header, or a sentence on why it cannot be used."""
-    try:
-        with Image.open(path) as image:
-            mode = (
-                "16-bit RGB"
-                if isinstance(image, ImageFile) and image.mode == "RGB" and _is_16_bit(image)
-                else image.mode
-            )
-            width, height = image.size
-    except FileNotFoundError:
-        raise FreqdoorError(f"{path}: expected an image, found no such file") from None
-    except Image.DecompressionBombError:
-        raise FreqdoorError(f"{path}: too many pixels; at most {MAX_PIXELS} are accepted, crop or reduce it") from None
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-        raise FreqdoorError(f"{path}: expected an image, could not read it ({error})") from None
-    if mode != "RGB":
-        raise FreqdoorError(
-            f"{path}: expected an 8-bit RGB image, found {MODES.get(mode, mode)}; convert it to 8-bit RGB first"
-        )
-    if width * height > MAX_PIXELS:
-        raise FreqdoorError(
-            f"{path}: {width}x{height} is more than the {MAX_PIXELS} pixels accepted; crop or reduce it"
-        )
-    return height, width
+def _image_header(path: Path | str) -> _Header:
+    header = _header(path)
+    if header.mode != "RGB":
+        kind = MODES.get(header.mode, header.mode)
+        raise FreqdoorError(f"{path}: expected an 8-bit RGB image, found {kind}; convert it to 8-bit RGB first")
+    return header
+
+
+def check_image(path: Path | str) -> Size:
+    """(height, width) of an 8-bit RGB image file as it is shown, from its header, or a sentence on why it is of no use.
+
+    Its EXIF orientation counts: a portrait that a phone has stored lying is higher than wide.
+    """
+    header = _image_header(path)
+    return header.height, header.width
 
 
 def load_image(path: Path | str, size: Size | None = None) -> Images:
-    """One 8-bit RGB image file as (1, 3, h, w) in [0, 1], resized to `size` (bilinear, antialiased) if one is given."""
+    """One 8-bit RGB image file as (1, 3, h, w) in [0, 1], resized to `size` (bilinear, antialiased) if one is given.
+
+    The picture is the one that a viewer shows: turned as its EXIF orientation says. What is not taken of the file, such
+    as further frames, is said in a warning.
+    """
+    losses = _image_header(path).losses
+    if losses and str(path) not in _said:
+        _said.add(str(path))
+        warnings.warn(f"of a picture {'; '.join(losses)}", stacklevel=2)  # the same words each time: shown once
     return from_uint8(_load_pixels(path, size))[None]
 
 
@@ -112,15 +218,9 @@ def load_labels(path: Path | str, size: Size | None = None, image_size: Size | N
         image_size: (height, width) of the image that the labels belong to, before any resizing.
 
     Raises:
-        FreqdoorError: no such file, more than one channel or 8 bits, or another size than the image's.
+        FreqdoorError: no such file, more than one channel or 8 bits, too many pixels, or another size than the image's.
     """
-    try:
-        with Image.open(path) as image:
-            mode, (width, height) = image.mode, image.size
-    except FileNotFoundError:
-        raise FreqdoorError(f"{path}: expected the labels of an image of this name, found no such file") from None
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-        raise FreqdoorError(f"{path}: expected a label image, could not read it ({error})") from None
+    height, width, mode, _ = _header(path, "the label image of a picture of this name")
     if mode not in ("L", "P"):
         raise FreqdoorError(f"{path}: expected labels in one channel of 8 bits, found {MODES.get(mode, mode)}")
     if image_size and (height, width) != tuple(image_size):
@@ -143,11 +243,16 @@ def label_paths(images: Sequence[Path], folder: Path | str) -> list[Path]:
 
 
 def _decode(path: Path | str, size: Size | None, how: Image.Resampling) -> Tensor:
+    """The pixels as they are shown, (h, w) or (h, w, 3)."""
     try:
-        with Image.open(path) as image:
-            resized = size is not None and (image.height, image.width) != tuple(size)
-            pixels = np.array(image.resize((size[1], size[0]), how) if size and resized else image)
-    except (OSError, ValueError, SyntaxError) as error:
+        with _open(path, "an image") as image:
+            turn = _turn(image)
+            image.load()
+            picture = image if turn is None else image.transpose(turn)
+            if size is not None and (picture.height, picture.width) != tuple(size):
+                picture = picture.resize((size[1], size[0]), how)
+            pixels = np.array(picture)
+    except DAMAGE as error:
         raise FreqdoorError(f"{path}: truncated or damaged image ({error})") from None
     return torch.from_numpy(pixels)
 
@@ -158,8 +263,13 @@ def save_image(path: Path | str, x: Images) -> None:
     kind = Image.registered_extensions().get(Path(path).suffix.lower())
     if kind is None:
         raise FreqdoorError(f"{path}: expected an image's file name, for example one that ends in .png")
-    with replacing(path) as partial:
-        picture.save(partial, kind)
+    try:
+        with replacing(path) as partial:
+            picture.save(partial, kind)
+    except ValueError as error:  # sides that the format does not have
+        raise FreqdoorError(
+            f"{path}: could not write a picture of {picture.width}x{picture.height} ({error})"
+        ) from None
 
 
 def usable_images(
@@ -168,26 +278,33 @@ def usable_images(
     """The paths that can be used; with `decode` every file is read to its end, which finds truncated ones.
 
     Raises with a sentence for each of the others at once, or warns if `skip_broken`; raises in any case if nothing is
-    left.
+    left. What is not taken of usable files, such as further frames, is counted in one warning.
     """
     good, problems = [], []
+    losses: dict[str, list[Path]] = {}
     for path in paths:
         try:
-            height, width = check_image(path)
-            if min(height, width) < min_side:
-                raise FreqdoorError(f"{path}: {width}x{height} is smaller than the {min_side}-pixel crop")
+            header = _image_header(path)
+            if min(header.height, header.width) < min_side:
+                raise FreqdoorError(f"{path}: {header.width}x{header.height} is smaller than the {min_side}-pixel crop")
             if decode:
                 _load_pixels(path)
         except FreqdoorError as error:
             problems.append(str(error))
         else:
             good.append(path)
+            for loss in header.losses if str(path) not in _said else ():
+                losses.setdefault(loss, []).append(path)
     if problems:
         shown = "\n  ".join(problems[:10]) + (f"\n  and {len(problems) - 10} more" if len(problems) > 10 else "")
         if not (skip_broken and good):
             hint = "; skip_broken (--skip-broken) goes on without them" if good else ""
             raise FreqdoorError(f"{len(problems)} of {len(paths)} images cannot be used{hint}:\n  {shown}")
         warnings.warn(f"skipped {len(problems)} of {len(paths)} images:\n  {shown}", stacklevel=2)
+    if losses:
+        _said.update(str(path) for lossy in losses.values() for path in lossy)
+        counts = [f"of {len(lossy)} {loss} (first {lossy[0]})" for loss, lossy in losses.items()]
+        warnings.warn(f"{len(paths)} pictures: {'; '.join(counts)}", stacklevel=2)
     return good
 
 
@@ -235,6 +352,7 @@ class Crops:
         self.crop, self.batch_size, self.seed, self.skip_broken = crop, batch_size, seed, skip_broken
         self.resize, self.size = resize, window or resize or (crop, crop)
         self._cache: dict[int, Tensor] = {}
+        self._broken: set[int] = set()
         self._cached_bytes = 0
 
     def facts(self) -> dict[str, int | str]:
@@ -272,9 +390,11 @@ class Crops:
         windows: list[tuple[_Window, Tensor]] = []
         while len(windows) < self.batch_size:
             try:
-                pixels = self._pixels(index := draw(len(self.paths)))
+                index = draw(len(self.paths))
+                pixels = self._pixels(index)
             except FreqdoorError as error:  # truncated: only reading to the end shows it
-                if not self.skip_broken:
+                self._broken.add(index)
+                if not self.skip_broken or len(self._broken) == len(self.paths):
                     raise
                 warnings.warn(f"skipped {error}", stacklevel=2)
                 continue

@@ -14,16 +14,36 @@ WEIGHTS = np.array([[1, 0, 0], [0, 3, 0], [0, 0, 3], [-2, -2, -2]], np.float32) 
 BIAS = np.array([0.1, 0, 0, 0.2], np.float32)
 
 
-def _save(path: Path, nodes: list, weights: dict[str, np.ndarray], output: str) -> Path:
+Value = tuple[str, int, Sequence[int | str] | None]  # name, type and shape of a graph's input or output
+IMAGE: Value = ("input", TensorProto.FLOAT, ("b", 3, "h", "w"))
+LOGITS: Value = ("logits", TensorProto.FLOAT, ("b", 4, "h", "w"))
+
+
+def write_onnx(
+    path: Path,
+    nodes: list,
+    weights: dict[str, np.ndarray],
+    outputs: Sequence[Value] = (LOGITS,),
+    inputs: Sequence[Value] = (IMAGE,),
+) -> Path:
     graph = helper.make_graph(
         nodes,
         "tiny",
-        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["b", 3, "h", "w"])],
-        [helper.make_tensor_value_info(output, TensorProto.FLOAT, None)],
+        [helper.make_tensor_value_info(*value) for value in inputs],
+        [helper.make_tensor_value_info(*value) for value in outputs],
         [numpy_helper.from_array(value, name) for name, value in weights.items()],
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
     return path
+
+
+def _save(path: Path, nodes: list, weights: dict[str, np.ndarray], output: str) -> Path:
+    return write_onnx(path, nodes, weights, [(output, TensorProto.FLOAT, None)])
+
+
+def convolution(source: str = "input", result: str = "logits") -> onnx.NodeProto:
+    """The classes of each pixel, by the weights "w"."""
+    return helper.make_node("Conv", [source, "w"], [result], kernel_shape=[1, 1])
 
 
 def segmentation_onnx(path: Path, classes: int = len(CLASSES), places: Sequence[int] = range(len(CLASSES))) -> Path:

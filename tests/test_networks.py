@@ -1,10 +1,25 @@
+from pathlib import Path
+
 import numpy as np
 import onnxruntime
 import pytest
 import segmentation_models_pytorch as smp
 import torch
 from conftest import natural
-from networks import BIAS, WEIGHTS, face_onnx, face_spec, segmentation_onnx, segmentation_spec
+from networks import (
+    BIAS,
+    CLASSES,
+    IMAGE,
+    LOGITS,
+    WEIGHTS,
+    convolution,
+    face_onnx,
+    face_spec,
+    segmentation_onnx,
+    segmentation_spec,
+    write_onnx,
+)
+from onnx import TensorProto, helper
 
 from freqdoor.attack.networks import load_embedder, load_network, load_segmenter
 from freqdoor.attack.objectives import DownstreamAttack, build_objective
@@ -157,17 +172,285 @@ def test_mistakes_in_networks(tmp_path):
         load_network(str(segmentation_spec(tmp_path, **kind)))
 
 
-def test_outputs_of_another_kind_are_refused(tmp_path):
-    x = natural(0, 32, 32)
-    more = load_segmenter(str(segmentation_spec(tmp_path, classes='["road", "car", "bus", "sky", "tree"]')))
-    with pytest.raises(FreqdoorError, match=r"an output of \(batch, 5, height, width\), found \(1, 4, 16, 16\)"):
-        more(x)
+def test_outputs_of_another_kind_are_refused_when_loaded(tmp_path):
+    with pytest.raises(FreqdoorError, match=r"an output of \(batch, 5, height, width\), found \(1, 4, 32, 32\)"):
+        load_segmenter(str(segmentation_spec(tmp_path, classes='["road", "car", "bus", "sky", "tree"]')))
     picture = face_spec(tmp_path)
     segmentation_onnx(tmp_path / "face.onnx")
-    with pytest.raises(FreqdoorError, match=r"expected \(batch, dimensions\), found"):
-        load_embedder(str(picture))(x)
+    with pytest.raises(FreqdoorError, match=r"an output of \(batch, dimensions\), found .*; check task"):
+        load_embedder(str(picture))
+    face_onnx(tmp_path / "tiny.onnx", 64)
+    spec = tmp_path / "tiny.toml"
+    spec.write_text('task = "segmentation"\nfile = "tiny.onnx"\nclasses = ["a", "b", "c", "d", "e"]\n')
+    with pytest.raises(FreqdoorError, match=r"found \(1, 5\); check task and classes"):
+        load_segmenter(str(spec))
+
+
+def test_a_size_that_nobody_says_shows_with_the_first_pictures(tmp_path):
     face_onnx(tmp_path / "face.onnx")
     unsized = tmp_path / "unsized.toml"
     unsized.write_text('task = "face"\nfile = "face.onnx"\n')
-    with pytest.raises(FreqdoorError, match="does not take images of 48x48"):
-        load_embedder(str(unsized))(natural(0, 48, 48))
+    network = load_embedder(str(unsized))
+    assert network(natural(0, 32, 32)).shape == (1, 5)
+    with pytest.raises(FreqdoorError, match=r"fails on images of 48x40 \(.+\); if it takes one size only, give size"):
+        network(natural(0, 40, 48))
+    with pytest.raises(FreqdoorError, match=r"network face: fails on images of 48x40 \(.+\)\)$"):
+        load_embedder(str(face_spec(tmp_path, size="[40, 48]")))
+    with pytest.raises(FreqdoorError, match="fails on images of 40x24"):  # the size of the crop
+        load_embedder(f"{unsized_with_crop(tmp_path)}={tmp_path / 'face.onnx'}")
+
+
+def unsized_with_crop(folder: Path) -> Path:
+    path = folder / "cropped.toml"
+    path.write_text('task = "face"\ncrop = [8, 8, 48, 32]\n')
+    return path
+
+
+WEIGHT = WEIGHTS[:, :, None, None]
+FIXED = (1, 4, 32, 48)
+
+
+def tiny_spec(folder: Path, **changes: str) -> str:
+    """tiny.toml beside tiny.onnx, without normalisation."""
+    lines = {"task": '"segmentation"', "file": '"tiny.onnx"', "classes": str(list(CLASSES)).replace("'", '"')} | changes
+    path = folder / "tiny.toml"
+    path.write_text("".join(f"{key} = {value}\n" for key, value in lines.items()))
+    return str(path)
+
+
+def of_bytes(path: Path) -> None:
+    """A network that takes 8-bit pixels and normalises them itself."""
+    nodes = [
+        helper.make_node("Cast", ["input"], ["pixels"], to=TensorProto.FLOAT),
+        helper.make_node("Sub", ["pixels", "m"], ["shifted"]),
+        helper.make_node("Div", ["shifted", "m"], ["normal"]),
+        convolution("normal"),
+    ]
+    weights = {"w": WEIGHT, "m": np.array(127.5, np.float32)}
+    write_onnx(path, nodes, weights, inputs=[("input", TensorProto.UINT8, IMAGE[2])])
+
+
+def of_half_precision(path: Path) -> None:
+    nodes = [
+        helper.make_node("Constant", [], ["c"], value=helper.make_tensor("c", TensorProto.FLOAT16, [], [0.5])),
+        helper.make_node("Sub", ["input", "c"], ["shifted"]),
+        helper.make_node("Cast", ["shifted"], ["cast"], to=TensorProto.FLOAT16),
+        convolution("cast"),
+    ]
+    values = [(name, TensorProto.FLOAT16, shape) for name, _, shape in (LOGITS, IMAGE)]
+    write_onnx(path, nodes, {"w": WEIGHT.astype(np.float16)}, values[:1], values[1:])
+
+
+def of_half_precision_inside(path: Path) -> None:
+    nodes = [
+        helper.make_node("Cast", ["input"], ["half"], to=TensorProto.FLOAT16),
+        convolution("half", "result"),
+        helper.make_node("Cast", ["result"], ["logits"], to=TensorProto.FLOAT),
+    ]
+    write_onnx(path, nodes, {"w": WEIGHT.astype(np.float16)})
+
+
+def with_channels_last(path: Path) -> None:
+    nodes = [helper.make_node("Transpose", ["input"], ["planes"], perm=[0, 3, 1, 2]), convolution("planes")]
+    write_onnx(path, nodes, {"w": WEIGHT}, inputs=[("input", TensorProto.FLOAT, ("b", "h", "w", 3))])
+
+
+def with_classes_last(path: Path) -> None:
+    nodes = [
+        helper.make_node("Transpose", ["input"], ["planes"], perm=[0, 3, 1, 2]),
+        convolution("planes", "maps"),
+        helper.make_node("Transpose", ["maps"], ["logits"], perm=[0, 2, 3, 1]),
+    ]
+    outputs, inputs = (
+        [("logits", TensorProto.FLOAT, ("b", "h", "w", 4))],
+        [("input", TensorProto.FLOAT, (1, 32, 48, 3))],
+    )
+    write_onnx(path, nodes, {"w": WEIGHT}, outputs, inputs)
+
+
+def reshaped(shape: tuple[int, ...], image: tuple) -> None:
+    """A network that takes as many pictures of the size as `shape` says, whether its input says so or not."""
+
+    def write(path: Path) -> None:
+        nodes = [convolution("input", "maps"), helper.make_node("Reshape", ["maps", "s"], ["logits"])]
+        outputs = [("logits", TensorProto.FLOAT, shape)]
+        write_onnx(path, nodes, {"w": WEIGHT, "s": np.array(shape)}, outputs, [("input", TensorProto.FLOAT, image)])
+
+    return write
+
+
+KINDS = {  # what a file takes -> (its maker, whether pictures come last with their channels, type of the pixels)
+    "8-bit pixels": (of_bytes, False, np.uint8),
+    "half precision": (of_half_precision, False, np.float16),
+    "half precision inside": (of_half_precision_inside, False, np.float32),
+    "channels last": (with_channels_last, True, np.float32),
+    "classes last": (with_classes_last, True, np.float32),
+    "one picture": (reshaped(FIXED, (1, 3, 32, 48)), False, np.float32),
+    "one picture, without saying so": (reshaped(FIXED, IMAGE[2]), False, np.float32),
+    "two pictures": (reshaped((2, 4, 32, 48), (2, 3, 32, 48)), False, np.float32),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_network_is_fed_as_its_file_says(tmp_path, kind):
+    """Compared with onnxruntime on three pictures; gradients reach every pixel of every picture."""
+    write, channels_last, dtype = KINDS[kind]
+    write(tmp_path / "tiny.onnx")
+    sized = {"size": "[32, 48]"} if kind == "one picture, without saying so" else {}
+    network = load_segmenter(tiny_spec(tmp_path, **sized))
+    x = torch.cat([natural(i, 32, 48) for i in range(3)])
+    pixels = (x * 255).round().numpy() if dtype == np.uint8 else x.numpy()
+    pixels = (pixels.transpose(0, 2, 3, 1) if channels_last else pixels).astype(dtype)
+    session = onnxruntime.InferenceSession(tmp_path / "tiny.onnx")
+    groups = [[0, 1], [2, 2]] if kind == "two pictures" else [[0], [1], [2]]
+    logits = np.concatenate([session.run(None, {"input": pixels[group]})[0] for group in groups])[:3]
+    logits = logits.transpose(0, 3, 1, 2) if kind == "classes last" else logits
+    tolerance = 1e-2 if "half" in kind else 1e-4
+    np.testing.assert_allclose(network(x).detach().numpy(), logits.astype(np.float32), atol=tolerance)
+    x.requires_grad_()
+    network(x)[:, :3].sum().backward()
+    assert (x.grad.abs().amax(1) > 0).all()
+
+
+def test_what_bytes_cannot_hold_is_rounded_with_a_gradient(tmp_path):
+    of_bytes(tmp_path / "tiny.onnx")
+    network = load_segmenter(tiny_spec(tmp_path))
+    x = natural(0, 8, 8)
+    torch.testing.assert_close(network(x + 0.4 / 255), network(x))
+    near = (x + 0.4 / 255).requires_grad_()
+    (network(near) * torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0))).sum().backward()
+    level = x.clone().requires_grad_()
+    (network(level) * torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0))).sum().backward()
+    torch.testing.assert_close(near.grad, level.grad)
+    with pytest.raises(FreqdoorError, match="takes 8-bit pixels of 0 to 255; leave mean and std out"):
+        load_segmenter(tiny_spec(tmp_path, std="[0.5, 0.5, 0.5]"))
+    with pytest.raises(FreqdoorError, match="takes 8-bit pixels of 0 to 255; leave mean and std out"):
+        load_segmenter(tiny_spec(tmp_path, mean="[0.5, 0.5, 0.5]"))
+
+
+def test_a_size_in_the_file_is_taken_from_it(tmp_path):
+    reshaped(FIXED, (1, 3, 32, 48))(tmp_path / "tiny.onnx")
+    network = load_segmenter(tiny_spec(tmp_path))
+    assert network.spec.size == (32, 48)
+    x = natural(0, 64, 96)
+    reduced = torch.nn.functional.interpolate(x, (32, 48), mode="bilinear", antialias=True)
+    torch.testing.assert_close(network.output(x), network.output(reduced))
+    assert load_segmenter(tiny_spec(tmp_path, size="[32, 48]")).spec.size == (32, 48)
+    with pytest.raises(FreqdoorError, match=r"tiny\.onnx: takes pictures of 48x32 only; leave size out"):
+        load_segmenter(tiny_spec(tmp_path, size="[48, 32]"))
+    with_classes_last(tmp_path / "tiny.onnx")
+    assert load_segmenter(tiny_spec(tmp_path)).spec.size == (32, 48)
+    write_onnx(tmp_path / "tiny.onnx", [convolution()], {"w": WEIGHT}, inputs=[(*IMAGE[:2], (1, 3, 8, 4097))])
+    with pytest.raises(FreqdoorError, match=r"takes pictures of 4097x8 only; .* of up to 4096 pixels a side"):
+        load_segmenter(tiny_spec(tmp_path))
+
+
+def test_one_output_of_several_is_named(tmp_path):
+    doubled = helper.make_node("Add", ["logits", "logits"], ["doubled"])
+    outputs = [LOGITS, ("doubled", *LOGITS[1:])]
+    write_onnx(tmp_path / "tiny.onnx", [convolution(), doubled], {"w": WEIGHT}, outputs)
+    with pytest.raises(FreqdoorError, match=r"has 2 outputs \(logits, doubled\); name one as output"):
+        load_segmenter(tiny_spec(tmp_path))
+    with pytest.raises(FreqdoorError, match="has no output other, only logits, doubled"):
+        load_segmenter(tiny_spec(tmp_path, output='"other"'))
+    x = natural(0, 8, 8)
+    first, second = (load_segmenter(tiny_spec(tmp_path, output=f'"{name}"')) for name in ("logits", "doubled"))
+    torch.testing.assert_close(second(x), 2 * first(x))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "match"),
+    [
+        ([IMAGE, ("scale", TensorProto.FLOAT, (1,))], r"one input, the image, found 2 \(input, scale\)"),
+        ([("input", TensorProto.INT64, IMAGE[2])], "floating-point numbers or 8-bit pixels, found INT64"),
+        ([("input", TensorProto.FLOAT, ("b", 1, "h", "w"))], r"input of \(batch, 3, height, width\), found \(any, 1"),
+        ([("input", TensorProto.FLOAT, ("b", 8, 8, 4))], r"found \(any, 8, 8, 4\)"),
+        ([("input", TensorProto.FLOAT, ("b", "n"))], r"found \(any, any\)"),
+    ],
+)
+def test_inputs_of_another_kind_are_named(tmp_path, inputs, match):
+    write_onnx(tmp_path / "tiny.onnx", [convolution()], {"w": WEIGHT}, inputs=inputs)
+    with pytest.raises(FreqdoorError, match=match) as caught:
+        load_segmenter(tiny_spec(tmp_path))(natural(0, 8, 8))
+    assert "\n" not in str(caught.value)
+
+
+FACTORIES = """
+import sys
+from torch import nn
+
+class Failing(nn.Module):
+    def forward(self, x):
+        return x.no_such_method()
+
+class Several(nn.Module):
+    def forward(self, x):
+        return {"out": x.mean((2, 3)), "aux": -x.mean((2, 3))}
+
+class Flat(nn.Module):
+    def forward(self, x):
+        return x.mean((2, 3))[0]
+
+def raising():
+    raise KeyError("no weights")
+
+def needing(path):
+    return nn.Identity()
+
+def ending():
+    sys.exit("usage: own.py")
+
+def nothing():
+    return None
+
+number = 3
+"""
+
+
+def test_what_a_users_function_or_network_raises_is_one_sentence_with_their_line(tmp_path, monkeypatch):
+    (tmp_path / "own_networks.py").write_text(FACTORIES)
+    (tmp_path / "own_broken.py").write_text("import torch\n1 / 0\n")
+    (tmp_path / "own_unfinished.py").write_text("def f(:\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    face = str(face_spec(tmp_path, mirror="false"))
+    here = str(tmp_path / "own_networks.py")
+    for name, match in (
+        ("own_networks:raising", f"KeyError: 'no weights'; raising in {here}, line {1 + line_of('no weights')}"),
+        ("own_networks:ending", f"SystemExit: usage: own.py; ending in {here}, line {1 + line_of('sys.exit')}"),
+        ("own_networks:needing", "needing() missing 1 required positional argument: 'path'"),
+        ("own_networks:nothing", "expected a function that returns a network, found NoneType"),
+        ("own_networks:number", "'int' object is not callable"),
+        ("own_networks:Failing", f"no_such_method'; forward in {here}, line {1 + line_of('no_such_method')}"),
+        ("own_networks:Several", "found outputs out, aux; name one as output in its TOML file"),
+        ("own_networks:Flat", "expected an output of (batch, dimensions), found (3,)"),
+        ("own_broken:f", f"ZeroDivisionError: division by zero; <module> in {tmp_path / 'own_broken.py'}, line 2"),
+        ("own_unfinished:f", "invalid syntax (own_unfinished.py, line 1)"),
+    ):
+        with pytest.raises(FreqdoorError) as caught:
+            load_network(f"{face}={name}")
+        assert match in str(caught.value), name
+        assert "\n" not in str(caught.value)
+    named = str(face_spec(tmp_path, mirror="false", output='"aux"'))
+    x = natural(0, 32, 32)
+    torch.testing.assert_close(
+        load_embedder(f"{named}=own_networks:Several")(x), -torch.nn.functional.normalize(x.mean((2, 3)))
+    )
+
+
+def line_of(text: str) -> int:
+    return next(i for i, line in enumerate(FACTORIES.splitlines()) if text in line)
+
+
+def test_names_with_equals_signs(tmp_path):
+    folder = tmp_path / "run=1"
+    folder.mkdir()
+    path = segmentation_spec(folder)
+    x = natural(0, 16, 16)
+    logits = load_segmenter(str(path))(x)
+    other = folder / "w=2.onnx"
+    (folder / "tiny.onnx").rename(other)
+    torch.testing.assert_close(load_segmenter(f"{path}={other}")(x), logits)
+    (folder / "sub").mkdir()
+    other.rename(folder / "sub/tiny.onnx")
+    path.write_text(path.read_text().replace('"tiny.onnx"', "'sub\\tiny.onnx'"))  # as Windows writes it
+    torch.testing.assert_close(load_segmenter(str(path))(x), logits)

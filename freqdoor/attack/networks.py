@@ -1,9 +1,7 @@
 """Downstream networks g: segmentation and face embedding, frozen, fed [0, 1] RGB images, described by a TOML file."""
 
-import io
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sysconfig
+import traceback
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -12,9 +10,11 @@ import torch.nn.functional as F
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
+from freqdoor.attack.onnx_files import OnnxNetwork, quiet, read_onnx
 from freqdoor.codecs.adapter import import_object
 from freqdoor.codecs.loading import read_state
 from freqdoor.errors import FreqdoorError
+from freqdoor.files import name_and_file, with_slashes
 from freqdoor.settings import Settings, load_settings
 from freqdoor.types import Images
 
@@ -36,7 +36,9 @@ class NetworkSpec(Settings):
     encoder: str | None = None
     """An encoder of segmentation-models-pytorch, such as resnet50."""
     size: tuple[Pixels, Pixels] | None = None
-    """(height, width) that the network takes; by default whatever it is given."""
+    """(height, width) that the network takes; by default the file's own, or whatever it is given."""
+    output: str | None = None
+    """Name of the output to take, of a network that has several."""
     mean: Three = (0.0, 0.0, 0.0)
     """Mean of each channel that is subtracted, of images in [0, 1]."""
     std: Three = (1.0, 1.0, 1.0)
@@ -78,6 +80,10 @@ class NetworkSpec(Settings):
         return self
 
 
+class NetworkFailure(FreqdoorError):
+    """A downstream network raised an error of its own."""
+
+
 class Network(nn.Module):
     """A frozen downstream network behind one contract: [0, 1] RGB images in, gradients to the images and to nothing.
 
@@ -107,16 +113,21 @@ class Network(nn.Module):
             x = F.interpolate(x, self.spec.size, mode="bilinear", antialias=True)
         x = x.flip(1) if self.spec.channels == "BGR" else x
         try:
-            with _quiet(), torch.autocast(x.device.type, torch.bfloat16, self.precision == torch.bfloat16):
-                given: Any = self.net((x - self.mean) / self.std)
-        except RuntimeError as error:
-            raise FreqdoorError(
-                f"network {self.name}: does not take images of {x.shape[-1]}x{x.shape[-2]}; "
-                f"check size in its TOML file ({' '.join(str(error).split())[:100]})"
-            ) from None
-        if not isinstance(given, Tensor):
-            raise FreqdoorError(f"network {self.name}: expected one output tensor, found {type(given).__name__}")
-        return given.float()
+            with quiet(), torch.autocast(x.device.type, torch.bfloat16, self.precision == torch.bfloat16):
+                answer: Any = self.net((x - self.mean) / self.std)
+        except Exception as error:  # a user's network raises whatever it likes
+            if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+                raise
+            hint = "" if self.spec.size else "; if it takes one size only, give size in its TOML file"
+            size = f"{x.shape[-1]}x{x.shape[-2]}"
+            raise NetworkFailure(f"network {self.name}: fails on images of {size} ({words_of(error)}){hint}") from None
+        if self.spec.output and isinstance(answer, dict) and self.spec.output in answer:
+            answer = answer[self.spec.output]
+        if not isinstance(answer, Tensor):
+            kind = f"outputs {', '.join(map(str, answer))}" if isinstance(answer, dict) else type(answer).__name__
+            hint = "; name one as output in its TOML file" if isinstance(answer, dict) else ""
+            raise FreqdoorError(f"network {self.name}: expected one output tensor, found {kind}{hint}")
+        return answer.float()
 
 
 class Segmenter(Network):
@@ -125,10 +136,10 @@ class Segmenter(Network):
     def forward(self, x: Images) -> Tensor:
         """Logits at the images' own size, (b, classes, h, w)."""
         logits = self.output(x)
-        if logits.ndim != 4 or logits.shape[1] != len(self.spec.classes):
+        if logits.ndim != 4 or logits.shape[:2] != (len(x), len(self.spec.classes)):
             raise FreqdoorError(
                 f"network {self.name}: expected an output of (batch, {len(self.spec.classes)}, height, width), "
-                f"found {tuple(logits.shape)}; check classes in its TOML file"
+                f"found {tuple(logits.shape)}; check task and classes in its TOML file"
             )
         if logits.shape[-2:] != x.shape[-2:]:
             logits = F.interpolate(logits, x.shape[-2:], mode="bilinear")
@@ -150,15 +161,15 @@ class Segmenter(Network):
 
     def label_values(self, name: str) -> tuple[int, ...]:
         """The data set's label values that are the classes of `name`; FreqdoorError where it has none."""
-        found = self.labels_of(self.ids(name))
-        if not found:
+        values = self.labels_of(self.ids(name))
+        if not values:
             raise FreqdoorError(f"class {name!r}: no label value stands for it; see labels of network {self.name}")
-        return found
+        return values
 
     def labels_of(self, ids: tuple[int, ...]) -> tuple[int, ...]:
         """The data set's label values that stand for any of these output channels."""
-        wanted = {self.spec.classes[i] for i in ids}
-        return tuple(value for value, names in enumerate(self.spec.labels) if wanted & set(names))
+        classes = {self.spec.classes[i] for i in ids}
+        return tuple(value for value, names in enumerate(self.spec.labels) if classes & set(names))
 
     def as_labels(self, classes: Tensor) -> Tensor:
         """Predicted classes as the data set's label values; len(labels) where none stands for a class."""
@@ -187,12 +198,16 @@ class Embedder(Network):
         embedding = self.output(x)
         if self.spec.mirror:
             embedding = embedding + self.output(x.flip(-1))
-        if embedding.ndim != 2:
-            raise FreqdoorError(f"network {self.name}: expected (batch, dimensions), found {tuple(embedding.shape)}")
+        if embedding.ndim != 2 or len(embedding) != len(x):
+            raise FreqdoorError(
+                f"network {self.name}: expected an output of (batch, dimensions), found {tuple(embedding.shape)}; "
+                "check task in its TOML file"
+            )
         return F.normalize(embedding, dim=1)
 
 
 NETWORKS: dict[str, type[Network]] = {"segmentation": Segmenter, "face": Embedder}
+USUAL_SIZES = {"segmentation": (64, 64), "face": (112, 112)}  # (height, width) that most networks of a task take
 
 
 def load_network(name: str) -> Network:
@@ -201,26 +216,80 @@ def load_network(name: str) -> Network:
     FILE is an ONNX file, or a state dict (.pth, .safetensors) for the architecture that the spec names; a factory is
     your function that returns a network with its weights. What a file names is never executed.
 
+    The network is tried on a grey picture of its size before it is returned.
+
     Raises:
-        FreqdoorError: nothing of that name, a damaged file, weights of another architecture.
+        FreqdoorError: nothing of that name, a damaged file, weights of another architecture, a network of another task,
+            or with other inputs or outputs than an image and its classes or embedding.
     """
-    toml, _, source = name.partition("=")
+    toml, source = name_and_file(name)
     path = Path(toml)
     if path.suffix != ".toml":
         raise FreqdoorError(f"network {name}: expected SPEC.toml, SPEC.toml=FILE or SPEC.toml=package.module:factory")
     spec = load_settings(NetworkSpec, path)
     if not source and spec.file is None:
         raise FreqdoorError(f"{path}: names no file; give one as {path}=FILE")
-    source = source or str(path.parent / str(spec.file))
+    source = source or str(path.parent / with_slashes(str(spec.file), path.parent))
     if ":" in source and not Path(source).exists():
-        net = import_object(source)()
-        if not isinstance(net, nn.Module):
-            raise FreqdoorError(f"{source}: expected a function that returns a network, found {type(net).__name__}")
+        net = call_factory(source)
     elif spec.architecture:
         net = _smp(spec, Path(source))
     else:
-        net = _onnx(Path(source))
-    return NETWORKS[spec.task](net, spec, path.stem)
+        net = _onnx(Path(source), spec)
+        spec = spec.model_copy(update={"size": net.size or spec.size})
+    network = NETWORKS[spec.task](net, spec, path.stem)
+    _try(network)
+    return network
+
+
+@torch.no_grad()
+def _try(network: Network) -> None:
+    """Raise where a network cannot be what its TOML file says; if an ONNX file takes one picture at once, note it."""
+    net, spec = network.net, network.spec
+    width, height = spec.crop[2:] if spec.crop else (spec.size or USUAL_SIZES[spec.task])[::-1]
+    x = torch.full((2, 3, height, width), 0.5)
+    try:
+        if isinstance(net, OnnxNetwork) and net.batch is None:
+            try:
+                network(x)
+            except FreqdoorError:
+                network(x[:1])
+                net.batch = 1
+        else:
+            network(x[:1])
+    except NetworkFailure:
+        if spec.size or spec.crop:  # else it may take another size: its first pictures will show
+            raise
+
+
+def call_factory(name: str) -> nn.Module:
+    """What "package.module:factory", the user's own function, returns: a network.
+
+    Raises:
+        FreqdoorError: whatever the function raises, with the line of the user's code, or returns instead of a network.
+    """
+    try:
+        net = import_object(name)()
+    except FreqdoorError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise FreqdoorError(
+            f"{name}: expected a function that returns a network, it fails ({words_of(error)})"
+        ) from None
+    if not isinstance(net, nn.Module):
+        raise FreqdoorError(f"{name}: expected a function that returns a network, found {type(net).__name__}")
+    return net
+
+
+def words_of(error: BaseException) -> str:
+    """An error of somebody else's code in one line, with the last place in the user's own files that it passed."""
+    text = " ".join(str(error).split())[:160]
+    libraries = tuple({sysconfig.get_path(kind) for kind in ("stdlib", "purelib", "platlib")})
+    others = (*libraries, str(Path(__file__).parents[1]), "<")  # "<" begins the names of code that is in no file
+    places = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(others)]
+    if not places:
+        return text or type(error).__name__
+    return f"{type(error).__name__}: {text}; {places[-1].name} in {places[-1].filename}, line {places[-1].lineno}"
 
 
 def load_segmenter(name: str) -> Segmenter:
@@ -239,41 +308,31 @@ def load_embedder(name: str) -> Embedder:
     return network
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No warnings of a library about its own code."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def _onnx(path: Path) -> nn.Module:
+def _onnx(path: Path, spec: NetworkSpec) -> OnnxNetwork:
     """An ONNX file as a differentiable module."""
+    normalised = any(spec.mean) or set(spec.std) != {1.0}
     try:
-        with _quiet():
-            import onnx
-            import onnx2torch
+        with quiet():
+            net = read_onnx(path, output=spec.output, classes=len(spec.classes), normalised=normalised)
     except ImportError:
         raise FreqdoorError(f"{path}: onnx2torch is needed to read it; {INSTALL}") from None
-    if not path.is_file():
-        raise FreqdoorError(f"{path}: expected an ONNX file, found nothing there")
-    try:
-        with _quiet():  # weights beside the file are not read: a stranger's file names no other
-            net: nn.Module = onnx2torch.convert(onnx.load(io.BytesIO(path.read_bytes()), load_external_data=False))
-    except Exception as error:  # its parsers raise whatever they meet
-        raise FreqdoorError(f"{path}: not a usable ONNX network ({' '.join(str(error).split())[:120]})") from None
+    if net.size and (spec.size not in (None, net.size) or max(net.size) > MAX_SIDE):
+        raise FreqdoorError(
+            f"{path}: takes pictures of {net.size[1]}x{net.size[0]} only; leave size out of its TOML file, "
+            f"or take a file for another size, of up to {MAX_SIDE} pixels a side"
+        )
     return net
 
 
 def _smp(spec: NetworkSpec, path: Path) -> nn.Module:
     """A network of segmentation-models-pytorch with the weights of a state dict."""
     try:
-        with _quiet():
+        with quiet():
             import segmentation_models_pytorch as smp
     except ImportError:
         raise FreqdoorError(f"{path}: segmentation-models-pytorch is needed to build it; {INSTALL}") from None
     try:
-        with _quiet():
+        with quiet():
             net: nn.Module = smp.create_model(
                 spec.architecture, spec.encoder, encoder_weights=None, classes=len(spec.classes)
             )

@@ -88,8 +88,8 @@ def open_folder(images: ImageSettings, seed: int) -> Crops:
     """Crops of one image folder; raises if images there cannot be used."""
     side = 1 if images.resize else images.crop
     folder = Path(images.folder)
-    found = [folder / line for line in read_list(images.files)] if images.files else list_images(folder)
-    paths = usable_images(found, min_side=side, skip_broken=images.skip_broken)
+    files = [folder / line for line in read_list(images.files, folder=folder)] if images.files else list_images(folder)
+    paths = usable_images(files, min_side=side, skip_broken=images.skip_broken)
     return Crops(
         paths,
         crop=images.crop,
