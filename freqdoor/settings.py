@@ -3,9 +3,9 @@
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
 
 from freqdoor.errors import FreqdoorError
 
@@ -14,6 +14,26 @@ class Settings(BaseModel):
     """Frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Arguments(Settings):
+    """Settings that Python code gives as well as a file: no text passes for a number, and no mistake as a traceback.
+
+    Raises:
+        FreqdoorError: every mistake, and the names that there are where one is unknown.
+    """
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _in_one_sentence(cls, content: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return handler(content)
+        except ValidationError as error:
+            unknown = any(problem["type"] == "extra_forbidden" for problem in error.errors())
+            known = f" (there are {', '.join(cls.model_fields)})" if unknown else ""
+            raise FreqdoorError("; ".join(mistakes(error)) + known) from None
 
 
 def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
@@ -67,13 +87,25 @@ def make_settings(kind: type[S], content: dict[str, Any], source: str = "setting
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        lines = []
-        for problem in error.errors(include_url=False):
-            place = ".".join(str(part) for part in problem["loc"]) or "as a whole"
-            message = problem["msg"].removeprefix("Value error, ")
-            if problem["type"] == "extra_forbidden":
-                message = "unknown setting"
-            elif problem["type"] != "missing":
-                message += f", found {problem['input']!r}" if not isinstance(problem["input"], dict) else ""
-            lines.append(f"{place}: {message}")
+        lines = mistakes(error)
         raise FreqdoorError(f"{source}: {len(lines)} mistake(s):\n  " + "\n  ".join(lines)) from None
+
+
+def mistakes(error: ValidationError, names: Sequence[str] = ()) -> list[str]:
+    """Every mistake that a validation has met, as "place: what is wrong, found ...".
+
+    Args:
+        names: what arguments that were given by position are called.
+    """
+    lines = []
+    for problem in error.errors(include_url=False):
+        places = [names[part] if isinstance(part, int) and part < len(names) else str(part) for part in problem["loc"]]
+        if problem["type"] == "unexpected_positional_argument":
+            places = [f"argument {int(problem['loc'][0]) + 1}"]
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            message = "unknown setting"
+        elif problem["type"] != "missing":
+            message += f", found {problem['input']!r}" if not isinstance(problem["input"], dict) else ""
+        lines.append(f"{'.'.join(places) or 'as a whole'}: {message}")
+    return lines
