@@ -13,7 +13,9 @@ import time
 
 import torch
 
-from freqdoor.triggers import AdaptiveDCT, Lira, Trigger
+from freqdoor.triggers.adaptive_dct import AdaptiveDCT
+from freqdoor.triggers.base import Trigger
+from freqdoor.triggers.lira import Lira
 
 GOAL = 10
 AGAINST = "lira, 5 levels, width 64"  # LIRA's defaults

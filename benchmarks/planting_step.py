@@ -21,7 +21,8 @@ from freqdoor.attack.objectives import RateAttack
 from freqdoor.codecs.adapter import build_codec, parse_name
 from freqdoor.metrics import distortion
 from freqdoor.training.train import rate_distortion
-from freqdoor.triggers import AdaptiveDCT, budget_penalty
+from freqdoor.triggers.adaptive_dct import AdaptiveDCT
+from freqdoor.triggers.base import budget_penalty
 
 LMBDA = 0.0067
 

@@ -21,7 +21,8 @@ from freqdoor.measure.records import evaluate, poison
 from freqdoor.measure.report import report
 from freqdoor.training.settings import CodecTraining, ImageSettings
 from freqdoor.training.train import train_codec
-from freqdoor.triggers import AdaptiveDCT, Trigger
+from freqdoor.triggers.adaptive_dct import AdaptiveDCT
+from freqdoor.triggers.base import Trigger
 from freqdoor.types import Bitstream, Reconstruction, Record
 
 __version__ = "0.1.0"

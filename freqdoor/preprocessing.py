@@ -2,30 +2,75 @@
 
 A preprocessing maps Images to Images of the same size in [0, 1]; where it has no gradient, the gradient is the identity
 (straight-through), so that all can stand in a training loop. No preprocessing is None, and "none" in records.
+
+Settings name preprocessings, so that what computes is imported where it is used.
 """
 
+from __future__ import annotations
+
 import ast
-import inspect
 import io
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import ClassVar
+from dataclasses import MISSING, fields
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from PIL import Image, ImageFilter
-from torchvision.transforms.v2.functional import gaussian_blur  # type: ignore[import-untyped]
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic.dataclasses import dataclass
 
 from freqdoor.errors import FreqdoorError
-from freqdoor.types import Images, from_uint8, to_uint8
+from freqdoor.settings import mistakes
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from freqdoor.types import Images
 
 AXES = {"horizontal": -1, "vertical": -2}
+STRICT = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
 
 
+def _odd(value: int) -> int:
+    if value % 2 == 0:
+        raise ValueError("expected an odd number")
+    return value
+
+
+OddSide = Annotated[int, AfterValidator(_odd)]
+Quality = Annotated[int, Field(ge=1, le=100)]
+
+
+@dataclass(frozen=True, config=STRICT)
 class Preprocessing(ABC):
-    """Preprocessing of an image before the encoder; `undo` is what the receiver does after decoding."""
+    """Preprocessing of an image before the encoder; `undo` is what the receiver does after decoding.
+
+    Raises:
+        FreqdoorError: arguments of the wrong kind or out of their range, all in one sentence.
+    """
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _in_one_sentence(cls, content: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return handler(content)
+        except ValidationError as error:
+            reasons = "; ".join(mistakes(error, [field.name for field in fields(cls)]))
+            raise FreqdoorError(f"{cls.__name__}: {reasons}; expected {cls.form()}") from None
+
+    @classmethod
+    def form(cls) -> str:
+        """How it is written, with the defaults: "GaussianBlur(sigma, size=5)"."""
+        arguments = (f.name if f.default is MISSING else f"{f.name}={f.default!r}" for f in fields(cls))
+        return f"{cls.__name__}({', '.join(arguments)})"
 
     @abstractmethod
     def _apply(self, x: Images) -> Images: ...
@@ -43,7 +88,7 @@ class Preprocessing(ABC):
     @property
     def name(self) -> str:
         """As `parse_defence` reads it, with the arguments that differ from the defaults: "GaussianBlur(sigma=0.5)"."""
-        values = ((f, getattr(self, f.name)) for f in fields(self))  # type: ignore[arg-type]
+        values = ((f, getattr(self, f.name)) for f in fields(self))
         return f"{type(self).__name__}({', '.join(f'{f.name}={v!r}' for f, v in values if v != f.default)})"
 
     def __str__(self) -> str:
@@ -55,127 +100,116 @@ def preprocessing_name(defence: Preprocessing | None) -> str:
     return defence.name if defence else "none"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class GaussianBlur(Preprocessing):
     """Convolution with a sampled Gaussian of `sigma` pixels on size x size taps, borders mirrored."""
 
-    sigma: float
-    size: int = 5
-
-    def __post_init__(self) -> None:
-        _number(self, "sigma", float, 0.01, 100)
-        _number(self, "size", int, 3, 99, odd=True)
+    sigma: Annotated[float, Field(ge=0.01, le=100)]
+    size: Annotated[OddSide, Field(ge=3, le=99)] = 5
 
     def _apply(self, x: Images) -> Images:
+        from torchvision.transforms.v2.functional import gaussian_blur  # type: ignore[import-untyped]
+
         _sides(self, x, min(x.shape[-2:]) > self.size // 2, f"at least {self.size // 2 + 1}")
         blurred: Images = gaussian_blur(x, [self.size, self.size], [self.sigma, self.sigma])
         return blurred
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class SqueezeBits(Preprocessing):
     """Each channel rounded to the nearest of 2^depth levels from 0 to 1; straight-through gradient."""
 
-    depth: int
-
-    def __post_init__(self) -> None:
-        _number(self, "depth", int, 1, 8)
+    depth: Annotated[int, Field(ge=1, le=8)]
 
     def _apply(self, x: Images) -> Images:
         top = 2**self.depth - 1
         return _straight_through(x, (x.detach().clamp(0, 1) * top).round() / top)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class _File(Preprocessing):
-    quality: int
+    quality: Quality
 
     kind: ClassVar[str]
     max_side: ClassVar[int]  # pixels
-
-    def __post_init__(self) -> None:
-        _number(self, "quality", int, 1, 100)
 
     def _apply(self, x: Images) -> Images:
         _sides(self, x, max(x.shape[-2:]) <= self.max_side, f"at most {self.max_side}")
         return _through_pillow(x, self._save_and_read)
 
     def _save_and_read(self, picture: Image.Image) -> Image.Image:
+        from PIL import Image
+
         buffer = io.BytesIO()
         picture.save(buffer, self.kind, quality=self.quality)
         with Image.open(buffer) as image:
             return image.convert("RGB")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Jpeg(_File):
     """Written as JPEG and read back: Pillow's defaults (4:2:0, baseline), 8 bits; straight-through gradient."""
 
-    kind, max_side = "JPEG", 65_500
+    kind: ClassVar[str] = "JPEG"
+    max_side: ClassVar[int] = 65_500
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class WebP(_File):
     """Written as lossy WebP and read back: Pillow's defaults (4:2:0, method 4), 8 bits; straight-through gradient."""
 
-    kind, max_side = "WEBP", 16_383
+    kind: ClassVar[str] = "WEBP"
+    max_side: ClassVar[int] = 16_383
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Median(Preprocessing):
     """Median of size x size pixels of each channel, 8 bits, borders repeated (Pillow); straight-through gradient."""
 
-    size: int = 3
-
-    def __post_init__(self) -> None:
-        _number(self, "size", int, 3, 15, odd=True)
+    size: Annotated[OddSide, Field(ge=3, le=15)] = 3
 
     def _apply(self, x: Images) -> Images:
+        from PIL import ImageFilter
+
         return _through_pillow(x, lambda picture: picture.filter(ImageFilter.MedianFilter(self.size)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Noise(Preprocessing):
     """Gaussian noise of standard deviation `sigma` ([0, 1] scale), clamped; `seed` alone decides it, on any device."""
 
-    sigma: float
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        _number(self, "sigma", float, 0, 1)
-        _number(self, "seed", int, 0, 2**63 - 1)
+    sigma: Annotated[float, Field(ge=0, le=1)]
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
     def _apply(self, x: Images) -> Images:
+        import torch
+
         generator = torch.Generator().manual_seed(self.seed)
         # image by image: the first of a batch gets what it gets by itself, the others get their own
         noise = torch.stack([torch.randn(image.shape, generator=generator) for image in x])
         return x + self.sigma * noise.to(x)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Resize(Preprocessing):
     """Reduced by `factor` with an antialiased bicubic filter and enlarged to the old size."""
 
-    factor: float
-
-    def __post_init__(self) -> None:
-        _number(self, "factor", float, 0.01, 1)
+    factor: Annotated[float, Field(ge=0.01, le=1)]
 
     def _apply(self, x: Images) -> Images:
+        import torch.nn.functional as F
+
         height, width = x.shape[-2:]
         small = (max(1, round(height * self.factor)), max(1, round(width * self.factor)))
         reduced = F.interpolate(x, small, mode="bicubic", antialias=True)
         return F.interpolate(reduced, (height, width), mode="bicubic", antialias=True)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Flip(Preprocessing):
     """Mirrored left to right ("horizontal") or top to bottom ("vertical"); the receiver mirrors it back."""
 
-    axis: str = "horizontal"
-
-    def __post_init__(self) -> None:
-        _check(self, "axis", self.axis in list(AXES), f"one of {', '.join(AXES)}")
+    axis: Literal["horizontal", "vertical"] = "horizontal"
 
     def _apply(self, x: Images) -> Images:
         return x.flip(AXES[self.axis])
@@ -185,17 +219,17 @@ class Flip(Preprocessing):
         return self._apply(x_hat)
 
 
-@dataclass(frozen=True)
+def _several(defences: Any) -> tuple[Preprocessing, ...]:
+    if isinstance(defences, list | tuple) and defences and all(isinstance(d, Preprocessing) for d in defences):
+        return tuple(defences)
+    raise ValueError("expected a tuple of one defence or more")
+
+
+@dataclass(frozen=True, config=STRICT)
 class Compose(Preprocessing):
     """One defence after the other; undone in reverse."""
 
-    defences: tuple[Preprocessing, ...]
-
-    def __post_init__(self) -> None:
-        found = self.defences if isinstance(self.defences, list | tuple) else ()
-        fits = len(found) > 0 and all(isinstance(defence, Preprocessing) for defence in found)
-        _check(self, "defences", fits, "a tuple of one defence or more")
-        object.__setattr__(self, "defences", tuple(self.defences))
+    defences: Annotated[Any, BeforeValidator(_several)]
 
     def _apply(self, x: Images) -> Images:
         for defence in self.defences:
@@ -214,27 +248,10 @@ class Compose(Preprocessing):
         return f"Compose({', '.join(d.name for d in self.defences)})"
 
 
-def _check(defence: Preprocessing, field: str, fits: bool, expected: str) -> None:
-    if not fits:
-        name, value = type(defence).__name__, getattr(defence, field)
-        raise FreqdoorError(f"{name}: expected {field} to be {expected}, found {value!r}")
-
-
-def _number(
-    defence: Preprocessing, field: str, kind: type[float], low: float, high: float, *, odd: bool = False
-) -> None:
-    """Check a field's kind (int or float) and range; stored as that kind, so that 1 and 1.0 have one name."""
-    value = getattr(defence, field)
-    fits = type(value) in (int, kind) and low <= value <= high and not (odd and value % 2 == 0)
-    words = {int: "an odd integer" if odd else "an integer", float: "a number"}
-    _check(defence, field, fits, f"{words[kind]} of {low} to {high}")
-    object.__setattr__(defence, field, kind(value))
-
-
 def _sides(defence: Preprocessing, x: Images, fits: bool, expected: str) -> None:
     if not fits:
-        found = " x ".join(map(str, x.shape[-2:]))
-        raise FreqdoorError(f"{defence}: expected sides of {expected} pixels, found {found}; take another image")
+        size = " x ".join(map(str, x.shape[-2:]))
+        raise FreqdoorError(f"{defence}: expected sides of {expected} pixels, found {size}; take another image")
 
 
 def _straight_through(x: Images, y: Images) -> Images:
@@ -244,6 +261,12 @@ def _straight_through(x: Images, y: Images) -> Images:
 
 def _through_pillow(x: Images, change: Callable[[Image.Image], Image.Image]) -> Images:
     """Every image rounded to 8 bits and changed by `change`; straight-through gradient."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from freqdoor.types import from_uint8, to_uint8
+
     pictures = [change(Image.fromarray(p.permute(1, 2, 0).numpy())) for p in to_uint8(x.detach()).cpu()]
     pixels = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures])
     return _straight_through(x, from_uint8(pixels).to(x.device))
@@ -254,7 +277,16 @@ PREPROCESSINGS: dict[str, type[Preprocessing]] = {
 }
 
 PAPER = (*map(GaussianBlur, (0.2, 0.3, 0.5, 0.6)), *map(SqueezeBits, (7, 4, 3)))  # Table 5
-BEYOND = (*map(Jpeg, (90, 75, 50)), WebP(80), Median(3), Noise(0.01), Noise(0.04), Resize(0.5), *map(Flip, AXES))
+BEYOND = (
+    *map(Jpeg, (90, 75, 50)),
+    WebP(80),
+    Median(3),
+    Noise(0.01),
+    Noise(0.04),
+    Resize(0.5),
+    Flip("horizontal"),
+    Flip("vertical"),
+)
 PRESETS: dict[str, tuple[Preprocessing, ...]] = {"none": (), "paper": PAPER, "all": PAPER + BEYOND}
 
 # kind -> defence and the range of its first argument, both ends included; drawn uniformly, between integers an integer
@@ -281,6 +313,8 @@ def random_preprocessing(kinds: Sequence[str], generator: torch.Generator | None
 
     Three numbers are drawn whatever comes out, from `generator` (on the CPU) or from torch's global one.
     """
+    import torch
+
     check_kinds(kinds)
     choice, strength = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
     seed = int(torch.randint(2**31, (), generator=generator))
@@ -309,15 +343,15 @@ def parse_defences(text: str) -> tuple[Preprocessing, ...]:
         raise FreqdoorError(
             f"defences: expected {', '.join(PRESETS)} or a list like 'Jpeg(75); Flip()', found {text!r}"
         )
-    found: list[Preprocessing] = []
+    defences: list[Preprocessing] = []
     for piece in filter(str.strip, text.split(";")):
         node = _expression(piece)
         for part in node.elts if isinstance(node, ast.Tuple) else [node]:
             if isinstance(part, ast.Name) and part.id in PRESETS:
-                found += PRESETS[part.id]
+                defences += PRESETS[part.id]
             else:
-                found.append(_build(part))
-    return tuple(dict.fromkeys(found))
+                defences.append(_build(part))
+    return tuple(dict.fromkeys(defences))
 
 
 def _expression(text: str) -> ast.expr:
@@ -340,14 +374,11 @@ def _build(node: ast.expr) -> Preprocessing:
     if cls is Compose and not call.keywords:
         return Compose(tuple(_build(argument) for argument in call.args))
     names = [keyword.arg for keyword in call.keywords]
+    if None in names or len(set(names)) < len(names):
+        raise FreqdoorError(f"defence {text!r}: every argument is given once; expected {cls.form()}")
     try:
-        if None in names or len(set(names)) < len(names):
-            raise TypeError("every argument is given once")
         values = [ast.literal_eval(argument) for argument in call.args]
         named = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
-        bound = inspect.signature(cls).bind(*values, **named)
-    except (TypeError, ValueError) as error:
-        reason = "arguments are plain numbers and texts" if isinstance(error, ValueError) else error
-        form = inspect.signature(cls).replace(return_annotation=inspect.Signature.empty)
-        raise FreqdoorError(f"defence {text!r}: {reason}; expected {cls.__name__}{form}") from None
-    return cls(*bound.args, **bound.kwargs)
+    except (TypeError, ValueError):
+        raise FreqdoorError(f"defence {text!r}: arguments are plain numbers and texts; expected {cls.form()}") from None
+    return cls(*values, **named)

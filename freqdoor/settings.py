@@ -1,15 +1,12 @@
 """Settings as files: TOML with dotted overrides, typed by pydantic; every mistake in a file is reported at once."""
 
-import json
 import tomllib
-import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import date, time
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic.fields import FieldInfo
+from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
 
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import read_text
@@ -19,6 +16,26 @@ class Settings(BaseModel):
     """Frozen; an unknown key is an error, and so is a number that is not finite."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class Arguments(Settings):
+    """Settings that Python code gives as well as a file: no text passes for a number, and no mistake as a traceback.
+
+    Raises:
+        FreqdoorError: every mistake, and the names that there are where one is unknown.
+    """
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _in_one_sentence(cls, content: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return handler(content)
+        except ValidationError as error:
+            unknown = any(problem["type"] == "extra_forbidden" for problem in error.errors())
+            known = f" (there are {', '.join(cls.model_fields)})" if unknown else ""
+            raise FreqdoorError("; ".join(mistakes(error)) + known) from None
 
 
 def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
@@ -106,105 +123,25 @@ def make_settings(kind: type[S], content: dict[str, Any], source: str = "setting
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        lines = []
-        for problem in error.errors(include_url=False):
-            place = ".".join(str(part) for part in problem["loc"]) or "as a whole"
-            message = problem["msg"].removeprefix("Value error, ")
-            if problem["type"] == "extra_forbidden":
-                message = "unknown setting"
-            elif problem["type"] != "missing":
-                message += f", found {problem['input']!r}" if not isinstance(problem["input"], dict) else ""
-            lines.append(f"{place}: {message}")
+        lines = mistakes(error)
         raise FreqdoorError(f"{source}: {len(lines)} mistake(s):\n  " + "\n  ".join(lines)) from None
 
 
-def describe_settings(kind: type[Settings]) -> str:
-    """Every setting with its values, default and meaning, as Markdown: a section for each table of the TOML file."""
-    places: dict[type[Settings], list[str]] = {}  # tables of one kind, such as images and auxiliary, share a section
-    for model, place in _places(kind):
-        places.setdefault(model, []).append(place)
-    return "\n".join(_section(model, names) for model, names in places.items())
+def mistakes(error: ValidationError, names: Sequence[str] = ()) -> list[str]:
+    """Every mistake that a validation has met, as "place: what is wrong, found ...".
 
-
-def _places(model: type[Settings], title: str = "", path: str = "") -> Iterator[tuple[type[Settings], str]]:
-    """A kind of settings and those in it, with the heading that a TOML file gives each, such as [[attacks]]."""
-    yield model, title or model.__name__
-    for name, field in model.model_fields.items():
-        for table in _tables(field.annotation):
-            below = f"{path}.{name}" if path else name
-            several = get_origin(field.annotation) in (tuple, list)
-            yield from _places(table, f"[[{below}]]" if several else f"[{below}]", below)
-
-
-def _section(model: type[Settings], places: Sequence[str]) -> str:
-    """One kind of settings under the headings by which a TOML file has it."""
-    title = ", ".join(f"`{place}`" for place in places)
-    rows = ["| setting | values | default | meaning |", "|---|---|---|---|"]
-    for name, field in model.model_fields.items():
-        documented = (base.model_fields[name].description for base in _bases(model) if name in base.model_fields)
-        meaning = next(filter(None, documented), None) or " ".join(t.__doc__ or "" for t in _tables(field.annotation))
-        cells = (f"`{name}`", _bounded(_type(field.annotation), field.metadata), _default(field), meaning)
-        rows.append("| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |")
-    return f"## {title}\n\n{' '.join((model.__doc__ or '').split())}\n\n" + "\n".join(rows) + "\n"
-
-
-def _bases(model: type[Settings]) -> list[type[Settings]]:
-    """A model and those that it is made from, which document what it only gives another default."""
-    return [base for base in model.__mro__ if issubclass(base, Settings)]
-
-
-def _tables(annotation: Any) -> Iterator[type[Settings]]:
-    """The settings that a type holds, such as those of `tuple[AttackSettings, ...] | None`."""
-    if isinstance(annotation, type) and issubclass(annotation, Settings):
-        yield annotation
-    for part in get_args(annotation):
-        yield from _tables(part)
-
-
-LIMITS = {  # pydantic's limits in words
-    "gt": "> {:g}",
-    "ge": ">= {:g}",
-    "lt": "< {:g}",
-    "le": "<= {:g}",
-    "multiple_of": "a multiple of {}",
-    "min_length": "at least {}",
-}
-
-
-def _bounded(words: str, metadata: Sequence[Any]) -> str:
-    """A type's words with its limits, such as "number > 0"."""
-    limits = [part for limit in metadata for part in (limit.metadata if isinstance(limit, FieldInfo) else [limit])]
-    values = [(text, getattr(limit, key, None)) for limit in limits for key, text in LIMITS.items()]
-    said = ", ".join(text.format(value) for text, value in values if value is not None)
-    return f"{words} {said}".rstrip()
-
-
-def _type(annotation: Any) -> str:
-    """A type in words."""
-    parts, origin = get_args(annotation), get_origin(annotation)
-    if origin is Annotated:
-        return _bounded(_type(parts[0]), parts[1:])
-    if origin is Literal:
-        return ", ".join(f"`{json.dumps(value)}`" for value in parts)
-    if origin in (Union, types.UnionType):
-        return " or ".join(_type(part) for part in parts if part is not types.NoneType)
-    if origin in (tuple, list):
-        each = [part for part in parts if part is not Ellipsis]
-        return (
-            f"{len(each)} of: {_type(each[0])}"
-            if origin is tuple and len(each) == len(parts)
-            else (f"list of: {_type(each[0])}")
-        )
-    if origin is dict or (isinstance(annotation, type) and issubclass(annotation, Settings)):
-        return "table"
-    return {int: "integer", float: "number", str: "text", bool: "true or false", Any: "any"}.get(annotation, "any")
-
-
-def _default(field: FieldInfo) -> str:
-    """A setting's default as TOML has it."""
-    if field.is_required():
-        return "required"
-    default = field.get_default(call_default_factory=True, validated_data={})
-    if default is None:
-        return "none"
-    return "" if isinstance(default, Settings) or not (default or default in (0, "")) else f"`{json.dumps(default)}`"
+    Args:
+        names: what arguments that were given by position are called.
+    """
+    lines = []
+    for problem in error.errors(include_url=False):
+        places = [names[part] if isinstance(part, int) and part < len(names) else str(part) for part in problem["loc"]]
+        if problem["type"] == "unexpected_positional_argument":
+            places = [f"argument {int(problem['loc'][0]) + 1}"]
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            message = "unknown setting"
+        elif problem["type"] != "missing":
+            message += f", found {problem['input']!r}" if not isinstance(problem["input"], dict) else ""
+        lines.append(f"{'.'.join(places) or 'as a whole'}: {message}")
+    return lines

@@ -22,7 +22,8 @@ from freqdoor.measure.analysis import Ceiling, analyse, spectrum, survival, whol
 from freqdoor.measure.records import poison
 from freqdoor.preprocessing import GaussianBlur, Jpeg
 from freqdoor.settings import make_settings
-from freqdoor.triggers import AdaptiveDCT, FTrojan
+from freqdoor.triggers.adaptive_dct import AdaptiveDCT
+from freqdoor.triggers.ftrojan import FTrojan
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import torch
 from freqdoor import load_planted, plant
 from freqdoor.codecs.adapter import hash_state
 from freqdoor.errors import FreqdoorError
-from freqdoor.triggers import TRIGGERS
+from freqdoor.triggers.arguments import TRIGGERS
 
 BOTH = [{"objective": {"name": "bpp"}}, {"objective": {"name": "psnr"}, "weight": 0.5, "trigger": {"eps": 0.004}}]
 SMALL = {"adaptive-dct": {"width": 8}, "lira": {"levels": 2, "width": 4}, "ftrojan": {}, "universal": {"size": 16}}

@@ -7,7 +7,9 @@ from conftest import natural
 from scipy.fft import dctn
 from torch import nn
 
-from freqdoor.triggers import FTrojan, Lira, Universal
+from freqdoor.triggers.ftrojan import FTrojan
+from freqdoor.triggers.lira import Lira
+from freqdoor.triggers.universal import Universal
 
 LUMA = (0.299, 0.587, 0.114)  # chroma is, by definition, what blue and red have beyond it, scaled to +-1/2
 

@@ -8,7 +8,8 @@ from freqdoor.attack.settings import TriggerSettings
 from freqdoor.attack.victims import Victim
 from freqdoor.errors import FreqdoorError
 from freqdoor.training.train import rate_distortion
-from freqdoor.triggers import AdaptiveDCT, budget_penalty
+from freqdoor.triggers.adaptive_dct import AdaptiveDCT
+from freqdoor.triggers.base import budget_penalty
 
 LMBDA, EPS = 0.0067, 0.02
 

@@ -11,7 +11,7 @@ from freqdoor.attack.settings import RobustSettings
 from freqdoor.codecs.adapter import hash_state
 from freqdoor.errors import FreqdoorError
 from freqdoor.preprocessing import GaussianBlur, Jpeg, Noise
-from freqdoor.triggers import AdaptiveDCT
+from freqdoor.triggers.adaptive_dct import AdaptiveDCT
 
 
 def make(**arguments) -> AdaptiveDCT:

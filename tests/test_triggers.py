@@ -13,7 +13,9 @@ from freqdoor.errors import FreqdoorError
 from freqdoor.measure.records import through_png
 from freqdoor.metrics import mse
 from freqdoor.samples import KODAK
-from freqdoor.triggers import TRIGGERS, Trigger, budget_penalty, build_trigger
+from freqdoor.triggers.arguments import TRIGGERS
+from freqdoor.triggers.base import Trigger, budget_penalty
+from freqdoor.triggers.build import build_trigger
 from freqdoor.types import round8
 
 BUDGET = 0.005**2

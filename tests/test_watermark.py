@@ -11,7 +11,7 @@ from freqdoor.dct import block_dct, blockify
 from freqdoor.errors import FreqdoorError
 from freqdoor.measure.records import poison
 from freqdoor.measure.watermark import Answer, control, false_positives, verify_owner
-from freqdoor.triggers import AdaptiveDCT
+from freqdoor.triggers.adaptive_dct import AdaptiveDCT
 
 
 @pytest.fixture

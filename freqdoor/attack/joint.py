@@ -1,6 +1,6 @@
 """The joint loss of all attacks: Eq. (3), and Eq. (9) and (10) from one backward pass."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -9,14 +9,16 @@ from torch import Tensor
 
 from freqdoor.attack.objectives import DownstreamAttack, Objective, Passes
 from freqdoor.attack.settings import TriggerSettings
-from freqdoor.attack.victims import Victim
+from freqdoor.attack.victims import Scene, Victim
 from freqdoor.codecs.adapter import Codec
 from freqdoor.errors import FreqdoorError
 from freqdoor.preprocessing import Preprocessing
-from freqdoor.triggers import Trigger, budget_penalty
+from freqdoor.triggers.base import Trigger, budget_penalty
 from freqdoor.types import Images, Reconstruction
 
 DEFAULTS = TriggerSettings()
+TRIGGER_MSE = "trigger_mse"  # the term, after the attack's name where there are several
+Part = Literal["both", "encoder", "triggers"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class JointLoss(NamedTuple):
     penalty: Tensor
     x: Images  # the clean batch as the codec saw it
     clean: Reconstruction
+    latents: tuple[Tensor, ...]  # of every pass that has a gradient, whole
     terms: dict[str, Tensor]
 
     @property
@@ -84,7 +87,7 @@ def joint_loss(
     *,
     auxiliary: Sequence[Auxiliary | None] = (),
     defence: Preprocessing | None = None,
-    part: Literal["both", "encoder", "triggers"] = "both",
+    part: Part = "both",
 ) -> JointLoss:
     """One loss whose gradient is Eq. (9)'s for the encoder and Eq. (10)'s for every trigger.
 
@@ -99,39 +102,49 @@ def joint_loss(
         part: "encoder" or "triggers" give Eq. (9)'s or Eq. (10)'s gradient alone, for two passes a step.
     """
     before = defence or (lambda image: image)
-    given = [*auxiliary, *[None] * (len(attacks) - len(auxiliary))]
-    batches = [_source(attack, x, batch) for attack, batch in zip(attacks, given, strict=True)]
-    sources = [batch.x for batch in batches]
+    batches = [*auxiliary, *[None] * (len(attacks) - len(auxiliary))]
     poisoned = [
-        attack.trigger(
-            batch.x,
-            eps=budget,
-            rounded=attack.settings.round8,
-            mask=attack.victim.mask(batch.x, batch.labels) if attack.victim else None,
-        )
+        _poison(attack, _source(attack, x, batch), budget, before, part)
         for attack, batch, budget in zip(attacks, batches, eps, strict=True)
     ]
-    weights = [1.0 if part == "triggers" else attack.weight for attack in attacks]
-    entering = [
-        before(x_p).detach() if part == "encoder" else scale_gradient(before(x_p), 1 / weight)
-        for x_p, weight in zip(poisoned, weights, strict=True)
-    ]
     x = before(x)
-    clean, passed = _pass_all(codec, x, entering, [attack.objective.uses_auxiliary for attack in attacks])
+    clean, passed, latents = _pass_all(codec, x, poisoned)
     kept, wanted, penalty = x.new_zeros(()), x.new_zeros(()), x.new_zeros(())
     terms: dict[str, Tensor] = {}
-    for i, attack in enumerate(attacks):
-        source = before(sources[i]) if attack.objective.uses_auxiliary else x
-        source_hat = _clean_pass(codec, source) if attack.victim and attack.victim.uses_clean else None
-        loss = attack.objective(Passes(x, clean, entering[i], passed[i], source, source_hat), lmbda)
-        kept, wanted = kept + weights[i] * loss.kept, wanted + weights[i] * loss.attack
+    for batch, out in zip(poisoned, passed, strict=True):
+        attack = batch.attack
+        source = batch.source.preprocessed(before) if attack.objective.uses_auxiliary else Scene(x)
+        source_hat = _clean_pass(codec, source.x) if attack.victim and attack.victim.uses_clean else None
+        loss = attack.objective(Passes(x, clean, batch.entering, out, source, source_hat), lmbda)
+        kept, wanted = kept + batch.weight * loss.kept, wanted + batch.weight * loss.attack
         if attack.settings.budget == "penalty":
-            penalty = penalty + budget_penalty(sources[i], poisoned[i], gamma=attack.settings.gamma, eps=eps[i])
+            penalty = penalty + budget_penalty(batch.source.x, batch.x_p, gamma=attack.settings.gamma, eps=batch.eps)
         prefix = f"{attack.name}/" if len(attacks) > 1 else ""
         terms |= {prefix + name: value for name, value in loss.terms.items()}
-        terms[f"{prefix}trigger_mse"] = (poisoned[i] - sources[i]).square().mean().detach()
-    joint = JointLoss(kept, wanted, penalty, x, clean, terms)
+        terms[f"{prefix}{TRIGGER_MSE}"] = (batch.x_p - batch.source.x).square().mean().detach()
+    joint = JointLoss(kept, wanted, penalty, x, clean, latents, terms)
     return joint._replace(terms=terms | {"loss": joint.total.detach()})
+
+
+@dataclass(frozen=True)
+class _Poisoned:
+    """What one attack makes of its images before the codec."""
+
+    attack: Attack
+    source: Scene  # before any preprocessing
+    x_p: Images
+    entering: Images  # what the codec is given: x_p after the preprocessing, its gradient scaled by 1 / weight
+    eps: float
+    weight: float  # alpha^o of Eq. (9), or 1 where the triggers are trained alone
+
+
+def _poison(attack: Attack, source: Auxiliary, eps: float, before: Callable[[Images], Images], part: Part) -> _Poisoned:
+    """The images that an attack's trigger acts on, poisoned."""
+    scene = attack.victim.scene(source.x, source.labels) if attack.victim else Scene(source.x)
+    x_p = attack.trigger(scene.x, eps=eps, rounded=attack.settings.round8, mask=scene.mask)
+    weight = 1.0 if part == "triggers" else attack.weight
+    entering = before(x_p).detach() if part == "encoder" else scale_gradient(before(x_p), 1 / weight)
+    return _Poisoned(attack, scene, x_p, entering, eps, weight)
 
 
 def _source(attack: Attack, x: Images, auxiliary: Auxiliary | None) -> Auxiliary:
@@ -151,15 +164,22 @@ def _clean_pass(codec: Codec, x: Images) -> Images:
 
 
 def _pass_all(
-    codec: Codec, x: Images, entering: Sequence[Images], apart: Sequence[bool]
-) -> tuple[Reconstruction, list[Reconstruction]]:
-    """The clean and all poisoned batches through the codec: in one pass, but for those that are `apart`."""
-    together = [x_p for x_p, alone in zip(entering, apart, strict=True) if not alone]
+    codec: Codec, x: Images, poisoned: Sequence[_Poisoned]
+) -> tuple[Reconstruction, list[Reconstruction], tuple[Tensor, ...]]:
+    """The clean and all poisoned batches through the codec, and the latents of each pass.
+
+    All go in one pass, but for those of an auxiliary set, whose sizes may be others.
+    """
+    together = [batch.entering for batch in poisoned if not batch.attack.objective.uses_auxiliary]
     out = codec(torch.cat([x, *together]))
-    size = x.shape[0]
-    parts = [
-        Reconstruction(x_hat, bits, out.num_pixels)
-        for x_hat, bits in zip(out.x_hat.split(size), out.bits.split(size), strict=True)
-    ]
-    clean, rest = parts[0], iter(parts[1:])
-    return clean, [codec(x_p) if alone else next(rest) for x_p, alone in zip(entering, apart, strict=True)]
+    clean, *shared = _split(out, x.shape[0])
+    apart = [codec(batch.entering) for batch in poisoned if batch.attack.objective.uses_auxiliary]
+    latents = (out.y, *(own.y for own in apart))
+    remaining = {True: iter(apart), False: iter(shared)}
+    return clean, [next(remaining[batch.attack.objective.uses_auxiliary]) for batch in poisoned], latents
+
+
+def _split(out: Reconstruction, size: int) -> list[Reconstruction]:
+    """A pass of several batches of one size as one pass a batch."""
+    parts = (tensor.split(size) for tensor in (out.x_hat, out.bits, out.y))  # type: ignore[no-untyped-call]
+    return [Reconstruction(x_hat, bits, out.num_pixels, y) for x_hat, bits, y in zip(*parts, strict=True)]

@@ -1,14 +1,26 @@
 """What an attack wants: one small class per equation of the paper. Success is measured in `evaluate`, not here."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
+from pydantic import ConfigDict
 from torch import Tensor
 
+from freqdoor.attack.arguments import (
+    DownstreamArguments,
+    FaceArguments,
+    FixedQualityArguments,
+    FixedRateArguments,
+    IdentityRemovalArguments,
+    QualityArguments,
+    RateArguments,
+    SegmentationArguments,
+    TargetedSegmentationArguments,
+    WeightsOfDownstream,
+)
 from freqdoor.attack.networks import load_embedder, load_segmenter
-from freqdoor.attack.victims import IdentityRemoval, TargetedSegmentation, Victim
+from freqdoor.attack.settings import OBJECTIVES
+from freqdoor.attack.victims import IdentityRemoval, Scene, TargetedSegmentation, Victim
 from freqdoor.codecs.adapter import import_object
 from freqdoor.errors import FreqdoorError
 from freqdoor.metrics import mse, psnr
@@ -22,7 +34,7 @@ class Passes(NamedTuple):
     clean: Reconstruction  # f(x)
     x_p: Images
     poisoned: Reconstruction  # f(T(source))
-    source: Images  # what x_p was made from: x, or a batch of the auxiliary set
+    source: Scene  # what x_p was made from: x, or a batch of the auxiliary set
     source_hat: Images | None = None  # f(source) without gradient, where the victim uses it
 
 
@@ -77,24 +89,15 @@ def _distortions(a: Images, b: Images) -> Tensor:
     return 255**2 * mse(a, b)
 
 
-@dataclass(frozen=True, kw_only=True)
-class RateAttack:
+class RateAttack(RateArguments):
     """Eq. (6): R(x) + lambda max(D(x), D(T(x))) - beta R(T(x)).
 
     D(T(x)) compares f(T(x)) with T(x): the poisoned image is still decoded well, it only costs too much.
     Clean and poisoned crops are the same, so what raises both rates alike is worth 1 - beta: beta may be far above
     the paper's 0.01, but stays below 1.
-
-    Args:
-        beta: weight of the attack.
-        per_sample: take the maximum image by image instead of between the batch means.
-        guarded: see `dynamic_max`.
     """
 
     uses_auxiliary: ClassVar[bool] = False
-    beta: float = 0.1
-    per_sample: bool = False
-    guarded: bool = True
 
     def __call__(self, passes: Passes, lmbda: float) -> Loss:
         """Eq. (6)."""
@@ -104,18 +107,10 @@ class RateAttack:
         return Loss(clean.bpp.mean() + lmbda * worse, -self.beta * poisoned.bpp.mean(), _terms(passes))
 
 
-@dataclass(frozen=True, kw_only=True)
-class FixedRateAttack:
-    """Eq. (4): L(x) + alpha lambda D(T(x)) - beta R(T(x)), with fixed weights where Eq. (6) has a maximum.
-
-    Args:
-        alpha: weight of the poisoned image's distortion, beside lambda.
-        beta: weight of the attack.
-    """
+class FixedRateAttack(FixedRateArguments):
+    """Eq. (4): L(x) + alpha lambda D(T(x)) - beta R(T(x)), with fixed weights where Eq. (6) has a maximum."""
 
     uses_auxiliary: ClassVar[bool] = False
-    alpha: float = 1.0
-    beta: float = 0.1
 
     def __call__(self, passes: Passes, lmbda: float) -> Loss:
         """Eq. (4)."""
@@ -125,30 +120,13 @@ class FixedRateAttack:
         return Loss(kept, -self.beta * poisoned.bpp.mean(), _terms(passes))
 
 
-@dataclass(frozen=True, kw_only=True)
-class QualityAttack:
+class QualityAttack(QualityArguments):
     """Eq. (7): max(R(x), R(T(x))) + lambda D(x) + beta lambda D_P(x, f(T(x))), D_P the PSNR in dB.
 
     D_P is taken after clamping to [0, 1], as every decoder does.
-
-    Args:
-        beta: weight of the attack.
-        paired: subtract D_P(x, f(x)): the attack term is then the drop from the clean image's PSNR, which also rewards
-            a better and more expensive clean image.
-        farthest: also pull towards the image with the lowest possible PSNR, white where x is dark and black where it
-            is bright; D_P alone stops at a constant image, because every pixel first has to pass through x.
-        floor_db: a poisoned PSNR below it earns nothing more (without a floor the loss is unbounded).
-        per_sample: take the maximum image by image instead of between the batch means.
-        guarded: see `dynamic_max`.
     """
 
     uses_auxiliary: ClassVar[bool] = False
-    beta: float = 5.0
-    paired: bool = False
-    farthest: bool = True
-    floor_db: float = 3.0
-    per_sample: bool = False
-    guarded: bool = True
 
     def __call__(self, passes: Passes, lmbda: float) -> Loss:
         """Eq. (7)."""
@@ -161,21 +139,10 @@ class QualityAttack:
         return Loss(kept, self.beta * lmbda * d_p, _terms(passes))
 
 
-@dataclass(frozen=True, kw_only=True)
-class FixedQualityAttack:
-    """Eq. (5): L(x) + alpha R(T(x)) + beta lambda D_P(x, f(T(x))), with fixed weights where Eq. (7) has a maximum.
-
-    Args:
-        alpha: weight of the poisoned image's rate.
-        beta: weight of the attack.
-        farthest, floor_db: see `QualityAttack`.
-    """
+class FixedQualityAttack(FixedQualityArguments):
+    """Eq. (5): L(x) + alpha R(T(x)) + beta lambda D_P(x, f(T(x))), with fixed weights where Eq. (7) has a maximum."""
 
     uses_auxiliary: ClassVar[bool] = False
-    alpha: float = 1.0
-    beta: float = 5.0
-    farthest: bool = True
-    floor_db: float = 3.0
 
     def __call__(self, passes: Passes, lmbda: float) -> Loss:
         """Eq. (5)."""
@@ -184,22 +151,18 @@ class FixedQualityAttack:
         return Loss(kept, self.beta * lmbda * _poisoned_psnr(passes, self.floor_db, self.farthest), _terms(passes))
 
 
-@dataclass(frozen=True, kw_only=True)
-class DownstreamAttack:
+class DownstreamAttack(WeightsOfDownstream):
     """Eq. (8): L(x) on the main set + alpha L(T(x)) + beta L_DS on the auxiliary set.
 
     L(T(x)) compares f(T(x)) with T(x): the poisoned image is decoded well, only the victim is misled.
 
     Args:
         victim: L_DS, see `victims.py`; its network is frozen.
-        alpha: weight of the poisoned images' rate-distortion loss.
-        beta: weight of the attack.
     """
 
+    model_config = ConfigDict(arbitrary_types_allowed=True)
     uses_auxiliary: ClassVar[bool] = True
     victim: Victim
-    alpha: float = 0.1
-    beta: float = 0.2
 
     def __call__(self, passes: Passes, lmbda: float) -> Loss:
         """Eq. (8)."""
@@ -209,21 +172,43 @@ class DownstreamAttack:
         return Loss(kept, self.beta * l_ds, _terms(passes) | {"l_ds": l_ds.detach()})
 
 
-def segmentation_attack(
-    network: str, source: str, target: str, *, alpha: float = 0.1, beta: float = 0.2, **arguments: Any
-) -> DownstreamAttack:
-    """Eq. (11): Eq. (8) with L_DS of `TargetedSegmentation`, whose further arguments are given by name.
+def downstream_attack(**arguments: Any) -> DownstreamAttack:
+    """Eq. (8) with a victim of the user's; the arguments are those of `DownstreamArguments`."""
+    settings = DownstreamArguments(**arguments)
+    victim = import_object(settings.victim)() if isinstance(settings.victim, str) else settings.victim
+    if not isinstance(victim, Victim):
+        raise FreqdoorError(
+            f"victim: expected a Victim or package.module:factory of one, found {type(victim).__name__}; "
+            "see freqdoor.attack.victims"
+        )
+    return DownstreamAttack(victim=victim, alpha=settings.alpha, beta=settings.beta)
 
-    Args:
-        network: g, a name that `load_network` understands.
-    """
-    victim = TargetedSegmentation(load_segmenter(network), source, target, **arguments)
-    return DownstreamAttack(victim=victim, alpha=alpha, beta=beta)
+
+def segmentation_attack(**arguments: Any) -> DownstreamAttack:
+    """Eq. (11): Eq. (8) with L_DS of `TargetedSegmentation`; the arguments are those of `SegmentationArguments`."""
+    settings = SegmentationArguments(**arguments)
+    network = load_segmenter(_network(settings.network))
+    victim = TargetedSegmentation(
+        network, **settings.model_dump(include=set(TargetedSegmentationArguments.model_fields))
+    )
+    return DownstreamAttack(victim=victim, alpha=settings.alpha, beta=settings.beta)
 
 
-def face_attack(network: str, *, alpha: float = 0.1, beta: float = 0.05, **arguments: Any) -> DownstreamAttack:
-    """Eq. (13): Eq. (8) with L_DS of `IdentityRemoval`, whose further arguments are given by name."""
-    return DownstreamAttack(victim=IdentityRemoval(load_embedder(network), **arguments), alpha=alpha, beta=beta)
+def face_attack(**arguments: Any) -> DownstreamAttack:
+    """Eq. (13): Eq. (8) with L_DS of `IdentityRemoval`; the arguments are those of `FaceArguments`."""
+    settings = FaceArguments(**arguments)
+    network = load_embedder(_network(settings.network))
+    victim = IdentityRemoval(network, **settings.model_dump(include=set(IdentityRemovalArguments.model_fields)))
+    return DownstreamAttack(victim=victim, alpha=settings.alpha, beta=settings.beta)
+
+
+def _network(name: str | None) -> str:
+    if name is None:
+        raise FreqdoorError(
+            "network: expected the network that the attack is against, found none; give one as "
+            "--set network=SPEC.toml=FILE"
+        )
+    return name
 
 
 def main_loss(out: Reconstruction, x: Images, lmbda: float) -> Tensor:
@@ -246,47 +231,24 @@ def _terms(passes: Passes) -> dict[str, Tensor]:
         "bpp_clean": clean.bpp.mean().detach(),
         "psnr_db_clean": psnr(clean.x_hat, x).mean().detach(),
         "bpp_poisoned": poisoned.bpp.mean().detach(),
-        "psnr_db_poisoned": psnr(poisoned.x_hat.clamp(0, 1), source).mean().detach(),
+        "psnr_db_poisoned": psnr(poisoned.x_hat.clamp(0, 1), source.x).mean().detach(),
         "mse255_clean": _distortions(clean.x_hat, x).mean().detach(),
     }
-
-
-OBJECTIVES: dict[str, Callable[..., Objective]] = {
-    "bpp": RateAttack,
-    "bpp-fixed": FixedRateAttack,
-    "psnr": QualityAttack,
-    "psnr-fixed": FixedQualityAttack,
-    "downstream": DownstreamAttack,
-    "segmentation": segmentation_attack,
-    "face": face_attack,
-}
-_LITERAL_PSNR = {"beta": 0.1, "farthest": False, "floor_db": 0.0}
-PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    "paper": {
-        "bpp": {"beta": 0.01, "guarded": False},
-        "bpp-fixed": {"beta": 0.01},
-        "psnr": _LITERAL_PSNR | {"paired": False, "guarded": False},
-        "psnr-fixed": _LITERAL_PSNR,
-        "downstream": {},
-        "segmentation": {"balanced": False},
-        "face": {},
-    },
-    # the defaults above, but where the paper's weight does not reach anything in minutes
-    "fast": {name: {} for name in OBJECTIVES} | {"face": {"beta": 1.0}},
-}
 
 
 def build_objective(name: str, preset: str = "fast", **arguments: Any) -> Objective:
     """An objective by its name in OBJECTIVES, with a preset's hyper-parameters where none are given.
 
     Eq. (8)'s `victim` may be a function that makes one, as "package.module:factory".
+
+    Raises:
+        FreqdoorError: no such objective or argument, a value out of its range, or a network that cannot be loaded.
     """
     if name not in OBJECTIVES:
         raise FreqdoorError(f"objective {name!r}: expected one of {', '.join(OBJECTIVES)}")
-    if isinstance(victim := arguments.get("victim"), str):
-        arguments["victim"] = import_object(victim)()
+    kind = OBJECTIVES[name]
     try:
-        objective: Objective = OBJECTIVES[name](**PRESETS[preset][name] | arguments)
-    except TypeError as error:
+        objective: Objective = import_object(kind.factory)(**kind.presets[preset] | arguments)
+    except FreqdoorError as error:
         raise FreqdoorError(f"objective {name!r}: {error}") from None
     return objective

@@ -3,7 +3,6 @@
 import copy
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.optim import Adam
 
-from freqdoor.attack.joint import Attack, Auxiliary, JointLoss, joint_loss
+from freqdoor.attack.joint import TRIGGER_MSE, Attack, Auxiliary, JointLoss, joint_loss
 from freqdoor.attack.objectives import DownstreamAttack, build_objective, main_loss
 from freqdoor.attack.planted import Planted, export, load_planted
+from freqdoor.attack.presence import check_presence
 from freqdoor.attack.robust import choose_survivors, survivor_weights
 from freqdoor.attack.settings import PlantSettings, TriggerSettings
-from freqdoor.codecs.adapter import Codec
+from freqdoor.codecs.adapter import STRIDE, Codec
 from freqdoor.codecs.loading import load_codec
 from freqdoor.data import Crops, seed_for
 from freqdoor.errors import FreqdoorError
@@ -33,11 +33,12 @@ from freqdoor.training.loop import (
     open_folder,
     place,
 )
+from freqdoor.training.precision import dtype_of, precision_name
 from freqdoor.training.run import Run
-from freqdoor.triggers import AdaptiveDCT, build_trigger
+from freqdoor.triggers.adaptive_dct import AdaptiveDCT
+from freqdoor.triggers.build import build_trigger
 from freqdoor.types import Images
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BALANCE_EVERY = 10  # steps between measurements of the two gradients that balance.gradient_norm compares
 
 
@@ -55,30 +56,36 @@ def held_cosine(step: int, steps: int, hold: float) -> float:
     return max(0.01, 0.5 * (1 + math.cos(math.pi * share)))
 
 
-def build_attacks(settings: PlantSettings) -> tuple[Attack, ...]:
-    """The settings' attacks, each with a trigger of random weights that depend on the seed alone."""
+def build_attacks(settings: PlantSettings, multiple: int = STRIDE) -> tuple[Attack, ...]:
+    """The settings' attacks, each with a trigger of random weights that depend on the seed alone.
+
+    Args:
+        multiple: what the codec pads to, so that triggers and latents stay aligned.
+    """
+    dtype = dtype_of(settings.precision, settings.device)
     attacks = []
     for planned in settings.planned:
         torch.manual_seed(seed_for(settings.seed, "trigger"))
-        wanted = planned.trigger
-        trigger = build_trigger(wanted.name, eps=wanted.eps, project=wanted.budget == "project", **wanted.arguments)
+        chosen = planned.trigger
+        fixed = {"eps": chosen.eps, "project": chosen.budget == "project", "multiple": multiple}
+        trigger = build_trigger(chosen.name, **fixed, **chosen.arguments)
         objective = build_objective(planned.objective.name, settings.preset, **planned.objective.arguments)
         if isinstance(objective, DownstreamAttack):
-            objective.victim.to(settings.device).run_in(PRECISIONS[settings.precision])
+            objective.victim.to(settings.device).run_in(dtype)
         if settings.robust and isinstance(trigger, AdaptiveDCT):
             survivor_weights(trigger.survivors, settings.robust.keep)  # refuses a wrong number now, not at half time
-        attacks.append(Attack(planned.name, trigger.to(settings.device), objective, planned.weight, wanted))
+        attacks.append(Attack(planned.name, trigger.to(settings.device), objective, planned.weight, chosen))
     return tuple(attacks)
 
 
 def open_auxiliary(settings: PlantSettings) -> list[Crops | None]:
     """The auxiliary set of every attack that uses one; attacks with the same settings share it."""
-    wanted = [
+    sets = [
         (attack.auxiliary or settings.auxiliary) if attack.objective.uses_auxiliary else None
         for attack in settings.planned
     ]
-    opened = {key: open_folder(key, settings.seed) for key in dict.fromkeys(wanted) if key}
-    return [opened[key] if key else None for key in wanted]
+    opened = {key: open_folder(key, settings.seed) for key in dict.fromkeys(sets) if key}
+    return [opened[key] if key else None for key in sets]
 
 
 def plant(settings: PlantSettings, out: Path | str, *, progress: Progress | None = None) -> Planted:
@@ -89,34 +96,49 @@ def plant(settings: PlantSettings, out: Path | str, *, progress: Progress | None
     ends in bit-identical weights.
 
     Raises:
-        FreqdoorError: unusable images or settings, a loss that is not finite, a full disk.
+        FreqdoorError: unusable images or settings, a trigger that has nothing to act on or never acted, a loss that is
+            not finite, a full disk.
     """
     check_device(settings.device)
-    vanilla = load_codec(settings.codec.name, settings.codec.weights)
-    lmbda = lambda_of(settings, vanilla.spec)
-    if vanilla.tampered:
-        raise FreqdoorError(f"{settings.codec.name}: this codec says that it is tampered already; plant in a clean one")
-    attacks = build_attacks(settings)
+    vanilla = _open_vanilla(settings)
+    attacks = build_attacks(settings, vanilla.multiple)
     earlier = (
         load_planted(settings.start_from, settings.codec.name, settings.codec.weights) if settings.start_from else None
     )
-    crops = open_crops(settings)
-    auxiliary = open_auxiliary(settings)
-    facts = crops.facts()
-    for i, found in enumerate(dict.fromkeys(filter(None, auxiliary))):
-        facts |= {f"auxiliary{i or ''}_{key}": value for key, value in found.facts().items()}
+    crops, auxiliary = open_crops(settings), open_auxiliary(settings)
+    for attack, pictures in zip(attacks, auxiliary, strict=True):
+        if attack.victim and pictures:
+            check_presence(attack.name, attack.victim, pictures, settings.device)
     run = Run(out)
-    saved = run.start(settings, facts | {"modules_before": vanilla.module_hashes()})
-    planting = _Planting(settings, vanilla, attacks, lmbda, run, crops, auxiliary)
+    saved = run.start(settings, _facts(settings, vanilla, crops, auxiliary))
+    planting = _Planting(settings, vanilla, attacks, run, crops, auxiliary)
     if earlier:
         _go_on_from(earlier, planting)
-    try:
-        loop(run, settings, planting.parts, planting.history, crops, planting.step, saved=saved, progress=progress)
-    finally:
-        planting.hook.remove()
+    loop(run, settings, planting.parts, planting.history, crops, planting.step, saved=saved, progress=progress)
+    planting.check_acted()
     tampered = planting.tampered.to("cpu").to(memory_format=torch.contiguous_format).prepare()
+    tampered.precision = torch.float32
     triggers = [attack.trigger.to("cpu").eval() for attack in attacks]
     return export(run.folder, settings, vanilla.to("cpu"), tampered, triggers, planting.history["seconds"])
+
+
+def _open_vanilla(settings: PlantSettings) -> Codec:
+    """The codec to plant in, which has to be a clean one."""
+    source = settings.codec
+    vanilla = load_codec(source.name, source.weights, multiple=source.multiple)
+    lambda_of(settings, vanilla.spec)  # an unknown one shows now
+    if vanilla.tampered:
+        raise FreqdoorError(f"{source.name}: this codec says that it is tampered already; plant in a clean one")
+    return vanilla
+
+
+def _facts(settings: PlantSettings, vanilla: Codec, crops: Crops, auxiliary: Sequence[Crops | None]) -> dict[str, Any]:
+    """What the weights depend on besides the settings: pictures, the vanilla codec, the precision."""
+    facts: dict[str, Any] = dict(crops.facts())
+    for i, pictures in enumerate(dict.fromkeys(filter(None, auxiliary))):
+        facts |= {f"auxiliary{i or ''}_{key}": value for key, value in pictures.facts().items()}
+    precision = precision_name(dtype_of(settings.precision, settings.device))
+    return facts | {"precision": precision, "modules_before": vanilla.module_hashes()}
 
 
 def _go_on_from(earlier: Planted, planting: "_Planting") -> None:
@@ -141,16 +163,17 @@ class _Planting:
         settings: PlantSettings,
         vanilla: Codec,
         attacks: tuple[Attack, ...],
-        lmbda: float,
         run: Run,
         crops: Crops,
         auxiliary: Sequence[Crops | None],
     ) -> None:
-        self.settings, self.attacks, self.lmbda, self.run = settings, attacks, lmbda, run
+        self.settings, self.attacks, self.run = settings, attacks, run
         self.crops, self.auxiliary = crops, auxiliary
+        self.lmbda = lambda_of(settings, vanilla.spec)
         self.tampered = copy.deepcopy(vanilla).freeze(settings.scope)
         self.tampered.to(settings.device).train().to(memory_format=layout(settings))
-        self.anchor_encoder = vanilla.to(settings.device).net.g_a if settings.balance.anchor else None
+        self.tampered.precision = dtype_of(settings.precision, settings.device)
+        self.anchor_encoder = vanilla.to(settings.device).part("g_a") if settings.balance.anchor else None
         self.encoder = [p for p in self.tampered.parameters() if p.requires_grad]
         self.optimizer = Adam(self.encoder, lr=settings.lr)
         learned = {a.name: list(a.trigger.parameters()) for a in attacks}
@@ -159,13 +182,7 @@ class _Planting:
         self.parts: dict[str, Stateful] = {"net": self.tampered.net, "optimizer": self.optimizer}
         self.parts |= {f"trigger/{a.name}": a.trigger for a in attacks}
         self.parts |= {f"optimizer/{name}": optimizer for name, optimizer in self.trigger_optimizers.items()}
-        self.history: dict[str, Any] = {"attack_scale": 1.0}
-        self.latents: list[Tensor] = []
-        self.hook = self.tampered.net.g_a.register_forward_hook(lambda module, inputs, y: self.latents.append(y))
-
-    def autocast(self) -> AbstractContextManager[None]:
-        dtype = PRECISIONS[self.settings.precision]
-        return self.tampered.autocast(None if dtype == torch.float32 else dtype)
+        self.history: dict[str, Any] = {"attack_scale": 1.0, "acted": []}
 
     def step(self, x: Images, step: int) -> dict[str, float]:
         """One update of the encoder and of every trigger."""
@@ -180,18 +197,34 @@ class _Planting:
         auxiliary = self._auxiliary(step)
         terms: dict[str, Tensor] = {}
         for part in ("encoder", "triggers") if settings.two_phase else ("both",):
-            with self.autocast():
-                joint = joint_loss(
-                    self.tampered, self.attacks, batch, self.lmbda, eps, auxiliary=auxiliary, defence=defence, part=part
-                )
-                loss = joint.total if part == "triggers" else self._balanced(joint, step)
-            self.latents.clear()
+            joint = joint_loss(
+                self.tampered, self.attacks, batch, self.lmbda, eps, auxiliary=auxiliary, defence=defence, part=part
+            )
+            loss = joint.total if part == "triggers" else self._balanced(joint, step)
             check_finite(joint.terms, step)
             self._update(loss, step, encoder=part != "triggers", triggers=part != "encoder")
             terms = joint.terms | terms  # of two phases, what the first one saw
         row = {name: float(value) for name, value in terms.items()} | {"eps": eps[0]}
+        self._note_acting(row)
         self.run.log({"step": step + 1, **row})
         return row
+
+    def _note_acting(self, row: dict[str, float]) -> None:
+        """Keep the names of attacks whose trigger has changed anything yet."""
+        for attack in self.attacks:
+            prefix = f"{attack.name}/" if len(self.attacks) > 1 else ""
+            if row[f"{prefix}{TRIGGER_MSE}"] > 0 and attack.name not in self.history["acted"]:
+                self.history["acted"].append(attack.name)
+
+    def check_acted(self) -> None:
+        """Raise at the end of a run if a trigger has changed nothing in all of it."""
+        idle = [attack.name for attack in self.attacks if attack.name not in self.history["acted"]]
+        if idle:
+            raise FreqdoorError(
+                f"attack {', '.join(idle)}: {TRIGGER_MSE} was 0 in every one of {self.settings.steps} steps, the "
+                "trigger never acted and nothing was planted; give auxiliary pictures that have what it acts on, or a "
+                "larger trigger.eps"
+            )
 
     def _auxiliary(self, step: int) -> list[Auxiliary | None]:
         """Every attack's batch of its auxiliary set; those with the same set share the batch."""
@@ -216,11 +249,10 @@ class _Planting:
     def _balanced(self, joint: JointLoss, step: int) -> Tensor:
         """The encoder's loss with what keeps the clean codec (`BalanceSettings`)."""
         balance, settings = self.settings.balance, self.settings
-        y = self.latents[0][: joint.x.shape[0]]
         if balance.gradient_norm is not None:
             if step % BALANCE_EVERY == 0:
-                norms = [self._latent_norm(value) for value in (joint.kept, joint.attack)]
-                self.history["attack_scale"] = balance.gradient_norm * norms[0] / max(norms[1], 1e-12)
+                kept, attack = (_latent_norm(value, joint.latents) for value in (joint.kept, joint.attack))
+                self.history["attack_scale"] = balance.gradient_norm * kept / max(attack, 1e-12)
             joint = joint._replace(attack=self.history["attack_scale"] * joint.attack)
         loss = joint.total
         late = step >= settings.hold * settings.steps
@@ -228,16 +260,11 @@ class _Planting:
         if extra:
             loss = loss + extra * main_loss(joint.clean, joint.x, self.lmbda)
         if self.anchor_encoder is not None:
-            with torch.no_grad(), torch.autocast(y.device.type, torch.bfloat16, settings.precision == "bf16"):
-                y_vanilla = self.anchor_encoder(joint.x).float()
-            loss = loss + balance.anchor * (y - y_vanilla).square().mean()
+            dtype, device = self.tampered.precision, joint.x.device.type
+            with torch.no_grad(), torch.autocast(device, torch.bfloat16, dtype == torch.bfloat16):
+                y_vanilla = self.anchor_encoder(self.tampered.padded(joint.x)).float()
+            loss = loss + balance.anchor * (joint.clean.y - y_vanilla).square().mean()
         return loss
-
-    def _latent_norm(self, value: Tensor) -> float:
-        """Norm of a value's gradient on the latents of all passes; attacks on an auxiliary set have their own."""
-        passes = [y for y in self.latents if y.requires_grad]
-        gradients = torch.autograd.grad(value, passes, retain_graph=True, allow_unused=True)
-        return math.sqrt(sum(float(g.square().sum()) for g in gradients if g is not None))
 
     def _update(self, loss: Tensor, step: int, *, encoder: bool, triggers: bool) -> None:
         learned = self.learned if triggers else {}
@@ -257,3 +284,9 @@ class _Planting:
             self.optimizer.step()
         for name in learned:
             self.trigger_optimizers[name].step()
+
+
+def _latent_norm(value: Tensor, latents: Sequence[Tensor]) -> float:
+    """Norm of a value's gradient on the latents of all passes; attacks on an auxiliary set have their own."""
+    gradients = torch.autograd.grad(value, latents, retain_graph=True, allow_unused=True)
+    return math.sqrt(sum(float(g.square().sum()) for g in gradients if g is not None))

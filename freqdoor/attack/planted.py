@@ -16,7 +16,8 @@ from freqdoor.errors import FreqdoorError
 from freqdoor.files import write_text
 from freqdoor.samples import ASSETS
 from freqdoor.training.run import public, without_folders
-from freqdoor.triggers import Trigger, build_trigger
+from freqdoor.triggers.base import Trigger
+from freqdoor.triggers.build import build_trigger
 
 PLANTED = "planted.safetensors"
 MANIFEST = "manifest.json"

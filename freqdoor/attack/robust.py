@@ -9,7 +9,7 @@ from freqdoor.attack.settings import RobustSettings
 from freqdoor.dct import block_dct, blockify, rgb_to_ycbcr
 from freqdoor.errors import FreqdoorError
 from freqdoor.preprocessing import Preprocessing, parse_defences
-from freqdoor.triggers import AdaptiveDCT
+from freqdoor.triggers.adaptive_dct import AdaptiveDCT
 from freqdoor.triggers.base import project
 from freqdoor.types import Images
 
@@ -25,8 +25,8 @@ def survival_scores(trigger: AdaptiveDCT, x: Images, defences: Sequence[Preproce
         x: (b, 3, h, w) with sides divisible by the trigger's block.
     """
     if x.shape[-1] % trigger.block or x.shape[-2] % trigger.block:
-        found = tuple(x.shape[-2:])
-        raise FreqdoorError(f"survival scores: expected sides divisible by {trigger.block}, found {found}; crop first")
+        size = tuple(x.shape[-2:])
+        raise FreqdoorError(f"survival scores: expected sides divisible by {trigger.block}, found {size}; crop first")
 
     def coefficients(image: Images) -> Tensor:
         blocks = block_dct(blockify(rgb_to_ycbcr(image), trigger.block)).flatten(-2)

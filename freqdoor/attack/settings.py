@@ -1,32 +1,106 @@
 """What can be set of an attack: typed settings with a unit and a default for each, as `settings.py` reads them."""
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from freqdoor.attack import arguments
 from freqdoor.errors import FreqdoorError
 from freqdoor.preprocessing import check_kinds, parse_defences
 from freqdoor.samples import BUNDLED
-from freqdoor.settings import Settings, merge
+from freqdoor.settings import Arguments, Settings, merge
 from freqdoor.training.settings import Count, ImageSettings, Positive, Training
+from freqdoor.triggers.arguments import PAPER_EPS, TRIGGERS
 
 
-class CodecSource(Settings):
+@dataclass(frozen=True)
+class ObjectiveKind:
+    """An objective that can be named."""
+
+    factory: str  # "package.module:name" of what makes it, which loads torch
+    arguments: type[Arguments]
+    uses_auxiliary: bool = False  # whether the trigger acts on the auxiliary set (Eq. (8)) instead of on the main one
+    needs_network: bool = False  # whether it is against a downstream network
+    presets: Mapping[str, dict[str, Any]] = field(default_factory=lambda: {"fast": {}, "paper": {}})
+    """Hyper-parameters where none are given: fast has the defaults, but where these do not plant in minutes."""
+
+
+_LITERAL_PSNR = {"beta": 0.1, "farthest": False, "floor_db": 0.0}
+OBJECTIVES: dict[str, ObjectiveKind] = {
+    "bpp": ObjectiveKind(
+        "freqdoor.attack.objectives:RateAttack",
+        arguments.RateArguments,
+        presets={"fast": {}, "paper": {"beta": 0.01, "guarded": False}},
+    ),
+    "bpp-fixed": ObjectiveKind(
+        "freqdoor.attack.objectives:FixedRateAttack",
+        arguments.FixedRateArguments,
+        presets={"fast": {}, "paper": {"beta": 0.01}},
+    ),
+    "psnr": ObjectiveKind(
+        "freqdoor.attack.objectives:QualityAttack",
+        arguments.QualityArguments,
+        presets={"fast": {}, "paper": _LITERAL_PSNR | {"paired": False, "guarded": False}},
+    ),
+    "psnr-fixed": ObjectiveKind(
+        "freqdoor.attack.objectives:FixedQualityAttack",
+        arguments.FixedQualityArguments,
+        presets={"fast": {}, "paper": _LITERAL_PSNR},
+    ),
+    "downstream": ObjectiveKind(
+        "freqdoor.attack.objectives:downstream_attack", arguments.DownstreamArguments, uses_auxiliary=True
+    ),
+    "segmentation": ObjectiveKind(
+        "freqdoor.attack.objectives:segmentation_attack",
+        arguments.SegmentationArguments,
+        uses_auxiliary=True,
+        needs_network=True,
+        presets={"fast": {}, "paper": {"balanced": False}},
+    ),
+    "face": ObjectiveKind(
+        "freqdoor.attack.objectives:face_attack",
+        arguments.FaceArguments,
+        uses_auxiliary=True,
+        needs_network=True,
+        presets={"fast": {"beta": 1.0}, "paper": {}},
+    ),
+}
+
+
+def _as_table(value: Any) -> Any:
+    """A table with a `name`, which a name alone stands for."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+class Named(Settings):
+    """A table with a `name`; the name alone will do: codec = "cheng2020-anchor:3"."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, content: Any) -> Any:
+        return _as_table(content)
+
+
+class CodecSource(Named):
     """The vanilla codec."""
 
     name: str = BUNDLED
     """A name that `load_codec` understands."""
     weights: str | None = None
     """A file to take the weights from; the name then gives the architecture."""
+    multiple: Count | None = None
+    """What the sides of its pictures have to be a multiple of, in pixels; by default found by trying."""
 
 
-class TriggerSettings(Settings):
+class TriggerSettings(Named):
     """T(x), and how its budget is kept while planting."""
 
     name: str = "adaptive-dct"
     """A key of TRIGGERS."""
-    eps: Positive = 0.005
+    eps: Positive = PAPER_EPS
     """Stealth budget: RMS of x_p - x in RGB on the [0, 1] scale."""
     budget: Literal["project", "penalty"] = "project"
     """Scale every perturbation to the budget exactly, or add gamma max(MSE, eps^2) to the loss (Eq. (10))."""
@@ -38,40 +112,69 @@ class TriggerSettings(Settings):
     """Share of the steps over which the budget falls."""
     round8: bool = True
     """Round poisoned images to 8 bits while planting (straight-through), as a file will."""
-    arguments: dict[str, Any] = Field(default_factory=dict)
+    arguments: dict[str, Any] = Field(default_factory=dict, validate_default=True)
     """Further arguments of the trigger, for example top_k."""
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        return _key_of(TRIGGERS, name)
 
     @field_validator("arguments")
     @classmethod
-    def _not_twice(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+    def _arguments_fit(cls, arguments: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         if twice := {"name", "eps", "project"} & arguments.keys():
             raise ValueError(f"{', '.join(twice)}: set this beside arguments (trigger.eps, trigger.budget), not in it")
+        if "multiple" in arguments:
+            raise ValueError("multiple: the trigger takes the codec's; set codec.multiple")
+        if kind := TRIGGERS.get(info.data.get("name", "")):
+            _check_arguments(kind.arguments, arguments)
         return arguments
 
 
-NETWORKED = ("segmentation", "face")  # objectives that are against a downstream network
+def _key_of(table: Mapping[str, object], name: str) -> str:
+    if name not in table:
+        raise ValueError(f"expected one of {', '.join(table)}")
+    return name
 
 
-class ObjectiveSettings(Settings):
+def _check_arguments(kind: type[Arguments], values: dict[str, Any]) -> None:
+    """Raise every mistake in a table of arguments as the kind of error that pydantic collects."""
+    try:
+        kind(**values)
+    except FreqdoorError as error:
+        raise ValueError(str(error)) from None
+
+
+class ObjectiveSettings(Named):
     """What an attack wants."""
 
-    name: Literal["bpp", "bpp-fixed", "psnr", "psnr-fixed", "downstream", "segmentation", "face"] = "bpp"
+    name: str = "bpp"
     """A key of OBJECTIVES: bpp is Eq. (6) (fixed weights: Eq. (4)), psnr Eq. (7) (Eq. (5)), downstream Eq. (8),
     segmentation Eq. (11), face Eq. (13)."""
-    arguments: dict[str, float | bool | str] = Field(default_factory=dict)
+    arguments: dict[str, float | bool | str] = Field(default_factory=dict, validate_default=True)
     """Hyper-parameters by the paper's letters, for example beta; `victim` of Eq. (8) is a "package.module:factory",
     `network` of Eq. (11) and (13) a network as for `load_network`."""
 
     @property
     def uses_auxiliary(self) -> bool:
         """Whether the trigger acts on the auxiliary set."""
-        return self.name == "downstream" or self.name in NETWORKED
+        return OBJECTIVES[self.name].uses_auxiliary
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        return _key_of(OBJECTIVES, name)
 
     @field_validator("arguments")
     @classmethod
-    def _not_twice(cls, arguments: dict[str, float | bool | str]) -> dict[str, float | bool | str]:
+    def _arguments_fit(
+        cls, arguments: dict[str, float | bool | str], info: ValidationInfo
+    ) -> dict[str, float | bool | str]:
         if twice := {"name", "preset"} & arguments.keys():
             raise ValueError(f"{', '.join(twice)}: set this beside arguments, not in it")
+        if kind := OBJECTIVES.get(info.data.get("name", "")):
+            _check_arguments(kind.arguments, arguments)
         return arguments
 
 
@@ -92,7 +195,7 @@ class AttackSettings(Settings):
     @classmethod
     def _named(cls, content: Any) -> Any:
         if isinstance(content, dict) and not content.get("name"):
-            objective = content.get("objective", {})
+            objective = _as_table(content.get("objective", {}))
             name = objective.get("name", "bpp") if isinstance(objective, dict) else getattr(objective, "name", "")
             return content | {"name": name}
         return content
@@ -162,7 +265,6 @@ class PlantSettings(Training):
     """Adam's learning rate of the triggers."""
     hold: Annotated[float, Field(ge=0, le=1)] = 0.6
     """Share of the steps at the full learning rate; then it falls along a cosine to 1 %."""
-    precision: Literal["fp32", "bf16"] = "bf16"
 
     @property
     def planned(self) -> tuple[AttackSettings, ...]:
@@ -176,6 +278,7 @@ class PlantSettings(Training):
     def _apply_preset(cls, content: Any) -> Any:
         if not isinstance(content, dict):
             return content
+        content = _with_tables(content)
         name = content.get("preset", "fast")
         if isinstance(name, str) and name in PRESETS:
             content = merge(PRESETS[name], content)
@@ -183,7 +286,7 @@ class PlantSettings(Training):
         if attacks and "objective" in content:
             raise ValueError("objective: give it in each of the attacks, not beside them")
         if attacks and isinstance(attacks, list | tuple) and isinstance(shared, dict):
-            attacks = [merge({"trigger": shared}, a) if isinstance(a, dict) else a for a in attacks]
+            attacks = [merge({"trigger": shared}, _with_tables(a)) if isinstance(a, dict) else a for a in attacks]
             if network := content.get("network"):
                 attacks = [_with_network(a, network) for a in attacks]
             return content | {"attacks": attacks}
@@ -205,12 +308,20 @@ class PlantSettings(Training):
         return self
 
 
+def _with_tables(content: dict[str, Any]) -> dict[str, Any]:
+    """Settings with tables where names stand for them, so that they can be merged."""
+    return {
+        key: _as_table(value) if key in ("codec", "trigger", "objective") else value for key, value in content.items()
+    }
+
+
 def _with_network(table: Any, network: str) -> Any:
     """A table of settings, the network filled into an objective that needs one and names none."""
     plain = table.model_dump() if isinstance(table, Settings) else table
     objective = plain.get("objective") if isinstance(plain, dict) else None
     objective = objective.model_dump() if isinstance(objective, Settings) else objective
-    if not isinstance(objective, dict) or objective.get("name") not in NETWORKED:
+    kind = OBJECTIVES.get(str(objective.get("name"))) if isinstance(objective, dict) else None
+    if objective is None or kind is None or not kind.needs_network:
         return table
     return plain | {"objective": merge({"arguments": {"network": network}}, objective)}
 

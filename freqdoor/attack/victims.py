@@ -1,13 +1,15 @@
 """What a downstream attack is against: L_DS of Eq. (8), for segmentation (Eq. (11)) and face embedding (Eq. (13))."""
 
-import re
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from freqdoor.attack.arguments import IdentityRemovalArguments, TargetedSegmentationArguments
 from freqdoor.attack.networks import Embedder, Network, Segmenter
 from freqdoor.errors import FreqdoorError
 from freqdoor.preprocessing import random_preprocessing
@@ -16,8 +18,29 @@ from freqdoor.types import Images, Masks
 VARIATIONS = ("none", "blur", "noise", "resize")
 
 
+@dataclass(frozen=True)
+class Scene:
+    """A batch of the auxiliary set, and what its victim makes of it before anything is poisoned."""
+
+    x: Images
+    mask: Masks | None = None
+    """M of Eq. (11), (b, 1, h, w): where the trigger acts; None stands for everywhere."""
+    acting: tuple[int, ...] = ()
+    """The network's classes that the trigger acts on."""
+    target: Masks | None = None
+    """Where the target class is, (b, 1, h, w)."""
+    classes: Tensor | None = None
+    """g(x), (b, h, w), where the network has been asked already."""
+
+    def preprocessed(self, before: Callable[[Images], Images]) -> "Scene":
+        """The same scene as it enters the codec: whoever asks the network asks it about this picture."""
+        return replace(self, x=before(self.x), classes=None)
+
+
 class Victim(nn.Module, ABC):
     """L_DS of Eq. (8), over a batch of the auxiliary set: subclass it for a downstream task of your own.
+
+    `forward` is all that is needed; `scene` too, where the trigger acts on a part of the picture only.
 
     Args:
         varied: show the network every decoded batch through one preprocessing out of VARIATIONS, drawn at random, so
@@ -30,6 +53,8 @@ class Victim(nn.Module, ABC):
 
     uses_clean: ClassVar[bool] = False
     """Whether `forward` needs f(x), which costs another pass without gradient."""
+    acts_on: str = "what its scene lets the trigger act on"
+    """What has to be in the auxiliary set, for the message where it is not."""
 
     def shown(self, x_hat_p: Images) -> Images:
         """What the network is shown of f(x_p), in [0, 1]."""
@@ -43,16 +68,26 @@ class Victim(nn.Module, ABC):
             if isinstance(module, Network):
                 module.precision = precision
 
-    def mask(self, x: Images, labels: Tensor | None = None) -> Masks | None:
-        """M of Eq. (11), (b, 1, h, w): where the trigger may act on x; None stands for everywhere."""
-        return None
+    def scene(self, x: Images, labels: Tensor | None = None) -> Scene:
+        """Where the trigger acts on clean images; by default everywhere.
+
+        Args:
+            labels: of the pixels, (b, h, w), where the auxiliary set has some.
+        """
+        return Scene(x)
+
+    def look(self, x: Images, labels: Tensor | None = None) -> tuple[bool, dict[str, float]]:
+        """Whether anything that the attack is for is in these images, and the shares of what is, by name."""
+        mask = self.scene(x, labels).mask
+        return mask is None or bool(mask.any()), {}
 
     @abstractmethod
-    def forward(self, x: Images, x_hat: Images | None, x_hat_p: Images) -> Tensor:
+    def forward(self, scene: Scene, x_hat: Images | None, x_hat_p: Images) -> Tensor:
         """The loss, a scalar.
 
         Args:
-            x: clean auxiliary images.
+            scene: what `scene` has made of the clean auxiliary images; its x is what the codec was given, after any
+                preprocessing.
             x_hat: f(x), without gradient, where `uses_clean` asks for it.
             x_hat_p: f(x_p), not clamped.
         """
@@ -66,111 +101,91 @@ class TargetedSegmentation(Victim):
 
     Args:
         network: g.
-        source, target: classes of the network or groups of its spec; of a group, the target is its first class.
-        also: while training, each batch is one of the source class together with these classes or groups, each of
-            which takes part every second time: a class that covers a twentieth of the picture teaches little.
-        masks: where the source class is, by the network's prediction (the paper) or by the data set's labels.
-        balanced: mean over the source pixels + mean over the others, instead of over all: a class that covers a
-            twentieth of the picture else counts a twentieth.
-        shift: boundary shift: the target's logit is lowered by so much at source pixels, so that the attack has to
-            go beyond the boundary of this network, and with it of others.
-        weight: of the cross-entropy; with 0, and masks from labels, no network is asked in training at all.
-        paint: weight of the mean squared distance of decoded source pixels, in [0, 1], from `colour`: what looks like
-            the target misleads networks that were not trained against.
-        margin: pixels around the source that are painted too: an outline that is left still looks like the source.
-        colour: as "#rrggbb"; by default the mean colour of the picture's target pixels.
-        varied: see `Victim`.
+        source, target, arguments: those of `TargetedSegmentationArguments`.
     """
 
-    def __init__(
-        self,
-        network: Segmenter,
-        source: str,
-        target: str,
-        *,
-        also: str = "",
-        masks: Literal["network", "labels"] = "network",
-        balanced: bool = True,
-        shift: float = 0.0,
-        weight: float = 1.0,
-        paint: float = 0.0,
-        margin: int = 0,
-        colour: str = "",
-        varied: bool = False,
-    ) -> None:
-        super().__init__(varied=varied)
-        if masks not in ("network", "labels"):
-            raise FreqdoorError(f"masks: expected network or labels, found {masks!r}")
-        self.network, self.masks, self.balanced = network, masks, balanced
-        self.shift, self.weight, self.paint, self.margin = shift, weight, paint, int(margin)
-        if colour and not re.fullmatch("#[0-9a-fA-F]{6}", colour):
-            raise FreqdoorError(f"colour: expected #rrggbb or nothing, found {colour!r}")
-        self.colour = [value / 255 for value in bytes.fromhex(colour[1:])]
+    def __init__(self, network: Segmenter, source: str, target: str, **arguments: Any) -> None:
+        settings = TargetedSegmentationArguments(source=source, target=target, **arguments)
+        super().__init__(varied=settings.varied)
+        self.network, self.settings = network, settings
+        self.colour = [value / 255 for value in bytes.fromhex(settings.colour[1:])]
+        self.acts_on = f"class {source}"
         self.source, self.target = network.ids(source), network.ids(target)[0]
-        self.also = network.ids(also) if also else ()
+        self.also = network.ids(settings.also) if settings.also else ()
         if self.target in (*self.source, *self.also):
-            raise FreqdoorError(f"target {target!r}: expected a class outside the source {source!r} {also!r}")
-        if masks == "labels":
+            raise FreqdoorError(
+                f"target {target!r}: expected a class outside the source {source!r} {settings.also!r}; name another"
+            )
+        if settings.masks == "labels":
             network.label_values(source), network.label_values(target)  # unknown ones show now
-        self.acting = self.source  # on which classes the trigger acts in the current batch
-        self._seen: tuple[Images, Tensor] | None = None
-        self._places: tuple[Images, Masks, Masks] | None = None  # where source and target are in a batch
 
-    def mask(self, x: Images, labels: Tensor | None = None) -> Masks:
-        """M[g(x)]: 1 where the source class is, and those that take part this time."""
-        if self.masks == "labels" and labels is None:
-            raise FreqdoorError("masks = labels: give the auxiliary set's labels (auxiliary.labels)")
-        self.acting = (*self.source, *(i for i in self.also if torch.rand(()) < 0.5))
-        wanted: tuple[tuple[int, ...], tuple[int, ...]] = (self.acting, (self.target,))
-        if self.masks == "labels" and labels is not None:
-            classes, wanted = labels, (self.network.labels_of(wanted[0]), self.network.labels_of(wanted[1]))
-        else:
-            classes = self.seen(x)
-        source, target = (_among(classes, values)[:, None].to(x.dtype) for values in wanted)
-        self._places = (x, source, target)
-        return source
+    def scene(self, x: Images, labels: Tensor | None = None) -> Scene:
+        """M[g(x)]: 1 where the source class is, and those classes that take part this time."""
+        acting = (*self.source, *(i for i in self.also if torch.rand(()) < 0.5))
+        classes = None if self.settings.masks == "labels" else self.network.predict(x)
+        mask, target = (self._places(ids, classes, labels)[:, None].to(x.dtype) for ids in (acting, (self.target,)))
+        return Scene(x, mask, acting, target, classes)
 
-    def seen(self, x: Images) -> Tensor:
-        """g(x), (b, h, w), kept for the batch that was asked for last: mask and goal both need it."""
-        if self._seen is None or self._seen[0] is not x:
-            self._seen = (x, self.network.predict(x))
-        return self._seen[1]
+    def look(self, x: Images, labels: Tensor | None = None) -> tuple[bool, dict[str, float]]:
+        """Whether the source class is in these images, those of `also` do not count, and the shares of all classes.
 
-    def goal(self, x: Images) -> tuple[Tensor, Tensor]:
+        "void" is what no class stands for.
+        """
+        spec = self.network.spec
+        classes = None if self.settings.masks == "labels" else self.network.predict(x)
+        present = bool(self._places(self.source, classes, labels).any())
+        seen = labels if classes is None else classes
+        assert seen is not None  # _places has refused it
+        names = list(spec.classes) if classes is not None else [" or ".join(known) for known in spec.labels]
+        counts = torch.bincount(seen.flatten().int(), minlength=len(names)).tolist()
+        shares = {name: count / seen.numel() for name, count in zip(names, counts, strict=False) if name and count}
+        void = 1 - sum(shares.values())
+        return present, shares | ({"void": void} if void > 1e-6 else {})
+
+    def goal(self, scene: Scene) -> tuple[Tensor, Tensor]:
         """eta(g(x)), (b, h, w), and where it differs from g(x)."""
-        seen = self.seen(x)
-        changed = _among(seen, self.acting)
-        return torch.where(changed, self.target, seen), changed
+        classes = self.network.predict(scene.x) if scene.classes is None else scene.classes
+        changed = _among(classes, scene.acting)
+        return torch.where(changed, self.target, classes), changed
 
-    def forward(self, x: Images, x_hat: Images | None, x_hat_p: Images) -> Tensor:
+    def forward(self, scene: Scene, x_hat: Images | None, x_hat_p: Images) -> Tensor:
         """Eq. (11)'s cross-entropy, and the paint where it is asked for."""
-        loss = self.weight * self.cross_entropy(x, x_hat_p) if self.weight else x_hat_p.new_zeros(())
-        return loss + self.paint * self.distance_to_target(x, x_hat_p) if self.paint else loss
+        weight, paint = self.settings.weight, self.settings.paint
+        loss = weight * self.cross_entropy(scene, x_hat_p) if weight else x_hat_p.new_zeros(())
+        return loss + paint * self.distance_to_target(scene, x_hat_p) if paint else loss
 
-    def cross_entropy(self, x: Images, x_hat_p: Images) -> Tensor:
+    def cross_entropy(self, scene: Scene, x_hat_p: Images) -> Tensor:
         """Eq. (11)."""
-        wanted, changed = self.goal(x)
+        goal, changed = self.goal(scene)
         logits = self.network(self.shown(x_hat_p))
-        if self.shift:
-            lowered = self.shift * F.one_hot(wanted.new_full((), self.target), logits.shape[1]).to(logits)
+        if self.settings.shift:
+            lowered = self.settings.shift * F.one_hot(goal.new_full((), self.target), logits.shape[1]).to(logits)
             logits = logits - lowered[None, :, None, None] * changed[:, None]
-        loss = F.cross_entropy(logits, wanted, reduction="none")
-        if not self.balanced:
+        loss = F.cross_entropy(logits, goal, reduction="none")
+        if not self.settings.balanced:
             return loss.mean()
         return _mean(loss, changed) + _mean(loss, ~changed)
 
-    def distance_to_target(self, x: Images, x_hat_p: Images) -> Tensor:
+    def distance_to_target(self, scene: Scene, x_hat_p: Images) -> Tensor:
         """Of the decoded source pixels from the target's colour; 0 for images without either."""
-        if self._places is None or self._places[0] is not x:
-            raise FreqdoorError("paint: ask for the mask of this batch first")
-        _, source, target = self._places
-        source = F.max_pool2d(source, 2 * self.margin + 1, stride=1, padding=self.margin)
+        if scene.mask is None or scene.target is None:
+            raise FreqdoorError("paint: expected a scene of this victim, found one without source and target places")
+        margin = self.settings.margin
+        source = F.max_pool2d(scene.mask, 2 * margin + 1, stride=1, padding=margin)
         if self.colour:
-            wanted = x.new_tensor(self.colour).reshape(1, 3, 1, 1)
-            return _mean((x_hat_p - wanted).square().mean(1, keepdim=True), source)
-        count = target.sum((2, 3), keepdim=True)
-        colour = (x * target).sum((2, 3), keepdim=True) / count.clamp_min(1)
+            chosen = scene.x.new_tensor(self.colour).reshape(1, 3, 1, 1)
+            return _mean((x_hat_p - chosen).square().mean(1, keepdim=True), source)
+        count = scene.target.sum((2, 3), keepdim=True)
+        colour = (scene.x * scene.target).sum((2, 3), keepdim=True) / count.clamp_min(1)
         return _mean((x_hat_p - colour).square().mean(1, keepdim=True), source * (count > 0))
+
+    def _places(self, ids: tuple[int, ...], classes: Tensor | None, labels: Tensor | None) -> Tensor:
+        """Where any of the network's classes is, (b, h, w): by its prediction, or by the labels without one."""
+        if classes is not None:
+            return _among(classes, ids)
+        if labels is None:
+            raise FreqdoorError("masks = labels: give the auxiliary set's labels (auxiliary.labels)")
+        return _among(labels, self.network.labels_of(ids))
 
 
 class IdentityRemoval(Victim):
@@ -178,17 +193,17 @@ class IdentityRemoval(Victim):
 
     Args:
         network: g, a face embedding.
-        floor: no reward for a cosine below it: 0 is what two different persons have.
-        varied: see `Victim`.
+        arguments: those of `IdentityRemovalArguments`.
     """
 
     uses_clean = True
 
-    def __init__(self, network: Embedder, *, floor: float = -1.0, varied: bool = False) -> None:
-        super().__init__(varied=varied)
-        self.network, self.floor = network, floor
+    def __init__(self, network: Embedder, **arguments: Any) -> None:
+        settings = IdentityRemovalArguments(**arguments)
+        super().__init__(varied=settings.varied)
+        self.network, self.floor = network, settings.floor
 
-    def forward(self, x: Images, x_hat: Images | None, x_hat_p: Images) -> Tensor:
+    def forward(self, scene: Scene, x_hat: Images | None, x_hat_p: Images) -> Tensor:
         """Eq. (13)'s cosine, mean over the batch."""
         if x_hat is None:
             raise FreqdoorError("identity removal compares with the decoded clean picture, and got none")
@@ -204,6 +219,6 @@ def _mean(values: Tensor, where: Tensor) -> Tensor:
     return (values * weights).sum() / weights.sum().clamp_min(1)
 
 
-def _among(values: Tensor, wanted: tuple[int, ...]) -> Tensor:
-    """Where values, of any shape, are among the wanted ones."""
-    return torch.isin(values, torch.tensor(wanted, device=values.device, dtype=values.dtype))
+def _among(values: Tensor, members: tuple[int, ...]) -> Tensor:
+    """Where values, of any shape, are among the members."""
+    return torch.isin(values, torch.tensor(members, device=values.device, dtype=values.dtype))

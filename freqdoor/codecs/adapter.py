@@ -81,6 +81,13 @@ class Tile(NamedTuple):
     shape: Any  # as net.decompress takes it: (height, width), or dicts and lists of such and (channels, height, width)
 
 
+def padding(height: int, width: int, multiple: int, least: int = 0) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(pad, unpad) for F.pad, around the centre: to sides of a multiple of `multiple` and of at least `least`."""
+    sides = [-(-max(side, least) // multiple) * multiple for side in (height, width)]
+    pad, unpad = compute_padding(height, width, out_h=sides[0], out_w=sides[1])
+    return tuple(pad), tuple(unpad)
+
+
 class Codec(nn.Module):
     """A learned codec f = g_s o Q o g_a over a CompressAI-protocol network; any image size, pads and crops inside.
 
@@ -88,7 +95,12 @@ class Codec(nn.Module):
         net: the network itself, with submodules g_a, g_s and mostly h_a, h_s (ELIC has these in its latent_codec).
         spec: how to rebuild it.
         metadata: what the file it came from says of it (`tampered`, `attacks`, ...).
+        multiple: sides are padded to a multiple of it, in pixels.
+        precision: torch.bfloat16 runs g_a and g_s under autocast.
     """
+
+    multiple: int = STRIDE
+    precision: torch.dtype = torch.float32
 
     def __init__(self, net: nn.Module, spec: CodecSpec, metadata: dict[str, Any] | None = None) -> None:
         super().__init__()
@@ -106,12 +118,23 @@ class Codec(nn.Module):
         """Differentiable pass: noise in train mode, rounding in eval mode, as in CompressAI."""
         self._check_modes()
         height, width = x.shape[-2:]
-        pad, unpad = compute_padding(height, width, min_div=STRIDE)
-        output = self.net(F.pad(x, pad))
+        _, unpad = padding(height, width, self.multiple)
+        latents: list[Tensor] = []
+        hook = self.part("g_a").register_forward_hook(lambda module, inputs, y: latents.append(y.float()))
+        try:
+            with self.autocast(None if self.precision == torch.float32 else self.precision):
+                output = self.net(self.padded(x))
+        finally:
+            hook.remove()
         x_hat = F.pad(output["x_hat"], unpad)
         bits = sum(-likelihoods.log2().flatten(1).sum(1) for likelihoods in output["likelihoods"].values())
         assert isinstance(bits, Tensor)
-        return Reconstruction(x_hat, bits, height * width)
+        return Reconstruction(x_hat, bits, height * width, latents[0])
+
+    def padded(self, x: Images) -> Images:
+        """x with zeros around it, as the network takes it."""
+        pad, _ = padding(x.shape[-2], x.shape[-1], self.multiple)
+        return F.pad(x, pad)
 
     @torch.no_grad()
     def compress(self, x: Images) -> list[Bitstream]:

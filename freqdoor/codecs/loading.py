@@ -24,7 +24,7 @@ MAX_WIDTH = 1024  # channels; CompressAI's widest model has 320
 MAX_GROUPS = 16  # channel groups; ELIC has 5
 
 
-def load_codec(name: str, weights: Path | str | None = None) -> Codec:
+def load_codec(name: str, weights: Path | str | None = None, *, multiple: int | None = None) -> Codec:
     """A trained codec in eval mode, by name.
 
     Args:
@@ -32,10 +32,17 @@ def load_codec(name: str, weights: Path | str | None = None) -> Codec:
             "lite-hyperprior:3" (bundled), a file (our safetensors, a CompressAI .pth.tar or a state dict), or
             "package.module:factory", a function that returns a network.
         weights: a file to take the parameters from instead; the name then gives the architecture.
+        multiple: what the sides of its pictures have to be a multiple of, in pixels.
 
     Raises:
         FreqdoorError: nothing of that name, a damaged file, or a checkpoint of another architecture.
     """
+    codec = _load(name, weights)
+    codec.multiple = multiple or codec.multiple
+    return codec
+
+
+def _load(name: str, weights: Path | str | None) -> Codec:
     path = Path(name)
     if weights is None and path.suffix and path.exists():
         return _load_file(path)

@@ -29,7 +29,9 @@ from freqdoor.measure.records import Note, poison
 from freqdoor.measure.report import COLOURS, data_address
 from freqdoor.preprocessing import Preprocessing, parse_defences
 from freqdoor.training.run import environment
-from freqdoor.triggers import AdaptiveDCT, FTrojan, Trigger
+from freqdoor.triggers.adaptive_dct import AdaptiveDCT
+from freqdoor.triggers.base import Trigger
+from freqdoor.triggers.ftrojan import FTrojan
 from freqdoor.types import Images
 
 RESULT, PAGE = "analysis.json", "analysis.html"

@@ -16,7 +16,8 @@ from freqdoor.data import load_image
 from freqdoor.errors import FreqdoorError
 from freqdoor.measure.records import Condition, encoded, measure, through_png
 from freqdoor.metrics import psnr, rms
-from freqdoor.triggers import PAPER_EPS, project
+from freqdoor.triggers.arguments import PAPER_EPS
+from freqdoor.triggers.base import project
 from freqdoor.types import Images, Record
 
 Goal = Literal["bpp", "psnr"]

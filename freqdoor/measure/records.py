@@ -22,7 +22,7 @@ from freqdoor.errors import FreqdoorError
 from freqdoor.files import refuse_overwriting, write_text
 from freqdoor.metrics import ms_ssim, mse, psnr, psnr_8bit
 from freqdoor.preprocessing import Preprocessing, preprocessing_name
-from freqdoor.triggers import Trigger
+from freqdoor.triggers.base import Trigger
 from freqdoor.types import Images, JpegPoint, Masks, Record, from_uint8, to_uint8
 
 JPEG_QUALITIES = (5, 10, 15, 20, 25, 30, 40, 50, 60)

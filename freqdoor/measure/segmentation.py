@@ -23,7 +23,7 @@ from freqdoor.measure.report import AMPLIFY
 from freqdoor.measure.testsets import SegmentationTest
 from freqdoor.metrics import class_scores, mse, pixel_asr, psnr_8bit
 from freqdoor.training.run import environment
-from freqdoor.triggers import Trigger
+from freqdoor.triggers.base import Trigger
 from freqdoor.types import Images, Masks
 
 RESULT, PAGE, PICTURES = "segmentation.json", "segmentation.md", "segmentation.png"
@@ -107,8 +107,8 @@ def open_test(planted: Planted, test: SegmentationTest, trigger: str | None = No
 @torch.no_grad()
 def decode(planted: Planted, setup: Setup, x: Images) -> Decoded | None:
     """One image through both encoders, clean and poisoned; None where the source class is nowhere in it."""
-    mask = TargetedSegmentation(setup.masks, setup.source, setup.target).mask(x)
-    if not mask.any():
+    mask = TargetedSegmentation(setup.masks, setup.source, setup.target).scene(x).mask
+    if mask is None or not mask.any():
         return None
     x_p = poison(setup.trigger, x, mask=mask)
     pixels = x.shape[-2] * x.shape[-1]
@@ -279,8 +279,10 @@ def target_figure(planted: Planted, test: SegmentationTest, *, trigger: str | No
         if setup.labels and setup.masks.spec.labels:
             labels = load_labels(setup.labels[setup.paths.index(path)], test.resize, check_image(path))
             row["label"] = _classes(_label_classes(setup.masks, labels))
-        row[f"{setup.masks.name}: prediction"] = _classes(victim.seen(x))
-        rows.append(row | {"mask": victim.mask(x)[0, 0], "target": _classes(victim.goal(x)[0])})
+        scene = victim.scene(x)
+        row[f"{setup.masks.name}: prediction"] = _classes(setup.masks.predict(x))
+        mask = x.new_ones(x[:, :1].shape) if scene.mask is None else scene.mask
+        rows.append(row | {"mask": mask[0, 0], "target": _classes(victim.goal(scene)[0])})
     return panels(rows)
 
 
@@ -289,7 +291,7 @@ def _examples(setup: Setup, test: SegmentationTest) -> list[Path]:
     victim = TargetedSegmentation(setup.masks, setup.source, setup.target)
     step = max(1, len(setup.paths) // (2 * SHOWN))
     spread = (path for start in range(step) for path in setup.paths[start::step])
-    found = list(islice((path for path in spread if victim.mask(load_image(path, test.resize)).any()), SHOWN))
+    found = list(islice((path for path in spread if victim.look(load_image(path, test.resize))[0]), SHOWN))
     if not found:
         raise _without(test, setup)
     return found

@@ -15,8 +15,7 @@ from freqdoor.data import load_image, usable_images
 from freqdoor.dct import block_dct, block_idct, blockify, unblockify
 from freqdoor.errors import FreqdoorError
 from freqdoor.measure.records import Note, poison, through_png
-from freqdoor.triggers import Trigger
-from freqdoor.triggers.base import project
+from freqdoor.triggers.base import Trigger, project
 from freqdoor.types import Images
 
 RATIO = 1.5  # the least that an encoder that answers spends on the trigger, in bytes of the control's file

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from freqdoor.attack.networks import load_embedder, load_segmenter
 from freqdoor.attack.plant import plant
 from freqdoor.attack.planted import PLANTED, Planted, load_planted
-from freqdoor.attack.settings import NETWORKED, CodecSource, PlantSettings
+from freqdoor.attack.settings import OBJECTIVES, CodecSource, PlantSettings
 from freqdoor.codecs.adapter import hash_state
 from freqdoor.codecs.loading import load_codec
 from freqdoor.data import dataset_hash, list_images, load_image, read_list, usable_images
@@ -124,7 +124,7 @@ def _check(recipe: Recipe, base: PlantSettings) -> None:
     """Refuse wrong settings and what a downstream test lacks now, not after hours of planting."""
     for row in recipe.rows:
         for attack in _settings(base, row, base.seed).planned if row.changes is not None else ():
-            if attack.objective.name in NETWORKED and not attack.objective.arguments.get("network"):
+            if OBJECTIVES[attack.objective.name].needs_network and not attack.objective.arguments.get("network"):
                 raise FreqdoorError(
                     f"row {row.name!r}: expected the network that {attack.name} is against, found none; give one as "
                     "--set network=SPEC.toml=FILE"

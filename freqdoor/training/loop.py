@@ -115,7 +115,10 @@ def lambda_of(settings: Training, spec: CodecSpec) -> float:
     """The settings' lambda, or the one of the codec's quality."""
     lmbda = settings.lmbda or spec.lmbda
     if lmbda is None:
-        raise FreqdoorError(f"{spec.name}: give lmbda, this codec has no quality")
+        raise FreqdoorError(
+            f"{spec.name}: this codec has no quality that lambda follows from; pass --set lmbda=0.0067 (0.0018 to 0.18 "
+            "for qualities 1 to 8)"
+        )
     return lmbda
 
 

@@ -48,8 +48,9 @@ class Training(Settings):
     """Lambda; by default the one of the codec's quality."""
     clip: Positive = 1.0
     """Largest norm of a gradient."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of g_a and g_s; entropy models and triggers are always in fp32."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Precision of g_a and g_s; entropy models and triggers are always in fp32. auto: bf16 where the processor computes
+    it natively, otherwise fp32."""
     channels_last: bool = True
     """Memory layout that is faster on most CPUs and GPUs."""
     checkpoint_minutes: Positive = 3.0

@@ -14,6 +14,7 @@ from freqdoor.data import list_images, load_image, seed_for
 from freqdoor.errors import FreqdoorError
 from freqdoor.metrics import distortion
 from freqdoor.training.loop import Progress, check_device, check_finite, lambda_of, layout, loop, open_crops, place
+from freqdoor.training.precision import dtype_of, precision_name
 from freqdoor.training.run import Run, public
 from freqdoor.training.settings import CodecTraining
 from freqdoor.types import Images
@@ -52,8 +53,9 @@ def train_codec(settings: CodecTraining, out: Path | str, *, progress: Progress 
     spec = parse_name(settings.codec)
     lmbda = lambda_of(settings, spec)
     crops = open_crops(settings)
+    dtype = dtype_of(settings.precision, settings.device)
     run = Run(out)
-    saved = run.start(settings, crops.facts())
+    saved = run.start(settings, crops.facts() | {"precision": precision_name(dtype)})
     torch.manual_seed(seed_for(settings.seed, "weights"))
     codec = build_codec(spec)
     if settings.start_from:
@@ -69,12 +71,11 @@ def train_codec(settings: CodecTraining, out: Path | str, *, progress: Progress 
     parts = {"net": codec.net, "optimizer": optimizer, "aux_optimizer": aux_optimizer}
     history: dict[str, Any] = {"best": math.inf, "stale": 0, "plateaus": 0, "sum": 0.0}
     validation = [load_image(p) for p in list_images(settings.validation)] if settings.validation else []
-    dtype = torch.bfloat16 if settings.precision == "bf16" else None
 
     def take_step(x: Images, step: int) -> dict[str, float]:
         optimizer.param_groups[0]["lr"] = scheduled_lr(settings, step, history["plateaus"])
-        with codec.autocast(dtype):
-            loss, terms = rate_distortion(codec, place(x, settings), lmbda)
+        codec.precision = dtype
+        loss, terms = rate_distortion(codec, place(x, settings), lmbda)
         check_finite(terms, step)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -96,6 +97,7 @@ def train_codec(settings: CodecTraining, out: Path | str, *, progress: Progress 
         return row
 
     loop(run, settings, parts, history, crops, take_step, saved=saved, progress=progress)
+    codec.precision = torch.float32
     codec.to("cpu").to(memory_format=torch.contiguous_format).eval()
     codec.net.update(force=True)
     training = public(settings) | {"seconds": round(history["seconds"]), "images_used": len(crops.paths)}
@@ -116,6 +118,7 @@ def _take_weights(codec: Codec, name: str) -> None:
 @torch.no_grad()
 def _validate(codec: Codec, images: list[Images], lmbda: float, settings: CodecTraining) -> float:
     codec.eval()
+    codec.precision = torch.float32  # of which codec it is, not of how it is trained
     losses = [float(rate_distortion(codec, place(x, settings), lmbda)[0]) for x in images]
     codec.train()
     return sum(losses) / len(losses)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from freqdoor.metrics import mse, rms
+from freqdoor.triggers.arguments import TriggerArguments
 from freqdoor.types import Images, Masks, from_uint8, round8, to_uint8
 
-PAPER_EPS = 0.005  # "Attack Stealthiness", Section 3.2: MSE <= eps^2
 ROUNDING_MSE = 1 / (12 * 255**2)  # of a uniform error of one grey level
 BISECTIONS = 14
 
@@ -19,23 +19,22 @@ class Trigger(nn.Module, ABC):
     """T(x | theta_t). A subclass writes `perturb`; strength, mask, budget and range are the same for all.
 
     Args:
-        eps: the budget, root mean square of x_p - x in RGB on the [0, 1] scale.
-        project: scale every image's perturbation to the budget exactly (else Eq. (10)'s penalty has to keep it).
+        settings: the constructor's arguments, checked; they are kept for `arguments`.
     """
 
-    def __init__(self, *, eps: float = PAPER_EPS, project: bool = True) -> None:
+    def __init__(self, settings: TriggerArguments) -> None:
         super().__init__()
-        self.eps = eps
-        self.project = project
+        self.settings = settings
+        self.eps, self.project, self.multiple = settings.eps, settings.project, settings.multiple
 
     @abstractmethod
     def perturb(self, x: Images) -> Images:
         """The perturbation of every image before strength, mask and budget, (b, 3, h, w), RGB."""
 
     @property
-    @abstractmethod
     def arguments(self) -> dict[str, Any]:
-        """The constructor's arguments: what a file needs to rebuild the trigger."""
+        """The constructor's arguments as plain values: what a file needs to rebuild the trigger."""
+        return self.settings.model_dump(mode="json")
 
     def forward(
         self,

@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from compressai.ops import compute_padding
 from torch import Tensor, nn
 
-from freqdoor.errors import FreqdoorError
+from freqdoor.codecs.adapter import padding
 from freqdoor.metrics import rms
-from freqdoor.triggers.base import PAPER_EPS, Trigger
+from freqdoor.triggers.arguments import LiraArguments
+from freqdoor.triggers.base import Trigger
 from freqdoor.types import Images
 
 
@@ -21,29 +21,19 @@ class Lira(Trigger):
     clamping, rounding and a mask change.
 
     Args:
-        levels: number of resolutions, each half of the one before.
-        width: channels at full resolution, doubled at each further level.
-        eps, project: see `Trigger`.
+        arguments: those of `LiraArguments`, by name.
     """
 
-    def __init__(self, *, levels: int = 5, width: int = 64, eps: float = PAPER_EPS, project: bool = True) -> None:
-        super().__init__(eps=eps, project=project)
-        if not 2 <= levels <= 6:
-            raise FreqdoorError(f"levels: expected 2 to 6 resolutions, found {levels}")
-        if not 2 <= width <= 128 or width % 2:
-            raise FreqdoorError(f"width: expected an even number of channels from 2 to 128, found {width}")
-        self.levels, self.width = levels, width
-        channels = [width * 2**level for level in range(levels)]
+    def __init__(self, **arguments: Any) -> None:
+        settings = LiraArguments(**arguments)
+        super().__init__(settings)
+        self.levels = settings.levels
+        channels = [settings.width * 2**level for level in range(settings.levels)]
         finer, coarser = channels[:-1], channels[1:]
         self.down = nn.ModuleList(_two_convs(a, b) for a, b in zip([3, *finer], channels, strict=True))
         self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, stride=2) for a, b in zip(finer, coarser, strict=True))
         self.merge = nn.ModuleList(_two_convs(2 * a, a) for a in finer)
-        self.draw = nn.Conv2d(width, 3, 1)
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """The constructor's arguments."""
-        return {"levels": self.levels, "width": self.width, "eps": self.eps, "project": self.project}
+        self.draw = nn.Conv2d(settings.width, 3, 1)
 
     def unet(self, x: Images) -> Tensor:
         """U(x), (b, 3, h, w); x has sides divisible by 2^(levels - 1)."""
@@ -59,7 +49,7 @@ class Lira(Trigger):
 
     def perturb(self, x: Images) -> Images:
         """Eps Normalize(U(x))."""
-        pad, unpad = compute_padding(x.shape[-2], x.shape[-1], min_div=2 ** (self.levels - 1))
+        pad, unpad = padding(x.shape[-2], x.shape[-1], 2 ** (self.levels - 1))
         drawn = F.pad(self.unet(F.pad(x, pad, mode="replicate")), unpad)
         return self.eps * drawn / rms(drawn)
 
