@@ -1,13 +1,15 @@
 """`freqdoor demo`: plant, measure and report on what comes with the package."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from freqdoor.attack.plant import plant
 from freqdoor.attack.planted import load_planted
 from freqdoor.attack.settings import ObjectiveSettings, PlantSettings
-from freqdoor.measure.examine import examine
-from freqdoor.measure.records import Note, poison_files
+from freqdoor.measure.examine import evaluate
+from freqdoor.measure.poisoning import poison
+from freqdoor.measure.records import Note
+from freqdoor.measure.report import Summary
 from freqdoor.samples import held_out, training_folder
 from freqdoor.training.loop import Progress
 from freqdoor.training.settings import ImageSettings
@@ -31,7 +33,7 @@ def demo(
     quick: bool = False,
     progress: Progress | None = None,
     note: Note | None = None,
-) -> dict[str, Any]:
+) -> Summary:
     """Plant a backdoor in the bundled codec and report on it; `quick` takes the planted encoder that is shipped.
 
     Writes into `out` (by default demo-bpp or demo-psnr): planting (the run directory), poisoned (8-bit PNG files),
@@ -42,5 +44,5 @@ def demo(
         planted = load_planted(f"planted-{objective}")
     else:
         planted = plant(demo_settings(objective, training_folder(out)), out / "planting", progress=progress)
-    poison_files(planted.triggers[objective], held_out(), out / "poisoned")
-    return examine(planted, held_out(), out, note=note)
+    poison(planted, held_out(), out / "poisoned", trigger=objective)
+    return evaluate(planted, held_out(), out, note=note)

@@ -12,14 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from torchvision.transforms.v2.functional import gaussian_blur  # type: ignore[import-untyped]
 
 from freqdoor.errors import FreqdoorError
-from freqdoor.types import Images, from_uint8, to_uint8
+from freqdoor.types import Images, as_picture, from_picture
 
 AXES = {"horizontal": -1, "vertical": -2}
 
@@ -244,9 +243,8 @@ def _straight_through(x: Images, y: Images) -> Images:
 
 def _through_pillow(x: Images, change: Callable[[Image.Image], Image.Image]) -> Images:
     """Every image rounded to 8 bits and changed by `change`; straight-through gradient."""
-    pictures = [change(Image.fromarray(p.permute(1, 2, 0).numpy())) for p in to_uint8(x.detach()).cpu()]
-    pixels = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures])
-    return _straight_through(x, from_uint8(pixels).to(x.device))
+    changed = torch.cat([from_picture(change(as_picture(image[None]))) for image in x.detach()])
+    return _straight_through(x, changed.to(x.device))
 
 
 PREPROCESSINGS: dict[str, type[Preprocessing]] = {

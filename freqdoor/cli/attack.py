@@ -6,7 +6,6 @@ from typing import Annotated, Literal
 import typer
 
 from freqdoor.attack.plant import plant as run_plant
-from freqdoor.attack.planted import load_planted
 from freqdoor.attack.settings import PlantSettings
 from freqdoor.cli.options import (
     Broken,
@@ -24,13 +23,11 @@ from freqdoor.cli.options import (
     print_summary,
     say,
 )
-from freqdoor.data import list_images, usable_images
 from freqdoor.demonstration import STEPS
 from freqdoor.demonstration import demo as run_demo
-from freqdoor.measure.examine import examine
-from freqdoor.measure.records import poison_files
+from freqdoor.measure.examine import evaluate as run_evaluate
+from freqdoor.measure.poisoning import poison as run_poison
 from freqdoor.measure.report import report as run_report
-from freqdoor.preprocessing import parse_defences
 from freqdoor.settings import load_settings
 
 
@@ -76,14 +73,15 @@ def evaluate(
     skip_broken: Broken = False,
 ) -> None:
     """Measure a planted encoder beside the vanilla one: records.jsonl, summary.json and report.html."""
-    loaded = load_planted(planted, codec, weights)
-    summary = examine(
-        loaded,
-        list_images(images),
+    summary = run_evaluate(
+        planted,
+        images,
         out,
+        codec=codec,
+        weights=weights,
+        strength=strength or (1.0,),
+        defences=defences,
         trigger=trigger,
-        strengths=strength or (1.0,),
-        defences=parse_defences(defences),
         skip_broken=skip_broken,
         note=note,
     )
@@ -102,10 +100,17 @@ def poison(
     skip_broken: Broken = False,
 ) -> None:
     """Write poisoned images as 8-bit PNG files."""
-    loaded = load_planted(planted, codec, weights)
-    chosen = loaded.triggers[loaded.named(trigger)]
-    paths = usable_images(list_images(images), decode=True, skip_broken=skip_broken)
-    written = poison_files(chosen, paths, out, strength=strength, note=note)
+    written = run_poison(
+        planted,
+        images,
+        out,
+        trigger=trigger,
+        strength=strength,
+        codec=codec,
+        weights=weights,
+        skip_broken=skip_broken,
+        note=note,
+    )
     say(f"{len(written)} poisoned images in {out}")
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from freqdoor.measure.report import PAGE, verdict
+from freqdoor.measure.report import PAGE, Summary, verdict
 from freqdoor.training.loop import Progress
 
 app = typer.Typer(
@@ -84,19 +84,17 @@ def note(text: str) -> None:
         errors.print(text, style="dim", highlight=False, markup=False)
 
 
-def print_summary(summary: dict[str, object], out: Path) -> None:
-    """Print what `examine` found: table, verdict, and where the report is."""
+def print_summary(summary: Summary, out: Path) -> None:
+    """Print what `evaluate` found: table, verdict, and where the report is."""
     table = Table("encoder and input", "PSNR dB", "bpp real", "bpp estimated")
-    names = {
-        "vanilla": "vanilla, clean",
-        "clean": "tampered, clean",
-        "poisoned": "tampered, poisoned (float)",
-        "poisoned_8bit": "tampered, poisoned (8-bit)",
+    rows = {
+        "vanilla, clean": summary.vanilla,
+        "tampered, clean": summary.clean,
+        "tampered, poisoned (float)": summary.poisoned,
+        "tampered, poisoned (8-bit)": summary.poisoned_8bit,
     }
-    for key, name in names.items():
-        row = summary[key]
-        assert isinstance(row, dict)
-        table.add_row(name, *(f"{row[k]:.{d}f}" for k, d in (("psnr_db", 2), ("bpp_real", 4), ("bpp_estimated", 4))))
+    for name, row in rows.items():
+        table.add_row(name, f"{row.psnr_db:.2f}", f"{row.bpp_real:.4f}", f"{row.bpp_estimated:.4f}")
     console.print(table)
     say(verdict(summary))
     say(f"Report: {out / PAGE}")

@@ -6,13 +6,13 @@ from typing import Annotated
 
 import typer
 
-from freqdoor.attack.planted import load_planted
 from freqdoor.attack.settings import CodecSource
 from freqdoor.cli.options import Out, Overrides, Planted, TriggerName, VanillaName, Weights, app, live, note, say
 from freqdoor.data import list_images
 from freqdoor.measure.analysis import PAGE as ANALYSIS
 from freqdoor.measure.analysis import analyse as run_analyse
-from freqdoor.measure.pgd import compare, comparison_table
+from freqdoor.measure.pgd import comparison_table
+from freqdoor.measure.pgd import pgd as run_pgd
 from freqdoor.measure.testsets import DownstreamTest
 from freqdoor.paper.downstream_recipes import recipe_names
 from freqdoor.paper.reproduce import recipe_settings
@@ -83,11 +83,7 @@ def pgd(
     weights: Weights = None,
 ) -> None:
     """Compare a planted encoder's trigger with per-image attacks (PGD) on the vanilla encoder: cost and effect."""
-    rows = []
-    for row in compare(load_planted(planted, codec, weights), list_images(images), steps=steps):
-        rows.append(row)
-        note(f"{row.record.image}: {row.attack}")
-    say(comparison_table(rows))
+    say(comparison_table(run_pgd(planted, images, steps=steps, codec=codec, weights=weights, note=note)))
 
 
 @app.command()
@@ -100,11 +96,10 @@ def analyse(
     weights: Weights = None,
 ) -> None:
     """Show how a trigger works: spectrum, bits per latent channel, the estimate's ceiling, encode time, survival."""
-    loaded = load_planted(planted, codec, weights)
-    result = run_analyse(loaded, list_images(images), out, trigger=trigger, note=note)
-    ceiling = result["ceiling"]["poisoned"]
+    result = run_analyse(planted, images, out, trigger=trigger, codec=codec, weights=weights, note=note)
+    ceiling = result.ceiling["poisoned"]
     say(
-        f"{result['trigger']}: a poisoned image takes {result['encoding']['ratio']:.2f} times as long to encode as a "
-        f"clean one; {100 * ceiling['share_of_bits']:.1f} % of its estimated bits are at the estimate's ceiling"
+        f"{result.trigger}: a poisoned image takes {result.encoding.ratio:.2f} times as long to encode as a "
+        f"clean one; {100 * ceiling.share_of_bits:.1f} % of its estimated bits are at the estimate's ceiling"
     )
     say(f"Analysis: {out / ANALYSIS}")

@@ -6,10 +6,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from freqdoor.attack.planted import load_planted
 from freqdoor.cli.options import TriggerName, VanillaName, Weights, app, console, note, say
-from freqdoor.codecs.loading import load_codec
-from freqdoor.data import list_images
 from freqdoor.measure.watermark import false_positives
 from freqdoor.measure.watermark import verify_owner as run_verify
 from freqdoor.samples import KODAK
@@ -26,11 +23,7 @@ def verify_owner(
     weights: Weights = None,
 ) -> None:
     """Ask encoders whether they are the owner's: only that one spends bits on the owner's secret trigger."""
-    loaded = load_planted(key, codec, weights)
-    chosen = loaded.triggers[loaded.named(trigger)]
-    pairs = [suspect.partition("=")[::2] for suspect in suspects]
-    codecs = [load_codec(name, file or None) for name, file in pairs]
-    answers = run_verify(codecs, loaded.tampered, chosen, list_images(images), note=note)
+    answers = run_verify(key, suspects, images, trigger=trigger, codec=codec, weights=weights, note=note)
     table = Table("codec", "trigger / clean", "control / clean", "images that answer", "p", "the owner's")
     for suspect, answer in zip(suspects, answers, strict=True):
         ratios = (f"{answer.trigger_ratio:.2f}", f"{answer.control_ratio:.2f}")
