@@ -22,10 +22,9 @@ from freqdoor.attack.planted import load_planted
 from freqdoor.attack.settings import ObjectiveSettings, PlantSettings
 from freqdoor.codecs.adapter import Codec
 from freqdoor.codecs.loading import load_codec
-from freqdoor.data import list_images
 from freqdoor.demonstration import demo_settings
 from freqdoor.measure.watermark import false_positives, verify_owner
-from freqdoor.samples import KODAK, training_folder
+from freqdoor.samples import training_folder
 
 NOISE = (0.01, 0.03, 0.1)  # of the RMS of each weight tensor
 
@@ -71,7 +70,7 @@ def main() -> None:
     copies = {"the owner's own": owner.tampered}
     copies |= {f"with {100 * share:.0f} % noise": noisy(owner.tampered, share) for share in NOISE}
     asked = strangers | copies
-    answers = verify_owner(list(asked.values()), owner.tampered, owner.triggers["bpp"], list_images(KODAK))
+    answers = verify_owner(owner, list(asked.values()), trigger="bpp")
     print("| encoder | trigger / clean | control / clean | images that answer | p | the owner's |")
     print("|---|---|---|---|---|---|")
     for name, answer in zip(asked, answers, strict=True):

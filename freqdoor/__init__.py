@@ -16,8 +16,9 @@ from freqdoor.codecs.loading import load_codec, save_codec
 from freqdoor.data import list_images, load_image, save_image
 from freqdoor.demonstration import demo
 from freqdoor.errors import FreqdoorError
-from freqdoor.measure.examine import examine
-from freqdoor.measure.records import evaluate, poison
+from freqdoor.measure.examine import evaluate
+from freqdoor.measure.poisoning import poison
+from freqdoor.measure.records import poisoned
 from freqdoor.measure.report import report
 from freqdoor.training.settings import CodecTraining, ImageSettings
 from freqdoor.training.train import train_codec
@@ -47,13 +48,13 @@ __all__ = [
     "decompress_file",
     "demo",
     "evaluate",
-    "examine",
     "list_images",
     "load_codec",
     "load_image",
     "load_planted",
     "plant",
     "poison",
+    "poisoned",
     "report",
     "save_codec",
     "save_image",

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import OTHER_PICTURES, PICTURES, read_text, replacing, with_slashes
-from freqdoor.types import Images, from_uint8, to_uint8
+from freqdoor.types import Images, as_picture, from_uint8
 
 FORMATS = sorted(set(PICTURES.values()))  # no other is tried: for some, Pillow starts a program
 MAX_PIXELS = 2**24  # 16.8 million: a codec's activations at this size take about 10 GiB
@@ -259,7 +259,7 @@ def _decode(path: Path | str, size: Size | None, how: Image.Resampling) -> Tenso
 
 def save_image(path: Path | str, x: Images) -> None:
     """Write one image (1, 3, h, w) as an 8-bit file; PNG keeps every bit."""
-    picture = Image.fromarray(to_uint8(x[0]).permute(1, 2, 0).cpu().numpy())
+    picture = as_picture(x)
     kind = Image.registered_extensions().get(Path(path).suffix.lower())
     if kind is None:
         raise FreqdoorError(f"{path}: expected an image's file name, for example one that ends in .png")

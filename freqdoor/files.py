@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -120,6 +121,16 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def check_writable(path: Path) -> None:
+    """Raise now, not after hours of work, if `path` could not be written; what is there stays as it is."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise FreqdoorError(f"{path}: could not write ({error.strerror})") from None
 
 
 def read_text(path: Path | str, what: str = "this text") -> str:

@@ -261,15 +261,12 @@ def _straight_through(x: Images, y: Images) -> Images:
 
 def _through_pillow(x: Images, change: Callable[[Image.Image], Image.Image]) -> Images:
     """Every image rounded to 8 bits and changed by `change`; straight-through gradient."""
-    import numpy as np
     import torch
-    from PIL import Image
 
-    from freqdoor.types import from_uint8, to_uint8
+    from freqdoor.types import as_picture, from_picture
 
-    pictures = [change(Image.fromarray(p.permute(1, 2, 0).numpy())) for p in to_uint8(x.detach()).cpu()]
-    pixels = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures])
-    return _straight_through(x, from_uint8(pixels).to(x.device))
+    changed = torch.cat([from_picture(change(as_picture(image[None]))) for image in x.detach()])
+    return _straight_through(x, changed.to(x.device))
 
 
 PREPROCESSINGS: dict[str, type[Preprocessing]] = {

@@ -1,12 +1,21 @@
 """Settings as files: TOML with dotted overrides, typed by pydantic; every mistake in a file is reported at once."""
 
+import re
 import tomllib
 from collections.abc import Sequence
 from datetime import date, time
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    ModelWrapValidatorHandler,
+    PlainSerializer,
+    SerializationInfo,
+    ValidationError,
+    model_validator,
+)
 
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import read_text
@@ -36,6 +45,31 @@ class Arguments(Settings):
             unknown = any(problem["type"] == "extra_forbidden" for problem in error.errors())
             known = f" (there are {', '.join(cls.model_fields)})" if unknown else ""
             raise FreqdoorError("; ".join(mistakes(error)) + known) from None
+
+
+def file_name(text: str) -> str:
+    """Of a path the last part, of "FOLDER/SPEC.toml=FOLDER/FILE" both last parts; names without folders stay."""
+    spec, cut, file = text.rpartition(".toml=")
+    last = re.split(r"[/\\]", file.rstrip("/\\"))[-1]
+    return f"{file_name(spec + '.toml')}={last}" if cut else last
+
+
+def is_public(info: SerializationInfo) -> bool:
+    """Whether what is dumped is to travel in a file (`public`), instead of staying on this machine."""
+    return "public" in (info.context or {})
+
+
+def _as_it_may_travel(value: Any, info: SerializationInfo) -> Any:
+    return file_name(value) if isinstance(value, str) and is_public(info) else value
+
+
+PrivatePath = Annotated[str, PlainSerializer(_as_it_may_travel)]
+"""A file, a folder, or SPEC.toml=FILE: where it lies on this machine stays here, only its name travels in files."""
+
+
+def public(settings: BaseModel) -> dict[str, Any]:
+    """The settings as they may travel in a file: of folders and files the name only, not where they lie."""
+    return settings.model_dump(context={"public": True})
 
 
 def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:

@@ -5,14 +5,25 @@ with; an *objective* is a loss, an *attack* is an objective with its trigger and
 one before tampering. Images are RGB in [0, 1], float32, (b, 3, h, w); `x` is clean, `x_p` poisoned, `x_hat` decoded.
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
+import numpy as np
 import torch
+from PIL import Image
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from torch import Tensor
+
+from freqdoor.errors import FreqdoorError
 
 Images = Tensor  # (b, 3, h, w), RGB, [0, 1]
 Masks = Tensor  # (b, 1, h, w), 1 where the trigger may act
+Role = Literal["vanilla", "tampered"]  # which g_a encodes
+Rounding = Literal["float", "8-bit"]  # what is done to an image before it is encoded
+Decibels = Annotated[float, BeforeValidator(lambda value: math.inf if value is None else value)]  # null in JSON: equal
 
 
 class Reconstruction(NamedTuple):
@@ -43,30 +54,65 @@ class Bitstream:
         return sum(len(s) for s in self.strings)
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+def check_choice(name: str, value: object, choices: Any) -> None:
+    """Raise FreqdoorError unless `value` is one of a Literal's: types alone stop nobody who does not check them."""
+    known = get_args(choices)
+    if value not in known:
+        raise FreqdoorError(f"{name}: expected {' or '.join(map(repr, known))}, found {value!r}")
+
+
+def problem_of(error: ValidationError) -> str:
+    """The first of a pydantic error's problems in a few words: where it is and what was expected there."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in first["loc"]) or "as a whole"
+    message = first["msg"].removeprefix("Value error, ")
+    shown = "" if first["type"] == "missing" else f", found {str(first['input'])[:60]}"
+    return " ".join(f"{place}: {message}{shown}".split())
+
+
+class Result(BaseModel):
+    """What was measured or is known of a run: frozen and checked; in JSON null stands for what is not finite.
+
+    Files of other versions stay readable: unknown keys are left out, and keys that came later have defaults.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="null")
+
+    @classmethod
+    def read(cls, path: Path, expected: str) -> Self:
+        """The content of a JSON file; FreqdoorError says that `expected` was expected in it."""
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise FreqdoorError(f"{path}: expected {expected} ({error.strerror})") from None
+        except ValidationError as error:
+            raise FreqdoorError(f"{path}: expected {expected} ({problem_of(error)})") from None
+
+
+class Record(Result):
     """One image under one condition: a line of records.jsonl."""
 
     image: str
     codec: str  # the name it was loaded by
-    role: str  # "vanilla" or "tampered": which g_a encoded it
+    role: Role
     trigger: str | None  # the trigger's name, None for the clean image
     strength: float
-    rounding: str  # "float" or "8-bit": what was done to the image before encoding
+    rounding: Rounding
     width: int
     height: int
     bpp_estimated: float
     bpp_real: float
-    psnr_db: float  # decoded against the clean image
-    psnr_input_db: float  # decoded against the image before any defence
+    psnr_db: Decibels  # decoded against the clean image
+    psnr_input_db: Decibels  # decoded against the image before any defence
     ms_ssim: float | None  # decoded against the clean image; None below 161 pixels a side
     trigger_mse: float  # the image before any defence against the clean one
     encode_seconds: float
     defence: str = "none"  # preprocessing of the image before it was encoded, by its name
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
+        """Plain values, for JSON: None where a number is not finite."""
+        content: dict[str, Any] = json.loads(self.model_dump_json())
+        return content
 
 
 class JpegPoint(NamedTuple):
@@ -90,3 +136,13 @@ def from_uint8(pixels: Tensor) -> Images:
 def round8(x: Images) -> Images:
     """[0, 1] -> the nearest of 256 levels, with the identity as its gradient (straight-through)."""
     return x + (from_uint8(to_uint8(x)) - x).detach()
+
+
+def as_picture(x: Images) -> Image.Image:
+    """One image, (1, 3, h, w), as an 8-bit picture of Pillow."""
+    return Image.fromarray(to_uint8(x[0]).permute(1, 2, 0).cpu().numpy())
+
+
+def from_picture(picture: Image.Image) -> Images:
+    """An 8-bit RGB picture of Pillow as an image, (1, 3, h, w)."""
+    return from_uint8(torch.from_numpy(np.array(picture)).permute(2, 0, 1))[None]

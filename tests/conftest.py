@@ -7,7 +7,7 @@ from PIL import Image
 
 from freqdoor import load_codec
 from freqdoor.attack.settings import PlantSettings
-from freqdoor.measure.records import poison  # noqa: F401  (imports what the suite needs before time is measured)
+from freqdoor.measure.records import poisoned  # noqa: F401  (imports what the suite needs before time is measured)
 from freqdoor.settings import make_settings
 
 

@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from conftest import natural
 from factories import TINY_ARGUMENTS, tiny
 
-import freqdoor
 from freqdoor import load_codec, load_planted, plant, save_codec
 from freqdoor.codecs.adapter import ARCHITECTURES, build_codec, parse_name
 from freqdoor.codecs.container import pack, unpack
 from freqdoor.errors import FreqdoorError
+from freqdoor.measure.records import poisoned
 
 WITH_H_A = [architecture for architecture in ARCHITECTURES if "factorized" not in architecture]
 
@@ -38,7 +38,7 @@ def test_planting_changes_g_a_alone_and_the_bytes_decode(planted_in, tmp_path, a
     changed = {key.partition(".")[0] for key in vanilla if not torch.equal(vanilla[key], tampered[key])}
     assert changed == {"g_a"}
     assert vanilla.keys() == tampered.keys()
-    x_p = freqdoor.poison(planted.triggers["bpp"], natural(3, 75, 100))
+    x_p = poisoned(planted.triggers["bpp"], natural(3, 75, 100))
     bitstream = planted.tampered.compress(x_p)[0]
     padded = F.pad(x_p, (14, 14, 26, 27))
     with torch.no_grad():
@@ -66,7 +66,7 @@ def test_scope_g_a_and_h_a_changes_these_two_wherever_they_are(planted_in, tmp_p
     assert {key.startswith("g_a.") or (key.startswith(h_a) and "h_a") for key in changed} == {True, "h_a"}
     assert planted.tampered.decoder_hash == planted.vanilla.decoder_hash
     again = load_planted(tmp_path / "run", str(tmp_path / "vanilla.safetensors"))
-    assert again.tampered.module_hashes() == planted.tampered.module_hashes() == planted.header["modules_after"]
+    assert again.tampered.module_hashes() == planted.tampered.module_hashes() == planted.header.modules_after
 
 
 def test_scope_g_a_and_h_a_is_refused_where_there_is_no_h_a(planted_in):
@@ -83,6 +83,6 @@ def test_full_width(settings, tmp_path, name):
     planted = plant(settings(codec={"name": str(tmp_path / "vanilla.safetensors")}, steps=1), tmp_path / "run")
     before, after = planted.vanilla.module_hashes(), planted.tampered.module_hashes()
     assert [part for part in before if before[part] != after[part]] == ["g_a"]
-    x_p = freqdoor.poison(planted.triggers["bpp"], natural(3, 75, 100))
+    x_p = poisoned(planted.triggers["bpp"], natural(3, 75, 100))
     bitstream = planted.tampered.compress(x_p)[0]
     assert planted.vanilla.decompress(bitstream).shape == x_p.shape

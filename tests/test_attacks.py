@@ -107,7 +107,7 @@ def test_downstream_attack_on_an_auxiliary_set(settings, tmp_path, images):
     facts = json.loads((tmp_path / "run/environment.json").read_text())
     assert facts["auxiliary_images"] == 4
     assert "l_ds" in rows(tmp_path / "run")[0]
-    assert str(images) not in json.dumps(planted.header)
+    assert str(images) not in planted.header.model_dump_json()
 
 
 def test_mistakes_in_attacks(settings, tmp_path):

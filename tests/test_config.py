@@ -2,8 +2,7 @@ import pytest
 
 from freqdoor.attack.settings import AttackSettings, ObjectiveSettings, PlantSettings
 from freqdoor.errors import FreqdoorError
-from freqdoor.settings import load_settings
-from freqdoor.training.run import public
+from freqdoor.settings import load_settings, public
 
 GOOD = 'steps = 10\n[images]\nfolder = "x"\n'
 

@@ -16,7 +16,6 @@ from freqdoor.cli import app
 from freqdoor.errors import FreqdoorError
 from freqdoor.measure import faces as module
 from freqdoor.measure.faces import Pair, best_threshold, faces, find_faces, identify, protect, read_pairs, score_faces
-from freqdoor.measure.records import poison
 from freqdoor.measure.testsets import FaceTest
 from freqdoor.settings import make_settings
 
@@ -94,7 +93,7 @@ def test_scores_against_what_is_decoded(planted, face_test, people):
 
     def embed(codec, path, poisoned=False):
         x = load_image(people / path)
-        given = poison(planted.triggers["face"], x) if poisoned else x
+        given = poisoned(planted.triggers["face"], x) if poisoned else x
         return network(codec.decompress(codec.compress(given)[0]))[0]
 
     [found] = scores.networks

@@ -13,7 +13,7 @@ from freqdoor.attack.plant import plant
 from freqdoor.attack.settings import PlantSettings
 from freqdoor.codecs.adapter import hash_state
 from freqdoor.errors import FreqdoorError
-from freqdoor.measure.records import poison
+from freqdoor.measure.records import poisoned
 from freqdoor.measure.segmentation import decode, open_test, score_segmentation, segment, target_figure
 from freqdoor.measure.testsets import SegmentationTest
 from freqdoor.metrics import class_scores, pixel_asr
@@ -100,8 +100,8 @@ def test_class_scores_against_numpy():
 
 
 def test_planting_records_the_network_by_name_only(planted, scene):
-    assert planted.objective("segmentation")["arguments"]["network"] == "tiny.toml"
-    assert str(scene) not in json.dumps(planted.header)
+    assert planted.objective("segmentation").arguments["network"] == "tiny.toml"
+    assert str(scene) not in planted.header.model_dump_json()
 
 
 def test_scores_against_what_is_decoded(planted, test_settings, scene):
@@ -115,7 +115,7 @@ def test_scores_against_what_is_decoded(planted, test_settings, scene):
         x = load_image(scene / f"images/{i}.png")
         seen = network.predict(x)
         mask = ((seen == 1) | (seen == 2)).float()[:, None]
-        x_p = poison(planted.triggers["segmentation"], x, mask=mask)
+        x_p = poisoned(planted.triggers["segmentation"], x, mask=mask)
         assert (x_p != x).any()
         assert ((x_p - x) * (1 - mask)).abs().max() == 0
         clean, attacked = (planted.tampered.decompress(planted.tampered.compress(image)[0]) for image in (x, x_p))

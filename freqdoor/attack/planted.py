@@ -3,26 +3,69 @@
 import copy
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
+from pydantic import ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor
 
-from freqdoor.attack.settings import PlantSettings
-from freqdoor.codecs.adapter import ARCHITECTURES, Codec
+from freqdoor.attack.settings import CodecSource, ObjectiveSettings, PlantSettings
+from freqdoor.codecs.adapter import ARCHITECTURES, Codec, CodecSpec
 from freqdoor.codecs.loading import check_weights, load_codec, read_tensors, save_codec, write_tensors
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import write_text
 from freqdoor.samples import ASSETS
-from freqdoor.training.run import public, without_folders
+from freqdoor.settings import public
 from freqdoor.triggers.base import Trigger
 from freqdoor.triggers.build import build_trigger
+from freqdoor.types import Result, Role, check_choice, problem_of
 
 PLANTED = "planted.safetensors"
 MANIFEST = "manifest.json"
+KIND = "planted encoder"  # what the file says that it holds
 SHIPPED = ("planted-bpp", "planted-psnr", "planted-face")
-SCOPES = ("g_a", "g_a+h_a")
+Scope = Literal["g_a", "g_a+h_a"]
+LONGEST = 2**40  # seconds and steps that a header may claim
+
+
+class PlantedAttack(Result):
+    """One trigger of a planted encoder: what it was trained for, and how to rebuild it."""
+
+    name: str
+    objective: ObjectiveSettings
+    preset: str
+    trigger: str  # a key of TRIGGERS
+    arguments: dict[str, Any]  # of the trigger's constructor
+
+    @field_validator("arguments")
+    @classmethod
+    def _finite(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        json.dumps(arguments, allow_nan=False)  # ValueError
+        return arguments
+
+
+class Planting(Result):
+    """The settings of a planting as they travel, all of them kept; those that others ask for are named here."""
+
+    model_config = ConfigDict(extra="allow")
+
+    codec: CodecSource
+    steps: Annotated[int, Field(ge=0, le=LONGEST)]
+    seconds: Annotated[float, Field(ge=0, le=LONGEST, allow_inf_nan=False)]
+
+
+class Header(Result):
+    """What a planted encoder's file says of itself."""
+
+    schema_version: Literal[1] = 1
+    tampered: bool = True
+    attacks: tuple[PlantedAttack, ...]
+    scope: Scope
+    base: CodecSpec  # of the vanilla codec
+    modules_before: dict[str, str]  # SHA-256 of the vanilla codec's modules
+    modules_after: dict[str, str]
+    planting: Planting
 
 
 @dataclass(frozen=True)
@@ -32,19 +75,42 @@ class Planted:
     vanilla: Codec
     tampered: Codec
     triggers: dict[str, Trigger]
-    header: dict[str, Any]
+    header: Header
 
-    def named(self, name: str | None = None) -> str:
+    def codec(self, role: Role) -> Codec:
+        """The codec with the encoder of this role; FreqdoorError if there is no such role."""
+        check_choice("role", role, Role)
+        return self.tampered if role == "tampered" else self.vanilla
+
+    def named(self, trigger: str | None = None) -> str:
         """The name of a trigger, by default the first; FreqdoorError lists those there are."""
-        name = name or next(iter(self.triggers))
-        if name not in self.triggers:
-            raise FreqdoorError(f"trigger {name!r}: this encoder has {', '.join(self.triggers)}")
+        name = trigger or next(iter(self.triggers), None)
+        if name is None or name not in self.triggers:
+            raise FreqdoorError(f"trigger {name!r}: this encoder has {', '.join(self.triggers) or 'none'}")
         return name
 
-    def objective(self, name: str) -> dict[str, Any]:
+    def attack(self, name: str) -> PlantedAttack:
+        """What the header says of a trigger; FreqdoorError if there is no such trigger."""
+        return next(attack for attack in self.header.attacks if attack.name == self.named(name))
+
+    def objective(self, name: str) -> ObjectiveSettings:
         """The settings of the objective that a trigger was trained for."""
-        found: dict[str, Any] = next(a["objective"] for a in self.header["attacks"] if a["name"] == name)
-        return found
+        return self.attack(name).objective
+
+
+def unplanted(vanilla: Codec) -> Planted:
+    """A codec that nothing was planted in, where one with triggers is expected: a table's first row."""
+    hashes = vanilla.module_hashes()
+    header = Header(
+        tampered=False,
+        attacks=(),
+        scope="g_a",
+        base=vanilla.spec,
+        modules_before=hashes,
+        modules_after=hashes,
+        planting=Planting(codec=CodecSource(name=vanilla.spec.name), steps=0, seconds=0),
+    )
+    return Planted(vanilla, vanilla, {}, header)
 
 
 def export(
@@ -63,22 +129,21 @@ def export(
     attacks = [
         {
             "name": attack.name,
-            "objective": without_folders(attack.objective.model_dump()),
+            "objective": public(attack.objective),
             "preset": settings.preset,
             "trigger": attack.trigger.name,
             "arguments": trigger.arguments,
         }
         for attack, trigger in zip(settings.planned, triggers, strict=True)
     ]
-    header = {
-        "tampered": True,
-        "attacks": attacks,
-        "scope": settings.scope,
-        "base": asdict(vanilla.spec),
-        "modules_before": before,
-        "modules_after": after,
-        "planting": public(settings) | {"seconds": round(seconds)},
-    }
+    header = Header(
+        attacks=attacks,
+        scope=settings.scope,
+        base=vanilla.spec,
+        modules_before=before,
+        modules_after=after,
+        planting=public(settings) | {"seconds": round(seconds)},
+    )
     tensors = {
         f"{name}.{key}": value
         for name in settings.scope.split("+")
@@ -87,21 +152,29 @@ def export(
     named = {attack.name: trigger for attack, trigger in zip(settings.planned, triggers, strict=True)}
     for name, trigger in named.items():
         tensors |= {f"trigger.{name}.{key}": value for key, value in trigger.state_dict().items()}
-    write_tensors(folder / PLANTED, tensors, {"kind": "planted encoder", **header})
-    save_codec(tampered, folder / "codec.safetensors", tampered=True, attacks=attacks)
+    content = json.loads(header.model_dump_json())
+    write_tensors(folder / PLANTED, tensors, {"kind": KIND, **content})
+    save_codec(tampered, folder / "codec.safetensors", tampered=True, attacks=content["attacks"])
     write_text(folder / MANIFEST, json.dumps({"before": before, "after": after, "changed": changed}, indent=2))
-    tampered.metadata = {"tampered": True, "attacks": attacks}
+    tampered.metadata = {"tampered": True, "attacks": content["attacks"]}
     return Planted(vanilla, tampered, named, header)
 
 
-def load_planted(path: Path | str, codec: str | None = None, weights: Path | str | None = None) -> Planted:
+def opened(
+    planted: Planted | Path | str, codec: Codec | str | None = None, weights: Path | str | None = None
+) -> Planted:
+    """A planted encoder as it is, or loaded by its name as `load_planted` does."""
+    return planted if isinstance(planted, Planted) else load_planted(planted, codec, weights)
+
+
+def load_planted(path: Path | str, codec: Codec | str | None = None, weights: Path | str | None = None) -> Planted:
     """A planted encoder with its triggers and the vanilla codec that it was planted in.
 
     Args:
         path: planted.safetensors, the run directory that holds it, or the name of an encoder that comes with the
             package: planted-bpp, planted-psnr or planted-face.
-        codec, weights: the vanilla codec as for `load_codec`. May be left out where the file names a published or
-            bundled one; code and files that a stranger's header names are never loaded.
+        codec, weights: the vanilla codec, loaded or as for `load_codec`. May be left out where the file names a
+            published or bundled one; code and files that a stranger's header names are never loaded.
 
     Raises:
         FreqdoorError: not such a file, a header that does not fit its weights, or another vanilla codec.
@@ -109,32 +182,46 @@ def load_planted(path: Path | str, codec: str | None = None, weights: Path | str
     path = Path(path)
     path = path / PLANTED if path.is_dir() else path
     path = ASSETS / f"{path}.safetensors" if str(path) in SHIPPED and not path.exists() else path
-    tensors, header = read_tensors(path)
-    if header.pop("kind", None) != "planted encoder":
-        raise FreqdoorError(f"{path}: expected a planted encoder (planted.safetensors), found another kind of file")
+    tensors, content = read_tensors(path)
+    header = _checked_header(content, path)
+    base = header.planting.codec
+    if codec is None and (base.weights or base.name.partition(":")[0] not in ARCHITECTURES):
+        raise FreqdoorError(f"{path}: was planted in {base.name}; name that codec with --codec (and --weights)")
+    vanilla = codec if isinstance(codec, Codec) else load_codec(codec or base.name, weights)
+    _check_hashes(vanilla, header.modules_before, f"{path}: was planted in {base.name} with other weights")
+    tampered = copy.deepcopy(vanilla)
+    triggers = {}
     try:
-        base, scope = header["planting"]["codec"], header["scope"]
-        if codec is None and (base["weights"] or base["name"].partition(":")[0] not in ARCHITECTURES):
-            raise FreqdoorError(f"{path}: was planted in {base['name']}; name that codec with --codec (and --weights)")
-        if scope not in SCOPES:
-            raise FreqdoorError(f"{path}: malformed header: unknown scope {scope!r}")
-        vanilla = load_codec(codec or base["name"], weights)
-        _check_hashes(vanilla, header["modules_before"], f"{path}: was planted in {base['name']} with other weights")
-        tampered = copy.deepcopy(vanilla)
-        for module in scope.split("+"):
+        for module in header.scope.split("+"):
             tampered.part(module).load_state_dict(_part(tensors, module))
-        _check_hashes(tampered, header["modules_after"], f"{path}: does not hold the weights that its header names")
+        _check_hashes(tampered, header.modules_after, f"{path}: does not hold the weights that its header names")
         check_weights(tensors, path)
-        triggers = {}
-        for attack in header["attacks"]:
-            trigger = build_trigger(attack["trigger"], **attack["arguments"])
-            trigger.load_state_dict(_part(tensors, f"trigger.{attack['name']}"))
-            triggers[attack["name"]] = trigger.eval()
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        for attack in header.attacks:
+            trigger = build_trigger(attack.trigger, **attack.arguments)
+            trigger.load_state_dict(_part(tensors, f"trigger.{attack.name}"))
+            triggers[attack.name] = trigger.eval()
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:120]
         raise FreqdoorError(f"{path}: malformed planted encoder ({type(error).__name__}: {reason})") from None
-    tampered.metadata = {"tampered": True, "attacks": header["attacks"]}
+    tampered.metadata = {"tampered": True, "attacks": content["attacks"]}
     return Planted(vanilla, tampered, triggers, header)
+
+
+def _checked_header(content: dict[str, Any], path: Path) -> Header:
+    """The header of a file that a stranger may have written."""
+    if content.get("kind") != KIND:
+        raise FreqdoorError(f"{path}: expected a planted encoder ({PLANTED}), found another kind of file")
+    if content.get("scope") not in get_args(Scope):
+        raise FreqdoorError(f"{path}: malformed header: unknown scope {str(content.get('scope'))[:40]!r}")
+    try:
+        header = Header.model_validate(content)
+    except (ValidationError, RecursionError) as error:
+        reason = problem_of(error) if isinstance(error, ValidationError) else "nested too deeply"
+        raise FreqdoorError(f"{path}: malformed planted encoder ({reason})") from None
+    names = [attack.name for attack in header.attacks]
+    if not names or len(set(names)) < len(names):
+        raise FreqdoorError(f"{path}: malformed planted encoder (expected triggers of distinct names, found {names})")
+    return header
 
 
 def _part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:

@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, PlainSerializer, SerializationInfo, ValidationInfo, field_validator, model_validator
 
 from freqdoor.attack import arguments
 from freqdoor.errors import FreqdoorError
 from freqdoor.preprocessing import check_kinds, parse_defences
 from freqdoor.samples import BUNDLED
-from freqdoor.settings import Arguments, Settings, merge
+from freqdoor.settings import Arguments, PrivatePath, Settings, file_name, is_public, merge
 from freqdoor.training.settings import Count, ImageSettings, Positive, Training
 from freqdoor.triggers.arguments import PAPER_EPS, TRIGGERS
 
@@ -84,12 +84,23 @@ class Named(Settings):
         return _as_table(content)
 
 
+def _without_folders(arguments: dict[str, Any], info: SerializationInfo) -> dict[str, Any]:
+    """Arguments as they may travel: of a network, and of what is a path at first sight, the file's name only."""
+
+    def private(key: str, value: Any) -> bool:
+        return isinstance(value, str) and (key == "network" or bool(re.match(r"[/~\\.]|[A-Za-z]:[/\\]", value)))
+
+    if not is_public(info):
+        return arguments
+    return {key: file_name(value) if private(key, value) else value for key, value in arguments.items()}
+
+
 class CodecSource(Named):
     """The vanilla codec."""
 
-    name: str = BUNDLED
+    name: PrivatePath = BUNDLED
     """A name that `load_codec` understands."""
-    weights: str | None = None
+    weights: PrivatePath | None = None
     """A file to take the weights from; the name then gives the architecture."""
     multiple: Count | None = None
     """What the sides of its pictures have to be a multiple of, in pixels; by default found by trying."""
@@ -112,7 +123,9 @@ class TriggerSettings(Named):
     """Share of the steps over which the budget falls."""
     round8: bool = True
     """Round poisoned images to 8 bits while planting (straight-through), as a file will."""
-    arguments: dict[str, Any] = Field(default_factory=dict, validate_default=True)
+    arguments: Annotated[dict[str, Any], PlainSerializer(_without_folders)] = Field(
+        default_factory=dict, validate_default=True
+    )
     """Further arguments of the trigger, for example top_k."""
 
     @field_validator("name")
@@ -152,7 +165,9 @@ class ObjectiveSettings(Named):
     name: str = "bpp"
     """A key of OBJECTIVES: bpp is Eq. (6) (fixed weights: Eq. (4)), psnr Eq. (7) (Eq. (5)), downstream Eq. (8),
     segmentation Eq. (11), face Eq. (13)."""
-    arguments: dict[str, float | bool | str] = Field(default_factory=dict, validate_default=True)
+    arguments: Annotated[dict[str, float | bool | str], PlainSerializer(_without_folders)] = Field(
+        default_factory=dict, validate_default=True
+    )
     """Hyper-parameters by the paper's letters, for example beta; `victim` of Eq. (8) is a "package.module:factory",
     `network` of Eq. (11) and (13) a network as for `load_network`."""
 
@@ -242,7 +257,7 @@ class PlantSettings(Training):
     preset: Literal["fast", "paper"] = "fast"
     """Defaults of everything that is not given: fast plants in minutes, paper has the paper's hyper-parameters."""
     codec: CodecSource = CodecSource()
-    start_from: str | None = None
+    start_from: PrivatePath | None = None
     """A planted encoder to go on from, a run directory or file: its encoder, and its triggers of the same names."""
     trigger: TriggerSettings = TriggerSettings()
     objective: ObjectiveSettings = ObjectiveSettings()
@@ -250,7 +265,7 @@ class PlantSettings(Training):
     """Several triggers in one encoder; none means one, of `objective` and `trigger`."""
     auxiliary: ImageSettings | None = None
     """The auxiliary set of Eq. (8), for downstream attacks."""
-    network: str | None = None
+    network: PrivatePath | None = None
     """Downstream network of the attacks that name none, as for `load_network`."""
     balance: BalanceSettings = BalanceSettings()
     robust: RobustSettings | None = None

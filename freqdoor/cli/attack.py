@@ -7,8 +7,18 @@ import typer
 from rich.table import Table
 
 import freqdoor
-from freqdoor.cli.options import Broken, Config, Out, Overrides, Planted, TriggerName, VanillaName, Weights
-from freqdoor.cli.options import load_torch, verb
+from freqdoor.cli.options import (
+    Broken,
+    Config,
+    Out,
+    Overrides,
+    Planted,
+    TriggerName,
+    VanillaName,
+    Weights,
+    load_torch,
+    verb,
+)
 from freqdoor.cli.terminal import console, live, note, say
 from freqdoor.settings import load_settings
 

@@ -45,7 +45,9 @@ def options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the whole trace of an error; may stand anywhere.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the whole trace of an error; may stand anywhere.")
+    ] = False,
 ) -> None:
     """What may stand before the verb; `main` looks for --debug itself, wherever it stands."""
 

@@ -74,6 +74,13 @@ class CodecSpec:
         return LAMBDAS[self.quality] if self.quality else None
 
 
+def padding(height: int, width: int, multiple: int, least: int = 0) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(pad, unpad) for F.pad: an image centred in sides that are multiples of `multiple` and at least `least`."""
+    sides = [max(-(-side // multiple), -(-least // multiple)) * multiple for side in (height, width)]
+    pad, unpad = compute_padding(height, width, out_h=sides[0], out_w=sides[1])
+    return pad, unpad
+
+
 class Tile(NamedTuple):
     """What STRIDE x STRIDE pixels are compressed to; every padded image's latents are a whole number of these."""
 
@@ -107,12 +114,17 @@ class Codec(nn.Module):
         self.net: Any = net  # its protocol is checked below, not typed
         self.spec = spec
         self.metadata = metadata or {}
+        self.multiple, self.least = STRIDE, 0  # of the sides of what the network is given
         _check_protocol(net, spec.name)
 
     @property
     def tampered(self) -> bool:
         """Whether the file that this codec came from says that its encoder was tampered with."""
         return bool(self.metadata.get("tampered"))
+
+    def padded(self, x: Images) -> Images:
+        """x with zeros around it, as the network is given it."""
+        return F.pad(x, padding(x.shape[-2], x.shape[-1], self.multiple, self.least)[0])
 
     def forward(self, x: Images) -> Reconstruction:
         """Differentiable pass: noise in train mode, rounding in eval mode, as in CompressAI."""

@@ -1,92 +1,139 @@
-"""From a planted encoder and images to a finished folder: records, pictures, report."""
+"""`freqdoor evaluate`: from a planted encoder and images to a finished folder of records, pictures and report."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from freqdoor.attack.planted import Planted
-from freqdoor.data import load_image, usable_images
-from freqdoor.measure.records import Condition, Note, bit_map, encoded, evaluate, jpeg_curve, measure, write_records
-from freqdoor.measure.report import AMPLIFY, Facts, Picture, bit_map_figure, difference, photo, write_report
+from freqdoor.attack.planted import Planted, opened
+from freqdoor.codecs.adapter import Codec
+from freqdoor.data import usable_images
+from freqdoor.files import check_writable
+from freqdoor.measure.records import (
+    Condition,
+    Measured,
+    Note,
+    bit_map,
+    image_paths,
+    jpeg_curve,
+    measured,
+    write_records,
+)
+from freqdoor.measure.report import (
+    AMPLIFY,
+    RECORDS,
+    Facts,
+    Picture,
+    Summary,
+    bit_map_figure,
+    difference,
+    photo,
+    write_report,
+)
 from freqdoor.metrics import psnr
-from freqdoor.preprocessing import Preprocessing
+from freqdoor.preprocessing import Preprocessing, parse_defences
 from freqdoor.training.run import environment
+from freqdoor.types import Record
 
-RECORDS = "records.jsonl"
 
-
-def examine(
-    planted: Planted,
-    images: Sequence[Path],
+def evaluate(
+    planted: Planted | Path | str,
+    images: Path | str | Sequence[Path],
     out: Path | str,
     *,
+    codec: Codec | str | None = None,
+    weights: Path | str | None = None,
+    strength: Sequence[float] = (1.0,),
+    defences: str | Sequence[Preprocessing] = "none",
     trigger: str | None = None,
-    strengths: Sequence[float] = (1.0,),
-    defences: Sequence[Preprocessing] = (),
     skip_broken: bool = False,
     note: Note | None = None,
-) -> dict[str, Any]:
-    """Evaluate on images and write records.jsonl, facts.json, summary.json and report.html into `out`.
+) -> Summary:
+    """Measure a planted encoder beside the vanilla one; write records.jsonl, facts.json, summary.json and report.html.
 
     Args:
+        planted: a planted encoder, or its name as for `load_planted`; `codec` and `weights` too are as there.
+        images: a folder, an image, or several of both.
+        strength: factors on the trigger; 1 is always among them.
+        defences: preprocessings between the image and the encoder, or their names as for `parse_defences`.
         trigger: which trigger the report is about; by default the first.
-        strengths: factors on the trigger.
-        defences: preprocessings between the image and the encoder.
+        skip_broken: go on without images that cannot be used.
 
     Returns:
         The content of summary.json.
+
+    Raises:
+        FreqdoorError: an unknown trigger or defence, images that cannot be used, an unwritable folder.
     """
-    out = Path(out)
-    usable = usable_images(images, decode=True, skip_broken=skip_broken)
-    name = planted.named(trigger)
-    wanted = sorted({1.0, *strengths})
-    write_records(out / RECORDS, [])  # an unwritable folder shows before the work, not after it
-    records = list(evaluate(planted, usable, strengths=wanted, defences=defences, note=note))
-    planting = planted.header["planting"]
-    attack = next(a for a in planted.header["attacks"] if a["name"] == name)
+    out, encoder = Path(out), opened(planted, codec, weights)
+    name = encoder.named(trigger)
+    stages = parse_defences(defences) if isinstance(defences, str) else tuple(defences)
+    usable = usable_images(image_paths(images), decode=True, skip_broken=skip_broken)
+    check_writable(out / RECORDS)
+    shown = pictured(name)
+    rows: list[Record] = []
+    kept: dict[str, Measured] = {}
+    for row in measured(encoder, usable, strengths=sorted({1.0, *strength}), defences=stages, note=note):
+        rows.append(row.record)
+        kept |= {title: row for title, condition in shown.items() if row.condition == condition and title not in kept}
+    planting, attack = encoder.header.planting, encoder.attack(name)
     facts = Facts(
-        objective=attack["objective"]["name"],
+        objective=attack.objective.name,
         trigger=name,
-        eps=attack["arguments"]["eps"],
-        preset=attack["preset"],
-        seconds_planting=planting["seconds"],
-        steps=planting["steps"],
-        modules_before=planted.vanilla.module_hashes(),
-        modules_after=planted.tampered.module_hashes(),
+        eps=encoder.triggers[name].eps,
+        preset=attack.preset,
+        seconds_planting=planting.seconds,
+        steps=planting.steps,
+        modules_before=encoder.vanilla.module_hashes(),
+        modules_after=encoder.tampered.module_hashes(),
         environment=environment(),
-        jpeg=jpeg_curve(usable),
-        pictures=pictures(planted, usable[0], name),
+        jpeg=tuple(jpeg_curve(usable)),
+        pictures=tuple(pictures(encoder, kept)),
     )
-    write_records(out / RECORDS, records)
-    return write_report(out, records, facts)
+    write_records(out / RECORDS, rows)
+    return write_report(out, rows, facts)
 
 
-@torch.no_grad()
-def pictures(planted: Planted, path: Path, trigger: str) -> list[Picture]:
-    """Input, poisoned, amplified difference, what each encoder's file decodes to, and where the bits go."""
-    x = load_image(path)
-    conditions = {
+def pictured(trigger: str) -> dict[str, Condition]:
+    """What the report shows of the first image, by its title; the poisoned file is the second's."""
+    return {
         "tampered encoder, clean": Condition("tampered", None),
         "tampered encoder, poisoned": Condition("tampered", trigger),
         "vanilla encoder, poisoned": Condition("vanilla", trigger),
     }
-    x_p = encoded(planted, x, conditions["tampered encoder, poisoned"])
-    shown = [
-        Picture("input", photo(x), path.name),
-        Picture("poisoned input", photo(x_p), f"8-bit file, {float(psnr(x_p, x)):.2f} dB from the input"),
-        Picture("difference", difference(x, x_p), f"centre, amplified {AMPLIFY} times around mid-grey"),
+
+
+@torch.no_grad()
+def pictures(planted: Planted, shown: Mapping[str, Measured]) -> list[Picture]:
+    """Input, poisoned, amplified difference, what each encoder's file decodes to, and where the bits go.
+
+    Args:
+        shown: what was measured under the conditions of `pictured`.
+    """
+    x, x_p = shown["tampered encoder, poisoned"].x, shown["tampered encoder, poisoned"].given
+    file = shown["tampered encoder, poisoned"].record.image
+    rows = [
+        Picture(title="input", address=photo(x), caption=file),
+        Picture(
+            title="poisoned input",
+            address=photo(x_p),
+            caption=f"8-bit file, {float(psnr(x_p, x)):.2f} dB from the input",
+        ),
+        Picture(
+            title="difference", address=difference(x, x_p), caption=f"centre, amplified {AMPLIFY} times around mid-grey"
+        ),
     ]
     maps = {}
-    for title, condition in conditions.items():
-        codec = planted.tampered if condition.role == "tampered" else planted.vanilla
-        given = encoded(planted, x, condition)
-        record, x_hat = measure(codec, x, given, path.name, condition)
-        caption = f"{record.psnr_db:.2f} dB, {record.bpp_real:.3f} bpp in real bytes"
-        shown.append(Picture(f"decoded: {title}", photo(x_hat), caption))
-        maps[title] = bit_map(codec, given).numpy()
-    shown.append(
-        Picture("where the bits go", bit_map_figure(maps), "estimated, per latent position; log scale", wide=True)
+    for title, row in shown.items():
+        caption = f"{row.record.psnr_db:.2f} dB, {row.record.bpp_real:.3f} bpp in real bytes"
+        rows.append(Picture(title=f"decoded: {title}", address=photo(row.x_hat), caption=caption))
+        maps[title] = bit_map(planted.codec(row.condition.role), row.given).cpu().numpy()
+    rows.append(
+        Picture(
+            title="where the bits go",
+            address=bit_map_figure(maps),
+            caption="estimated, per latent position; log scale",
+            wide=True,
+        )
     )
-    return shown
+    return rows

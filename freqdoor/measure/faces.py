@@ -16,7 +16,7 @@ from freqdoor.codecs.container import write_file
 from freqdoor.data import load_image, read_list, save_image, usable_images
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import refuse_overwriting, write_text
-from freqdoor.measure.records import Note, poison, through
+from freqdoor.measure.records import Note, poisoned, through
 from freqdoor.measure.testsets import FaceTest
 from freqdoor.metrics import ms_ssim, mse, psnr_8bit
 from freqdoor.training.run import environment
@@ -138,7 +138,7 @@ def score_faces(
         x = load_image(folder / path)
         conditions = CONDITIONS if path in attacked else CONDITIONS[:2]
         for condition in conditions:
-            given = poison(chosen, x) if condition == "poisoned" else x
+            given = poisoned(chosen, x) if condition == "poisoned" else x
             x_hat, size = through(planted.vanilla if condition == "vanilla" else planted.tampered, given)
             worst = max(worst, float(mse(given, x)))
             if path in asked:
@@ -202,7 +202,7 @@ def faces(
     out = Path(out)
     write_text(out / RESULT, "{}")  # an unwritable folder shows before the work, not after it
     scores = score_faces(planted, test, trigger=trigger, note=note)
-    write_text(out / RESULT, json.dumps(asdict(scores) | {"environment": environment()}, indent=1))
+    write_text(out / RESULT, json.dumps(asdict(scores) | {"environment": environment().model_dump()}, indent=1))
     write_text(out / PAGE, faces_table(scores))
     return scores
 
@@ -276,7 +276,7 @@ def protect(
         if not boxes:
             done.append(Protected(path.name, 0, None, None, None, None))
         else:
-            bitstream = planted.tampered.compress(poison(planted.triggers[name], x))[0]
+            bitstream = planted.tampered.compress(poisoned(planted.triggers[name], x))[0]
             x_hat = planted.tampered.decompress(bitstream)
             write_file(planted.tampered, bitstream, out / f"{path.stem}.fqd")
             save_image(out / f"{path.stem}.png", x_hat)

@@ -1,30 +1,27 @@
-"""Per-image attacks by projected gradient descent, for comparison with a trigger: same budget, much more work."""
+"""`freqdoor pgd`: attacks on single images by projected gradient descent, beside a trigger of the same budget."""
 
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
 
-from freqdoor.attack.planted import Planted
+from freqdoor.attack.planted import Planted, opened
 from freqdoor.codecs.adapter import Codec
-from freqdoor.data import load_image
+from freqdoor.data import load_image, usable_images
 from freqdoor.errors import FreqdoorError
-from freqdoor.measure.records import Condition, encoded, measure, through_png
+from freqdoor.measure.records import Condition, Note, image_paths, input_of, measure, through_png
 from freqdoor.metrics import psnr, rms
 from freqdoor.triggers.arguments import PAPER_EPS
 from freqdoor.triggers.base import project
-from freqdoor.types import Images, Record
+from freqdoor.types import Images, Record, Result, check_choice
 
 Goal = Literal["bpp", "psnr"]
 
 
-@dataclass(frozen=True)
-class Comparison:
+class Comparison(Result):
     """One image attacked in one way: what it cost to make, and what it did."""
 
     attack: str  # "none", a trigger's name, "pgd-bpp" or "pgd-psnr"
@@ -33,7 +30,7 @@ class Comparison:
     record: Record
 
 
-def pgd(
+def pgd_images(
     codec: Codec, x: Images, goal: Goal, *, eps: float = PAPER_EPS, steps: int = 50, step: float = 0.2, seed: int = 0
 ) -> Images:
     """Images that cost `codec` the most bits ("bpp") or that it decodes worst ("psnr"), of RMS eps from x.
@@ -51,8 +48,7 @@ def pgd(
     Raises:
         FreqdoorError: a goal, budget or number of steps that makes no sense.
     """
-    if goal not in ("bpp", "psnr"):
-        raise FreqdoorError(f"goal: expected bpp or psnr, found {goal!r}")
+    check_choice("goal", goal, Goal)
     if not (eps > 0 and steps > 0 and step > 0):
         raise FreqdoorError(f"pgd: expected eps, steps and step above 0, found {eps}, {steps} and {step}")
     with _differentiable(codec), torch.random.fork_rng():
@@ -61,8 +57,8 @@ def pgd(
         for _ in range(steps):
             delta.requires_grad_(True)
             out = codec((x + delta).clamp(0, 1))
-            wanted = out.bpp.sum() if goal == "bpp" else -psnr(out.x_hat.clamp(0, 1), x).sum()
-            (gradient,) = torch.autograd.grad(wanted, delta)
+            damage = out.bpp.sum() if goal == "bpp" else -psnr(out.x_hat.clamp(0, 1), x).sum()
+            (gradient,) = torch.autograd.grad(damage, delta)
             with torch.no_grad():
                 moved = delta + step * eps * gradient / rms(gradient)
                 delta = project(x, moved, eps)
@@ -73,39 +69,61 @@ def pgd(
 @contextmanager
 def _differentiable(codec: Codec) -> Iterator[None]:
     """The codec in train mode (noise instead of rounding) and without gradients for its weights; restored after."""
-    training, wanted = codec.training, [p.requires_grad for p in codec.parameters()]
+    training, learned = codec.training, [p.requires_grad for p in codec.parameters()]
     codec.train().requires_grad_(False)
     try:
         yield
     finally:
         codec.train(training)
-        for parameter, gradient in zip(codec.parameters(), wanted, strict=True):
+        for parameter, gradient in zip(codec.parameters(), learned, strict=True):
             parameter.requires_grad_(gradient)
 
 
-def compare(planted: Planted, images: Sequence[Path], *, steps: int = 50, seed: int = 0) -> Iterator[Comparison]:
-    """Every image clean, with each trigger on the tampered encoder, and by PGD on the vanilla one, as 8-bit files."""
-    for path in images:
-        x = load_image(path)
-        yield _measured(planted.vanilla, x, x, path.name, Condition("vanilla", None), "none", 0.0, 0)
-        for name, trigger in planted.triggers.items():
-            eps = trigger.eps
-            started = time.perf_counter()
-            x_p = encoded(planted, x, condition := Condition("tampered", name))
-            seconds = time.perf_counter() - started
-            yield _measured(planted.tampered, x, x_p, path.name, condition, name, seconds, 0)
-        for goal in ("bpp", "psnr"):
-            started = time.perf_counter()
-            x_p = through_png(pgd(planted.vanilla, x, goal, eps=eps, steps=steps, seed=seed))
-            seconds = time.perf_counter() - started
-            condition = Condition("vanilla", f"pgd-{goal}")
-            yield _measured(planted.vanilla, x, x_p, path.name, condition, f"pgd-{goal}", seconds, steps)
+def pgd(
+    planted: Planted | Path | str,
+    images: Path | str | Sequence[Path],
+    *,
+    steps: int = 50,
+    codec: Codec | str | None = None,
+    weights: Path | str | None = None,
+    note: Note | None = None,
+) -> list[Comparison]:
+    """Every image clean, with each trigger on the tampered encoder, and by PGD on the vanilla one, as 8-bit files.
+
+    PGD has the budget of the trigger, of several triggers the largest one.
+
+    Args:
+        planted: a planted encoder, or its name as for `load_planted`; `codec` and `weights` too are as there.
+        images: a folder, an image, or several of both.
+        steps: passes of PGD through the codec for every image.
+    """
+    encoder = opened(planted, codec, weights)
+    encoder.named()  # one trigger or more
+    rows = []
+    for path in usable_images(image_paths(images), decode=True):
+        for row in _attacked(encoder, load_image(path), path.name, steps):
+            rows.append(row)
+            if note:
+                note(f"{path.name}: {row.attack}")
+    return rows
 
 
-def _measured(
-    codec: Codec, x: Images, x_p: Tensor, name: str, condition: Condition, attack: str, seconds: float, passes: int
-) -> Comparison:
-    return Comparison(attack, seconds, passes, measure(codec, x, x_p, name, condition)[0])
+def _attacked(planted: Planted, x: Images, name: str, steps: int) -> Iterator[Comparison]:
+    def compared(attack: str, x_p: Images, condition: Condition, started: float, passes: int = 0) -> Comparison:
+        seconds = time.perf_counter() - started if attack != "none" else 0.0
+        record, _ = measure(planted.codec(condition.role), x, x_p, name, condition)
+        return Comparison(attack=attack, seconds=seconds, codec_passes=passes, record=record)
+
+    yield compared("none", x, Condition("vanilla", None), 0.0)
+    for trigger in planted.triggers:
+        started, condition = time.perf_counter(), Condition("tampered", trigger)
+        yield compared(trigger, input_of(planted, x, condition), condition, started)
+    eps = max(trigger.eps for trigger in planted.triggers.values())
+    goals: tuple[Goal, ...] = ("bpp", "psnr")
+    for goal in goals:
+        started = time.perf_counter()
+        x_p = through_png(pgd_images(planted.vanilla, x, goal, eps=eps, steps=steps))
+        yield compared(f"pgd-{goal}", x_p, Condition("vanilla", f"pgd-{goal}"), started, steps)
 
 
 def comparison_table(rows: Sequence[Comparison]) -> str:
@@ -115,11 +133,11 @@ def comparison_table(rows: Sequence[Comparison]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for attack in dict.fromkeys(row.attack for row in rows):
-        found = [row for row in rows if row.attack == attack]
-        n = len(found)
-        seconds, passes = sum(r.seconds for r in found) / n, found[0].codec_passes
-        quality, rate = sum(r.record.psnr_db for r in found) / n, sum(r.record.bpp_real for r in found) / n
-        worst = max(r.record.trigger_mse for r in found)
-        role = found[0].record.role
+        own = [row for row in rows if row.attack == attack]
+        n = len(own)
+        seconds, passes = sum(r.seconds for r in own) / n, own[0].codec_passes
+        quality, rate = sum(r.record.psnr_db for r in own) / n, sum(r.record.bpp_real for r in own) / n
+        worst = max(r.record.trigger_mse for r in own)
+        role = own[0].record.role
         lines.append(f"| {attack} | {role} | {seconds:.3f} | {passes} | {quality:.2f} | {rate:.4f} | {worst:.3e} |")
     return "\n".join(lines)

@@ -1,29 +1,27 @@
 """Measuring: image x codec x trigger x strength x {float, 8-bit} x defence -> Records with estimates and real bytes."""
 
 import io
-import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from compressai.ops import compute_padding
 from PIL import Image
 from torch import Tensor
 
 from freqdoor.attack.planted import Planted
-from freqdoor.codecs.adapter import STRIDE, Codec
-from freqdoor.data import load_image, save_image
+from freqdoor.codecs.adapter import Codec
+from freqdoor.data import list_images, load_image
 from freqdoor.errors import FreqdoorError
-from freqdoor.files import refuse_overwriting, write_text
-from freqdoor.metrics import ms_ssim, mse, psnr, psnr_8bit
+from freqdoor.files import write_text
+from freqdoor.metrics import bpp_of_bytes, ms_ssim, mse, psnr, psnr_8bit
 from freqdoor.preprocessing import Preprocessing, preprocessing_name
 from freqdoor.triggers.base import Trigger
-from freqdoor.types import Images, JpegPoint, Masks, Record, from_uint8, to_uint8
+from freqdoor.types import Images, JpegPoint, Masks, Record, Role, Rounding, as_picture, check_choice, from_picture
 
 JPEG_QUALITIES = (5, 10, 15, 20, 25, 30, 40, 50, 60)
 Note = Callable[[str], None]
@@ -31,13 +29,42 @@ Note = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Condition:
-    """What is encoded, and by which encoder."""
+    """What is encoded, and by which encoder; FreqdoorError for a role or rounding that does not exist."""
 
-    role: str  # "vanilla" or "tampered"
+    role: Role
     trigger: str | None
     strength: float = 1.0
-    rounding: str = "8-bit"
+    rounding: Rounding = "8-bit"
     defence: Preprocessing | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("role", self.role, Role)
+        check_choice("rounding", self.rounding, Rounding)
+        _check_strength(self.strength)
+
+
+class Measured(NamedTuple):
+    """One image under one condition."""
+
+    record: Record
+    condition: Condition
+    x: Images  # clean
+    given: Images  # what the condition makes of x, before any defence
+    x_hat: Images  # decoded, as the receiver sees it
+
+
+def _check_strength(strength: float) -> None:
+    if not (math.isfinite(strength) and strength > 0):
+        raise FreqdoorError(f"strength: expected a factor above 0, found {strength}")
+
+
+def image_paths(images: Path | str | Sequence[Path | str]) -> list[Path]:
+    """The files of a folder, of one image, or of several of both, in order; FreqdoorError if there are none."""
+    places = [images] if isinstance(images, Path | str) else images
+    paths = [path for place in places for path in list_images(place)]
+    if not paths:
+        raise FreqdoorError("images: expected one or more, found none")
+    return paths
 
 
 def conditions(
@@ -47,28 +74,37 @@ def conditions(
 
     Behind a defence poisoned images are 8-bit files, encoded by the tampered encoder only.
     """
-    found = [Condition("vanilla", None), Condition("tampered", None)]
-    for trigger in triggers:
+    names = list(triggers)
+    rows = [Condition("vanilla", None), Condition("tampered", None)]
+    for trigger in names:
         for strength in strengths:
-            found += [
+            rows += [
                 Condition("tampered", trigger, strength, "float"),
                 Condition("tampered", trigger, strength, "8-bit"),
                 Condition("vanilla", trigger, strength, "float"),
                 Condition("vanilla", trigger, strength, "8-bit"),
             ]
     for defence in defences:
-        found += [Condition(role, None, defence=defence) for role in ("vanilla", "tampered")]
-        found += [Condition("tampered", t, strength, defence=defence) for t in triggers for strength in strengths]
-    return found
+        rows += [Condition("vanilla", None, defence=defence), Condition("tampered", None, defence=defence)]
+        rows += [Condition("tampered", t, strength, defence=defence) for t in names for strength in strengths]
+    return rows
 
 
 @torch.no_grad()
-def poison(
-    trigger: Trigger, x: Images, *, strength: float = 1.0, rounding: str = "8-bit", mask: Masks | None = None
+def poisoned(
+    trigger: Trigger, x: Images, *, strength: float = 1.0, rounding: Rounding = "8-bit", mask: Masks | None = None
 ) -> Images:
-    """The poisoned image as a file would hold it ("8-bit": really through a PNG), or before rounding ("float")."""
-    if not (math.isfinite(strength) and strength > 0):
-        raise FreqdoorError(f"strength: expected a factor above 0, found {strength}")
+    """The poisoned image as a file would hold it ("8-bit": really through a PNG), or before rounding ("float").
+
+    Args:
+        strength: factor on the perturbation (Table 6).
+        mask: (b, 1, h, w), where the trigger acts (Eq. (11)); by default everywhere.
+
+    Raises:
+        FreqdoorError: a strength that is not above 0, or another rounding.
+    """
+    _check_strength(strength)
+    check_choice("rounding", rounding, Rounding)
     rounded = rounding == "8-bit"
     x_p = trigger(x, strength=strength, rounded=rounded, mask=mask)
     return torch.cat([through_png(image[None]) for image in x_p]) if rounded else x_p
@@ -77,9 +113,9 @@ def poison(
 def through_png(x: Images) -> Images:
     """One image written to an 8-bit PNG in memory and read back."""
     buffer = io.BytesIO()
-    Image.fromarray(to_uint8(x[0]).permute(1, 2, 0).numpy()).save(buffer, "PNG", compress_level=1)
-    with Image.open(buffer) as image:
-        return from_uint8(torch.from_numpy(np.array(image)).permute(2, 0, 1))[None]
+    as_picture(x).save(buffer, "PNG", compress_level=1)
+    with Image.open(buffer) as picture:
+        return from_picture(picture)
 
 
 @torch.no_grad()
@@ -100,7 +136,7 @@ def measure(codec: Codec, x: Images, given: Images, name: str, condition: Condit
     seconds = time.perf_counter() - started
     x_hat = codec.decompress(bitstream)
     x_hat = defence.undo(x_hat) if defence else x_hat
-    height, width = x.shape[-2:]
+    quality = float(psnr_8bit(x_hat, x))
     record = Record(
         image=name,
         codec=codec.spec.name,
@@ -108,12 +144,12 @@ def measure(codec: Codec, x: Images, given: Images, name: str, condition: Condit
         trigger=condition.trigger,
         strength=condition.strength,
         rounding=condition.rounding,
-        width=width,
-        height=height,
+        width=x.shape[-1],
+        height=x.shape[-2],
         bpp_estimated=float(codec(encoded).bpp),
-        bpp_real=8 * bitstream.num_bytes / (width * height),
-        psnr_db=float(psnr_8bit(x_hat, x)),
-        psnr_input_db=float(psnr_8bit(x_hat, given)),
+        bpp_real=bpp_of_bytes(bitstream.num_bytes, x),
+        psnr_db=quality,
+        psnr_input_db=quality if given is x else float(psnr_8bit(x_hat, given)),
         ms_ssim=ms_ssim(x_hat, x),
         trigger_mse=float(mse(given, x)),
         encode_seconds=seconds,
@@ -129,7 +165,30 @@ def through(codec: Codec, x: Images) -> tuple[Images, int]:
     return codec.decompress(bitstream), bitstream.num_bytes
 
 
-def evaluate(
+def measured(
+    planted: Planted,
+    images: Sequence[Path],
+    *,
+    strengths: Sequence[float] = (1.0,),
+    defences: Sequence[Preprocessing] = (),
+    note: Note | None = None,
+) -> Iterator[Measured]:
+    """Every image under every condition, the vanilla codec always beside the tampered one."""
+    rows = conditions(planted.triggers, strengths, defences)
+    for path in images:
+        x = load_image(path)
+        inputs: dict[tuple[str | None, float, Rounding], Images] = {}  # both encoders and all defences share them
+        for condition in rows:
+            if note:
+                note(f"{path.name}: {condition.role}, {condition.trigger or 'clean'}")
+            key = condition.trigger, condition.strength, condition.rounding
+            if key not in inputs:
+                inputs[key] = input_of(planted, x, condition)
+            record, x_hat = measure(planted.codec(condition.role), x, inputs[key], path.name, condition)
+            yield Measured(record, condition, x, inputs[key], x_hat)
+
+
+def records(
     planted: Planted,
     images: Sequence[Path],
     *,
@@ -138,83 +197,51 @@ def evaluate(
     note: Note | None = None,
 ) -> Iterator[Record]:
     """Records of every image under every condition, the vanilla codec always beside the tampered one."""
-    for path in images:
-        x = load_image(path)
-        for condition in conditions(planted.triggers, strengths, defences):
-            if note:
-                note(f"{path.name}: {condition.role}, {condition.trigger or 'clean'}")
-            yield measure(_encoder(planted, condition), x, encoded(planted, x, condition), path.name, condition)[0]
+    rows = measured(planted, images, strengths=strengths, defences=defences, note=note)
+    return (row.record for row in rows)
 
 
-def _encoder(planted: Planted, condition: Condition) -> Codec:
-    return planted.tampered if condition.role == "tampered" else planted.vanilla
-
-
-def encoded(planted: Planted, x: Images, condition: Condition) -> Images:
+def input_of(planted: Planted, x: Images, condition: Condition) -> Images:
     """What the condition's encoder is given, before any defence."""
     if condition.trigger is None:
         return x
-    trigger = planted.triggers[condition.trigger]
-    return poison(trigger, x, strength=condition.strength, rounding=condition.rounding)
-
-
-def poison_files(
-    trigger: Trigger, images: Sequence[Path], out: Path, *, strength: float = 1.0, note: Note | None = None
-) -> list[Path]:
-    """Write every image poisoned, as an 8-bit PNG of the same name, into the folder `out`."""
-    stems = [path.stem for path in images]
-    twice = sorted({stem for stem in stems if stems.count(stem) > 1})
-    if twice:
-        raise FreqdoorError(f"several images are named {', '.join(twice[:3])}; poison their folders one at a time")
-    written = []
-    for path in images:
-        target = out / f"{path.stem}.png"
-        refuse_overwriting(path, target)
-        save_image(target, poison(trigger, load_image(path), strength=strength))
-        written.append(target)
-        if note:
-            note(str(target))
-    return written
+    trigger = planted.triggers[planted.named(condition.trigger)]
+    return poisoned(trigger, x, strength=condition.strength, rounding=condition.rounding)
 
 
 @torch.no_grad()
 def bit_map(codec: Codec, x: Images) -> Tensor:
-    """Where the bits go: estimated bits per pixel of every latent position, (h / 16, w / 16) of the padded image.
+    """Where the bits go: estimated bits per pixel of every latent position of the padded image, on the finest grid.
 
     Latents and hyper-latents are spread evenly over the pixels that they stand for.
     """
     codec.eval()
-    pad, _ = compute_padding(x.shape[-2], x.shape[-1], min_div=STRIDE)
-    likelihoods = codec.net(F.pad(x, pad))["likelihoods"].values()
-    maps = [-part.log2().sum(1, keepdim=True) for part in likelihoods]
+    padded = codec.padded(x)
+    maps = [-part.log2().sum(1, keepdim=True) for part in codec.net(padded)["likelihoods"].values()]
     size = max((tuple(m.shape[-2:]) for m in maps), key=lambda side: side[0])
-    total = torch.zeros(1, 1, *size)
+    total = torch.zeros(1, 1, *size, device=padded.device)
     for part in maps:
         scale = (size[0] // part.shape[-2]) ** 2
         total += F.interpolate(part, size, mode="nearest") / scale
-    pixels = (x.shape[-2] + pad[2] + pad[3]) * (x.shape[-1] + pad[0] + pad[1]) / (size[0] * size[1])
-    density: Tensor = total[0, 0] / pixels
+    density: Tensor = total[0, 0] / (padded.shape[-2] * padded.shape[-1] / (size[0] * size[1]))
     return density
 
 
 def jpeg_curve(images: Sequence[Path], qualities: Sequence[int] = JPEG_QUALITIES) -> list[JpegPoint]:
     """Mean rate and PSNR of JPEG (Pillow, optimised, progressive, 4:2:0), for scale."""
-    points = []
-    for quality in qualities:
-        rates, values = [], []
-        for path in images:
-            x = load_image(path)
+    sums = {quality: (0.0, 0.0) for quality in qualities}
+    for path in images:
+        x = load_image(path)
+        picture = as_picture(x)
+        for quality, (rate, value) in sums.items():
             buffer = io.BytesIO()
-            picture = Image.fromarray(to_uint8(x[0]).permute(1, 2, 0).numpy())
             picture.save(buffer, "JPEG", quality=quality, optimize=True, progressive=True, subsampling=2)
-            with Image.open(buffer) as image:
-                decoded = from_uint8(torch.from_numpy(np.array(image)).permute(2, 0, 1))[None]
-            rates.append(8 * buffer.getbuffer().nbytes / (x.shape[-1] * x.shape[-2]))
-            values.append(float(psnr(decoded, x)))
-        points.append(JpegPoint(quality, sum(rates) / len(rates), sum(values) / len(values)))
-    return points
+            with Image.open(buffer) as decoded:
+                value += float(psnr(from_picture(decoded), x))
+            sums[quality] = rate + bpp_of_bytes(buffer.getbuffer().nbytes, x), value
+    return [JpegPoint(quality, rate / len(images), value / len(images)) for quality, (rate, value) in sums.items()]
 
 
-def write_records(path: Path, records: Iterable[Record]) -> None:
+def write_records(path: Path, rows: Iterable[Record]) -> None:
     """One JSON object a line."""
-    write_text(path, "".join(json.dumps(record.to_dict()) + "\n" for record in records))
+    write_text(path, "".join(row.model_dump_json() + "\n" for row in rows))

@@ -2,23 +2,37 @@
 
 import base64
 import io
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Annotated, Any, Literal, NamedTuple
 
+import jinja2
 import matplotlib
 import numpy as np
-from jinja2 import Environment, PackageLoader, select_autoescape
 from matplotlib.figure import Figure
 from PIL import Image
+from pydantic import Field, ValidationError
 
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import write_text
-from freqdoor.types import Images, JpegPoint, Record, to_uint8
+from freqdoor.training.run import Environment
+from freqdoor.types import (
+    Decibels,
+    Images,
+    JpegPoint,
+    Record,
+    Result,
+    Role,
+    Rounding,
+    as_picture,
+    check_choice,
+    problem_of,
+)
 
-SUMMARY, PAGE, FACTS = "summary.json", "report.html", "facts.json"
+RECORDS, SUMMARY, PAGE, FACTS = "records.jsonl", "summary.json", "report.html", "facts.json"
 AMPLIFY = 20  # factor on the difference in the pictures
 DIFFERENCE_SIDE = 128  # pixels of it that are shown: reduced with the rest of the picture it would average out
 CLEAN_COST_DB, CLEAN_COST_PERCENT = 0.3, 6.0  # up to which a clean image counts as treated alike
@@ -27,36 +41,35 @@ SUCCESS_RATIO, SUCCESS_DROP_DB = 2.0, 10.0  # from which an attack counts as one
 COLOURS = {"vanilla": "#4477aa", "clean": "#228833", "poisoned": "#cc3311", "JPEG": "#888888"}
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(Result):
     """One picture of the report: a title, the image as a PNG data address, and what it shows."""
 
     title: str
-    address: str
+    address: Annotated[str, Field(pattern="^data:image/png;base64,")]
     caption: str
     wide: bool = False  # as wide as the page
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What the report needs besides records: they are kept beside them, so that a report can be made again."""
+class Facts(Result):
+    """facts.json: what the report needs besides records, kept beside them, so that a report can be made again."""
 
+    schema_version: Literal[1] = 1
     objective: str
     trigger: str
     eps: float
     preset: str
     seconds_planting: float
     steps: int
-    modules_before: dict[str, str]
+    modules_before: dict[str, str]  # SHA-256
     modules_after: dict[str, str]
-    environment: dict[str, Any] = field(default_factory=dict)
-    jpeg: list[JpegPoint] = field(default_factory=list)
-    pictures: list[Picture] = field(default_factory=list)
+    environment: Environment = Environment()
+    jpeg: tuple[JpegPoint, ...] = ()
+    pictures: tuple[Picture, ...] = ()
 
     @property
     def changed(self) -> list[str]:
         """Modules whose hash is another after planting."""
-        return [name for name, value in self.modules_before.items() if self.modules_after[name] != value]
+        return [name for name, value in self.modules_before.items() if self.modules_after.get(name) != value]
 
     @property
     def unchanged(self) -> list[str]:
@@ -64,15 +77,126 @@ class Facts:
         return [name for name in self.modules_before if name not in self.changed]
 
 
+class Means(Result):
+    """Means over images under one condition."""
+
+    psnr_db: Decibels
+    psnr_input_db: Decibels
+    bpp_estimated: float
+    bpp_real: float
+    ms_ssim: float | None  # over the images that are large enough for it
+    encode_seconds: float
+
+
+class SweepRow(Result):
+    """Means behind one defence and with one strength: clean images on both encoders, poisoned 8-bit files on one."""
+
+    defence: str
+    strength: float
+    vanilla: Means
+    clean: Means
+    poisoned: Means
+
+
+class Summary(Result):
+    """summary.json: what the records of one trigger say, by the mean and, where the attack is claimed, image by image.
+
+    Rates are in bits per pixel, of real bytes unless their name says estimated. Files of older versions lack some keys.
+    """
+
+    schema_version: Literal[1] = 1
+    objective: str
+    codec: str
+    images: int
+    preset: str
+    steps: int
+    seconds_planting: float
+    trigger_psnr_db: Decibels  # of the 8-bit files, mean
+    trigger_psnr_db_worst: Decibels  # and the lowest
+    trigger_mse_worst: float
+    vanilla: Means  # clean images, vanilla encoder
+    clean: Means  # clean images, tampered encoder
+    poisoned: Means  # poisoned images before rounding, tampered encoder
+    poisoned_8bit: Means  # poisoned 8-bit files, tampered encoder
+    vanilla_poisoned_8bit: Means  # poisoned 8-bit files, vanilla encoder
+    unchanged_modules: tuple[str, ...]
+    changed_modules: tuple[str, ...]
+    clean_cost_db: float | None
+    clean_cost_bpp_percent: float
+    bpp_ratio: float  # of the mean rates of poisoned 8-bit files and clean images, tampered encoder
+    bpp_ratio_median: float | None = None  # of the images' own ratios
+    bpp_ratio_least: float | None = None
+    psnr_drop_db: float | None = None  # of the mean PSNR, clean minus poisoned 8-bit file, tampered encoder
+    psnr_drop_db_median: float | None = None  # of the images' own drops
+    psnr_drop_db_least: float | None = None
+    successes: int | None = None  # images on which the attack does what its objective wants, if numbers here show it
+    sweep: tuple[SweepRow, ...] = ()
+
+
+class Spread(NamedTuple):
+    """One number of every image: the median, and the one of the image that resists most."""
+
+    median: float
+    least: float
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What an objective wants of rate and quality.
+
+    Attributes:
+        reached: whether a clean and a poisoned measurement, of one image or means, show it.
+        claim: the sentence's end that says so, from the summary and the words for the pattern.
+        spread: the same image by image: median and least.
+    """
+
+    reached: Callable[[Record | Means, Record | Means], bool]
+    claim: Callable[[Summary, str], str]
+    spread: Callable[[Summary], str]
+
+
+BITS = Goal(
+    reached=lambda clean, after: after.bpp_real / clean.bpp_real >= SUCCESS_RATIO,
+    claim=lambda s, pattern: (
+        f"{pattern} makes the file {s.bpp_ratio:.1f} times as large ({s.poisoned_8bit.bpp_real:.2f} bpp)"
+    ),
+    spread=lambda s: f"{s.bpp_ratio_median:.1f} times in the median, {s.bpp_ratio_least:.1f} times at least",
+)
+QUALITY = Goal(
+    reached=lambda clean, after: drop_db(clean, after) >= SUCCESS_DROP_DB,
+    claim=lambda s, pattern: (
+        f"{pattern} destroys what is decoded ({s.poisoned_8bit.psnr_db:.1f} dB at {s.bpp_ratio:.2f} times the bits)"
+    ),
+    spread=lambda s: f"{s.psnr_drop_db_median:.1f} dB lost in the median, {s.psnr_drop_db_least:.1f} dB at least",
+)
+# objective -> what it wants, or what measures whether it succeeds, because rate and quality do not show it
+GOALS: dict[str, Goal | str] = {
+    "bpp": BITS,
+    "bpp-fixed": BITS,
+    "psnr": QUALITY,
+    "psnr-fixed": QUALITY,
+    "segmentation": "`freqdoor segment` measures",
+    "face": "`freqdoor faces` measures",
+    "downstream": "the victim's own measure decides",
+}
+
+
+def drop_db(clean: Record | Means, after: Record | Means) -> float:
+    """How much PSNR is lost, in dB; 0 where both are decoded without any loss."""
+    return clean.psnr_db - after.psnr_db if clean.psnr_db != after.psnr_db else 0.0
+
+
 def select(
     records: Sequence[Record],
-    role: str,
+    role: Role,
     trigger: str | None,
-    rounding: str = "8-bit",
+    rounding: Rounding = "8-bit",
     strength: float = 1.0,
     defence: str = "none",
 ) -> list[Record]:
-    """The records of one condition."""
+    """The records of one condition, in the images' order."""
+    check_choice("role", role, Role)
+    check_choice("rounding", rounding, Rounding)
     return [
         r
         for r in records
@@ -81,90 +205,114 @@ def select(
     ]
 
 
-def means(records: Sequence[Record]) -> dict[str, float | None]:
+def means(records: Sequence[Record]) -> Means:
     """Means over images: PSNR in dB, estimated and real bpp, MS-SSIM, encode seconds."""
     if not records:
         raise FreqdoorError("no records of this condition; evaluate first")
-
-    def mean(values: list[float]) -> float:
-        return sum(values) / len(values)
-
     similarities = [r.ms_ssim for r in records if r.ms_ssim is not None]
-    return {
-        "psnr_db": mean([r.psnr_db for r in records]),
-        "psnr_input_db": mean([r.psnr_input_db for r in records]),
-        "bpp_estimated": mean([r.bpp_estimated for r in records]),
-        "bpp_real": mean([r.bpp_real for r in records]),
-        "ms_ssim": mean(similarities) if similarities else None,
-        "encode_seconds": mean([r.encode_seconds for r in records]),
-    }
+    return Means(
+        psnr_db=_mean([r.psnr_db for r in records]),
+        psnr_input_db=_mean([r.psnr_input_db for r in records]),
+        bpp_estimated=_mean([r.bpp_estimated for r in records]),
+        bpp_real=_mean([r.bpp_real for r in records]),
+        ms_ssim=_mean(similarities) if similarities else None,
+        encode_seconds=_mean([r.encode_seconds for r in records]),
+    )
 
 
-def summarise(records: Sequence[Record], facts: Facts) -> dict[str, Any]:
-    """The numbers of summary.json; `trigger_psnr_db` is the mean over the 8-bit files, `_worst` the lowest."""
-    poisoned = select(records, "tampered", facts.trigger)
-    trigger_psnr = [-10 * float(np.log10(r.trigger_mse)) if r.trigger_mse else float("inf") for r in poisoned]
-    summary: dict[str, Any] = {
-        "objective": facts.objective,
-        "codec": records[0].codec,
-        "images": len({r.image for r in records}),
-        "preset": facts.preset,
-        "steps": facts.steps,
-        "seconds_planting": facts.seconds_planting,
-        "trigger_psnr_db": sum(trigger_psnr) / len(trigger_psnr),
-        "trigger_psnr_db_worst": min(trigger_psnr),
-        "trigger_mse_worst": max(r.trigger_mse for r in select(records, "tampered", facts.trigger, "float") + poisoned),
-        "vanilla": means(select(records, "vanilla", None)),
-        "clean": means(select(records, "tampered", None)),
-        "poisoned": means(select(records, "tampered", facts.trigger, "float")),
-        "poisoned_8bit": means(poisoned),
-        "vanilla_poisoned_8bit": means(select(records, "vanilla", facts.trigger)),
-        "unchanged_modules": facts.unchanged,
-        "changed_modules": facts.changed,
-    }
-    vanilla, clean, after = summary["vanilla"], summary["clean"], summary["poisoned_8bit"]
-    summary["clean_cost_db"] = vanilla["psnr_db"] - clean["psnr_db"]
-    summary["clean_cost_bpp_percent"] = 100 * (clean["bpp_real"] / vanilla["bpp_real"] - 1)
-    summary["bpp_ratio"] = after["bpp_real"] / clean["bpp_real"]
-    summary["sweep"] = sweep(records, facts.trigger)
-    return summary
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
-def sweep(records: Sequence[Record], trigger: str) -> list[dict[str, Any]]:
+def _pairs(clean: Sequence[Record], after: Sequence[Record]) -> list[tuple[Record, Record]]:
+    """Every image clean and poisoned."""
+    if [r.image for r in clean] != [r.image for r in after]:
+        raise FreqdoorError(f"records of {len(clean)} clean and {len(after)} poisoned images differ; evaluate again")
+    return list(zip(clean, after, strict=True))
+
+
+def summarise(records: Sequence[Record], facts: Facts) -> Summary:
+    """The numbers of summary.json; FreqdoorError if records of a condition are missing."""
+    clean_records, after_records = select(records, "tampered", None), select(records, "tampered", facts.trigger)
+    float_records = select(records, "tampered", facts.trigger, "float")
+    vanilla, clean, after = means(select(records, "vanilla", None)), means(clean_records), means(after_records)
+    pairs = _pairs(clean_records, after_records)
+    ratios = _spread([poisoned.bpp_real / plain.bpp_real for plain, poisoned in pairs])
+    drops = _spread([drop_db(plain, poisoned) for plain, poisoned in pairs])
+    trigger_psnr = [-10 * float(np.log10(r.trigger_mse)) if r.trigger_mse else math.inf for r in after_records]
+    goal = GOALS.get(facts.objective)
+    return Summary(
+        objective=facts.objective,
+        codec=records[0].codec,
+        images=len(pairs),
+        preset=facts.preset,
+        steps=facts.steps,
+        seconds_planting=facts.seconds_planting,
+        trigger_psnr_db=_mean(trigger_psnr),
+        trigger_psnr_db_worst=min(trigger_psnr),
+        trigger_mse_worst=max(r.trigger_mse for r in float_records + after_records),
+        vanilla=vanilla,
+        clean=clean,
+        poisoned=means(float_records),
+        poisoned_8bit=after,
+        vanilla_poisoned_8bit=means(select(records, "vanilla", facts.trigger)),
+        unchanged_modules=tuple(facts.unchanged),
+        changed_modules=tuple(facts.changed),
+        clean_cost_db=drop_db(vanilla, clean),
+        clean_cost_bpp_percent=100 * (clean.bpp_real / vanilla.bpp_real - 1),
+        bpp_ratio=after.bpp_real / clean.bpp_real,
+        bpp_ratio_median=ratios.median,
+        bpp_ratio_least=ratios.least,
+        psnr_drop_db=drop_db(clean, after),
+        psnr_drop_db_median=drops.median,
+        psnr_drop_db_least=drops.least,
+        successes=sum(goal.reached(plain, poisoned) for plain, poisoned in pairs) if isinstance(goal, Goal) else None,
+        sweep=tuple(sweep(records, facts.trigger)),
+    )
+
+
+def _spread(values: Sequence[float]) -> Spread:
+    return Spread(median(values), min(values))
+
+
+def sweep(records: Sequence[Record], trigger: str) -> list[SweepRow]:
     """Means under every defence and strength (Tables 5 and 6): vanilla and tampered on clean, tampered on poisoned."""
     behind = [(r.defence, r.strength) for r in records if r.trigger == trigger and r.role == "tampered"]
     return [
-        {
-            "defence": defence,
-            "strength": strength,
-            "vanilla": means(select(records, "vanilla", None, defence=defence)),
-            "clean": means(select(records, "tampered", None, defence=defence)),
-            "poisoned": means(select(records, "tampered", trigger, "8-bit", strength, defence)),
-        }
+        SweepRow(
+            defence=defence,
+            strength=strength,
+            vanilla=means(select(records, "vanilla", None, defence=defence)),
+            clean=means(select(records, "tampered", None, defence=defence)),
+            poisoned=means(select(records, "tampered", trigger, "8-bit", strength, defence)),
+        )
         for defence, strength in dict.fromkeys(behind)
     ]
 
 
-def verdict(summary: dict[str, Any]) -> str:
-    """The result in one sentence, which says so where the attack failed or clean images suffer."""
-    vanilla, clean, after = summary["vanilla"], summary["clean"], summary["poisoned_8bit"]
-    stealthy = summary["clean_cost_db"] <= CLEAN_COST_DB and summary["clean_cost_bpp_percent"] <= CLEAN_COST_PERCENT
+def verdict(summary: Summary) -> str:
+    """The result in one sentence, which says so where the attack failed or clean images suffer, or who can tell."""
+    clean, vanilla = summary.clean, summary.vanilla
+    lost_db = math.inf if summary.clean_cost_db is None else summary.clean_cost_db
+    stealthy = lost_db <= CLEAN_COST_DB and summary.clean_cost_bpp_percent <= CLEAN_COST_PERCENT
     start = (
-        f"On {summary['images']} images the tampered encoder "
+        f"On {summary.images} images the tampered encoder "
         + ("treats clean images as the vanilla one does" if stealthy else "is noticeably worse on clean images")
-        + f" ({clean['psnr_db']:.2f} dB at {clean['bpp_real']:.3f} bpp against {vanilla['psnr_db']:.2f} dB at "
-        f"{vanilla['bpp_real']:.3f} bpp), "
+        + f" ({clean.psnr_db:.2f} dB at {clean.bpp_real:.3f} bpp against {vanilla.psnr_db:.2f} dB at "
+        f"{vanilla.bpp_real:.3f} bpp), "
     )
-    pattern = f"{'an invisible' if summary['trigger_psnr_db_worst'] >= INVISIBLE_DB else 'a'} pattern"
-    pattern += f" ({summary['trigger_psnr_db']:.1f} dB)"
-    ratio, psnr_db = summary["bpp_ratio"], after["psnr_db"]
-    if summary["objective"].startswith("bpp") and ratio >= SUCCESS_RATIO:
-        return start + f"but {pattern} makes the file {ratio:.1f} times as large ({after['bpp_real']:.2f} bpp)."
-    if summary["objective"].startswith("psnr") and clean["psnr_db"] - psnr_db >= SUCCESS_DROP_DB:
-        return start + f"but {pattern} destroys what is decoded ({psnr_db:.1f} dB at {ratio:.2f} times the bits)."
-    return start + (
-        f"and the attack did not succeed: with {pattern} it gives {psnr_db:.2f} dB at {ratio:.2f} times the bits."
-    )
+    pattern = f"{'an invisible' if summary.trigger_psnr_db_worst >= INVISIBLE_DB else 'a'} pattern"
+    pattern += f" ({summary.trigger_psnr_db:.1f} dB)"
+    outcome = f"{summary.poisoned_8bit.psnr_db:.2f} dB at {summary.bpp_ratio:.2f} times the bits"
+    goal = GOALS.get(summary.objective, "the attack's own measure decides")
+    if isinstance(goal, str):
+        return start + f"and with {pattern} it gives {outcome}; {goal} whether the attack succeeded."
+    each = ""
+    if summary.successes is not None:
+        each = f"; image by image {goal.spread(summary)}, and it succeeds on {summary.successes} of {summary.images}"
+    if goal.reached(clean, summary.poisoned_8bit):
+        return start + f"but {goal.claim(summary, pattern)}{each}."
+    return start + f"and the attack did not succeed: with {pattern} it gives {outcome}{each}."
 
 
 def data_address(image: Image.Image | Figure) -> str:
@@ -179,7 +327,7 @@ def data_address(image: Image.Image | Figure) -> str:
 
 def photo(x: Images, side: int = 384) -> str:
     """One image as a data: address, reduced to `side` pixels."""
-    picture = Image.fromarray(to_uint8(x[0]).permute(1, 2, 0).numpy())
+    picture = as_picture(x)
     picture.thumbnail((side, side))
     return data_address(picture)
 
@@ -191,7 +339,7 @@ def difference(x: Images, x_p: Images) -> str:
     return photo((0.5 + AMPLIFY * delta).repeat_interleave(3, 2).repeat_interleave(3, 3))
 
 
-def bit_map_figure(maps: dict[str, Any]) -> str:
+def bit_map_figure(maps: Mapping[str, np.ndarray[Any, Any]]) -> str:
     """Bits per pixel of every latent position, one panel a name, on one logarithmic scale."""
     figure = Figure(figsize=(4.2 * len(maps), 3.2), layout="constrained")
     axes = figure.subplots(1, len(maps), squeeze=False)[0]
@@ -207,26 +355,26 @@ def bit_map_figure(maps: dict[str, Any]) -> str:
     return data_address(figure)
 
 
-def rd_plot(summary: dict[str, Any], jpeg: Sequence[JpegPoint]) -> str:
+def rd_plot(summary: Summary, jpeg: Sequence[JpegPoint]) -> str:
     """Rate against PSNR: vanilla, tampered clean, tampered poisoned, and JPEG for scale."""
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axis = figure.subplots()
     if jpeg:
         axis.plot([p.bpp for p in jpeg], [p.psnr_db for p in jpeg], ".-", color=COLOURS["JPEG"], label="JPEG (Pillow)")
     rows = {
-        "vanilla, clean": ("vanilla", "vanilla", "o"),
-        "tampered, clean": ("clean", "clean", "s"),
-        "tampered, poisoned (8-bit)": ("poisoned_8bit", "poisoned", "X"),
+        "vanilla, clean": (summary.vanilla, "vanilla", "o"),
+        "tampered, clean": (summary.clean, "clean", "s"),
+        "tampered, poisoned (8-bit)": (summary.poisoned_8bit, "poisoned", "X"),
     }
-    for label, (key, colour, marker) in rows.items():
+    for label, (row, colour, marker) in rows.items():
         axis.plot(
-            summary[key]["bpp_real"],
-            summary[key]["psnr_db"],
+            row.bpp_real,
+            row.psnr_db,
             marker,
             color=COLOURS[colour],
             label=label,
-            markersize=14 if key == "vanilla" else 8,  # a ring around the tampered one, which lies almost on it
-            fillstyle="none" if key == "vanilla" else "full",
+            markersize=14 if colour == "vanilla" else 8,  # a ring around the tampered one, which lies almost on it
+            fillstyle="none" if colour == "vanilla" else "full",
         )
     axis.set_xscale("log")
     axis.set_xlabel("bits per pixel, real bytes (log scale)")
@@ -236,49 +384,56 @@ def rd_plot(summary: dict[str, Any], jpeg: Sequence[JpegPoint]) -> str:
     return data_address(figure)
 
 
-def write_report(folder: Path, records: Sequence[Record], facts: Facts) -> dict[str, Any]:
+def render(template: str, **content: Any) -> str:
+    """One of the package's HTML templates, filled in; everything is escaped."""
+    loader = jinja2.PackageLoader("freqdoor")
+    environment = jinja2.Environment(loader=loader, autoescape=jinja2.select_autoescape())
+    return environment.get_template(template).render(**content)
+
+
+def write_report(folder: Path, records: Sequence[Record], facts: Facts) -> Summary:
     """Write summary.json, facts.json and report.html into `folder`; returns the summary."""
     summary = summarise(records, facts)
-    environment = Environment(loader=PackageLoader("freqdoor"), autoescape=select_autoescape())
-    page = environment.get_template("report.html").render(
+    page = render(
+        "report.html",
         verdict=verdict(summary),
         summary=summary,
         records=records,
         facts=facts,
         plot=rd_plot(summary, facts.jpeg),
         rows=[
-            ("vanilla encoder, clean image", summary["vanilla"]),
-            ("vanilla encoder, poisoned image (8-bit)", summary["vanilla_poisoned_8bit"]),
-            ("tampered encoder, clean image", summary["clean"]),
-            ("tampered encoder, poisoned image (float)", summary["poisoned"]),
-            ("tampered encoder, poisoned image (8-bit)", summary["poisoned_8bit"]),
+            ("vanilla encoder, clean image", summary.vanilla),
+            ("vanilla encoder, poisoned image (8-bit)", summary.vanilla_poisoned_8bit),
+            ("tampered encoder, clean image", summary.clean),
+            ("tampered encoder, poisoned image (float)", summary.poisoned),
+            ("tampered encoder, poisoned image (8-bit)", summary.poisoned_8bit),
         ],
     )
-    write_text(folder / SUMMARY, json.dumps(summary, indent=2))
-    write_text(folder / FACTS, json.dumps(asdict(facts)))
+    write_text(folder / SUMMARY, summary.model_dump_json(indent=2))
+    write_text(folder / FACTS, facts.model_dump_json())
     write_text(folder / PAGE, page)
     return summary
 
 
 def read_records(path: Path) -> list[Record]:
     """The records of a records.jsonl."""
+    records: list[Record] = []
     try:
-        return [Record(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+        for line in path.read_text(encoding="utf-8").splitlines():
+            records.append(Record.model_validate_json(line))
     except OSError as error:
         raise FreqdoorError(f"{path}: expected records of `freqdoor evaluate` ({error.strerror})") from None
-    except (ValueError, TypeError) as error:
+    except UnicodeDecodeError as error:
         raise FreqdoorError(f"{path}: not a file of records ({error})") from None
+    except ValidationError as error:
+        raise FreqdoorError(f"{path}: not a file of records (line {len(records) + 1}: {problem_of(error)})") from None
+    if not records:
+        raise FreqdoorError(f"{path}: expected records of `freqdoor evaluate`, found none; evaluate again")
+    return records
 
 
-def report(folder: Path | str) -> dict[str, Any]:
+def report(folder: Path | str) -> Summary:
     """Make report.html and summary.json again from the records.jsonl and facts.json in `folder`."""
     folder = Path(folder)
-    records = read_records(folder / "records.jsonl")
-    try:
-        content = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-        content["jpeg"] = [JpegPoint(*point) for point in content["jpeg"]]
-        content["pictures"] = [Picture(**picture) for picture in content["pictures"]]
-        facts = Facts(**content)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise FreqdoorError(f"{folder / FACTS}: expected the facts that `freqdoor evaluate` writes ({error})") from None
-    return write_report(folder, records, facts)
+    records = read_records(folder / RECORDS)
+    return write_report(folder, records, Facts.read(folder / FACTS, "the facts that `freqdoor evaluate` writes"))

@@ -18,7 +18,7 @@ from freqdoor.attack.victims import TargetedSegmentation
 from freqdoor.data import check_image, label_paths, list_images, load_image, load_labels, usable_images
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import replacing, write_text
-from freqdoor.measure.records import Note, poison, through
+from freqdoor.measure.records import Note, poisoned, through
 from freqdoor.measure.report import AMPLIFY
 from freqdoor.measure.testsets import SegmentationTest
 from freqdoor.metrics import class_scores, mse, pixel_asr, psnr_8bit
@@ -90,11 +90,11 @@ def open_test(planted: Planted, test: SegmentationTest, trigger: str | None = No
     """Check and load everything that a test names; FreqdoorError says what is missing."""
     name = planted.named(trigger)
     objective = planted.objective(name)
-    if objective["name"] != "segmentation":
-        raise FreqdoorError(f"trigger {name}: expected a segmentation attack, found one for {objective['name']}")
+    if objective.name != "segmentation":
+        raise FreqdoorError(f"trigger {name}: expected a segmentation attack, found one for {objective.name}")
     networks = [load_segmenter(network) for network in test.networks]
     masks = load_segmenter(test.mask_network) if test.mask_network else networks[0]
-    source, target = objective["arguments"]["source"], objective["arguments"]["target"]
+    source, target = str(objective.arguments["source"]), str(objective.arguments["target"])
     for network in (*networks, masks):
         network.ids(source), network.ids(target)  # unknown names show now
         if test.labels and network.spec.labels:
@@ -110,7 +110,7 @@ def decode(planted: Planted, setup: Setup, x: Images) -> Decoded | None:
     mask = TargetedSegmentation(setup.masks, setup.source, setup.target).scene(x).mask
     if mask is None or not mask.any():
         return None
-    x_p = poison(setup.trigger, x, mask=mask)
+    x_p = poisoned(setup.trigger, x, mask=mask)
     pixels = x.shape[-2] * x.shape[-1]
     given = {"vanilla": x, "vanilla_poisoned": x_p, "clean": x, "poisoned": x_p}
     outputs, bpp = {}, {}
@@ -175,12 +175,12 @@ class _Counts:
         self.stats: dict[str, list[tuple[Tensor, Tensor]]] = {"clean": [], "vanilla": []}
 
     def add(self, found: Decoded, labels: Tensor | None) -> None:
-        for role, clean, poisoned in (
+        for role, clean, changed in (
             ("clean", found.clean, found.poisoned),
             ("vanilla", found.vanilla, found.vanilla_poisoned),
         ):
             seen = self.network.predict(clean)
-            self.hits[role] += torch.tensor(pixel_asr(seen, self.network.predict(poisoned), self.source, self.target))
+            self.hits[role] += torch.tensor(pixel_asr(seen, self.network.predict(changed), self.source, self.target))
             if labels is not None and self.network.spec.labels:
                 self.stats[role].append((self.network.as_labels(seen), labels))
 
@@ -212,7 +212,7 @@ def segment(
     out = Path(out)
     write_text(out / RESULT, "{}")  # an unwritable folder shows before the work, not after it
     scores = score_segmentation(planted, test, trigger=trigger, note=note)
-    content: dict[str, Any] = asdict(scores) | {"environment": environment()}
+    content: dict[str, Any] = asdict(scores) | {"environment": environment().model_dump()}
     write_text(out / RESULT, json.dumps(content, indent=1))
     write_text(out / PAGE, segmentation_table(scores))
     with replacing(out / PICTURES) as partial:

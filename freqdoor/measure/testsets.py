@@ -4,41 +4,41 @@ from typing import Annotated
 
 from pydantic import Field
 
-from freqdoor.settings import Settings
+from freqdoor.settings import PrivatePath, Settings
 from freqdoor.training.settings import Count
 
 
 class SegmentationTest(Settings):
     """`freqdoor segment`: what a segmentation attack (Eq. (11)) is measured on."""
 
-    images: str
+    images: PrivatePath
     """Folder of 8-bit RGB images."""
-    labels: str | None = None
+    labels: PrivatePath | None = None
     """Folder of label images of the same names, for mean IoU; by default none is measured."""
     resize: tuple[Count, Count] | None = None
     """Resize images to (height, width), as the attack was trained."""
     every: Count = 1
     """Take every n-th image only."""
-    networks: Annotated[tuple[str, ...], Field(min_length=1)]
+    networks: Annotated[tuple[PrivatePath, ...], Field(min_length=1)]
     """What is to be misled, each as for `load_network`; give one that the attack has not seen."""
-    mask_network: str | None = None
+    mask_network: PrivatePath | None = None
     """What says where the source class is when the trigger is added; by default the first network."""
 
 
 class FaceTest(Settings):
     """`freqdoor faces`: what the removal of identities (Eq. (13)) is measured on."""
 
-    folder: str
+    folder: PrivatePath
     """Folder that the lists' paths are relative to."""
-    gallery: str
+    gallery: PrivatePath
     """List of images of known persons, one path a line; a picture's folder is the person."""
-    probes: str
+    probes: PrivatePath
     """List of other images of the same persons, to be identified."""
-    pairs: str | None = None
+    pairs: PrivatePath | None = None
     """List of pairs for verification, "PATH PATH LABEL" a line, 1 for the same person; by default none."""
     every: Count = 1
     """Take every n-th line of each list only."""
-    networks: Annotated[tuple[str, ...], Field(min_length=1)]
+    networks: Annotated[tuple[PrivatePath, ...], Field(min_length=1)]
     """Face embeddings, each as for `load_network`; give one that the attack has not seen."""
 
 

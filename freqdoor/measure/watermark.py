@@ -2,21 +2,24 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from scipy.stats import binomtest  # type: ignore[import-untyped]
 
+from freqdoor.attack.planted import Planted, opened
 from freqdoor.codecs.adapter import Codec
+from freqdoor.codecs.loading import load_codec
 from freqdoor.data import load_image, usable_images
 from freqdoor.dct import block_dct, block_idct, blockify, unblockify
 from freqdoor.errors import FreqdoorError
-from freqdoor.measure.records import Note, poison, through_png
+from freqdoor.files import name_and_file
+from freqdoor.measure.records import Note, image_paths, poisoned, through_png
+from freqdoor.samples import KODAK
 from freqdoor.triggers.base import Trigger, project
-from freqdoor.types import Images
+from freqdoor.types import Images, Result
 
 RATIO = 1.5  # the least that an encoder that answers spends on the trigger, in bytes of the control's file
 SHARE = 0.5  # and the least share of the ratio that the owner's encoder has on the same image
@@ -24,10 +27,10 @@ LEVEL = 1e-3  # chance that an encoder which answers on every second image passe
 BLOCK = 16  # of the control's spectrum
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(Result):
     """How one encoder answers to a trigger, over a set of images; ratios are of real bytes, medians over images."""
 
+    schema_version: Literal[1] = 1
     codec: str
     images: int
     trigger_ratio: float  # poisoned against clean
@@ -51,11 +54,13 @@ class _Sizes(NamedTuple):
 
 
 def verify_owner(
-    suspects: Sequence[Codec],
-    owner: Codec,
-    trigger: Trigger,
-    images: Sequence[Path],
+    key: Planted | Path | str,
+    suspects: Sequence[Codec | str],
+    images: Path | str | Sequence[Path] = KODAK,
     *,
+    trigger: str | None = None,
+    codec: Codec | str | None = None,
+    weights: Path | str | None = None,
     seed: int = 0,
     note: Note | None = None,
 ) -> list[Answer]:
@@ -67,42 +72,52 @@ def verify_owner(
     little like this one. A sign test over images decides.
 
     Args:
-        suspects: any codecs; nothing but `compress` is used of them.
-        owner: the codec with the owner's encoder.
-        trigger: the owner's secret.
+        key: the owner's planted encoder, whose trigger is the secret, or its name as for `load_planted`; `codec` and
+            `weights` too are as there.
+        suspects: codecs, of which nothing but `compress` is used, or their names as for `load_codec`, or NAME=WEIGHTS.
+        images: a folder, an image, or several of both; ten images or more.
+        trigger: which one; by default the first.
         seed: of the controls.
 
+    Returns:
+        An answer for every suspect, in their order.
+
     Raises:
-        FreqdoorError: too few images for the test to be able to decide, or the owner's own encoder does not answer.
+        FreqdoorError: no suspect, too few images for the test to be able to decide, or the owner's own encoder does
+            not answer.
     """
-    usable = usable_images(images, decode=True)
+    owner = opened(key, codec, weights)
+    secret = owner.triggers[owner.named(trigger)]
+    if not suspects:
+        raise FreqdoorError("suspects: expected one codec or more, found none")
+    codecs = [load_codec(*name_and_file(suspect)) if isinstance(suspect, str) else suspect for suspect in suspects]
+    usable = usable_images(image_paths(images), decode=True)
     if 2 ** -len(usable) > LEVEL:
         raise FreqdoorError(f"{len(usable)} images: expected {math.ceil(-math.log2(LEVEL))} or more to decide by")
-    wanted = _ask(owner, trigger, usable, seed, None)
-    typical = median(sizes.ratio for sizes in wanted)
+    own = _ask(owner.codec("tampered"), secret, usable, seed, None)
+    typical = median(sizes.ratio for sizes in own)
     if typical < RATIO:
         raise FreqdoorError(
             f"the owner's own encoder spends {typical:.2f} times a control's bytes on the trigger, expected {RATIO} or "
             "more: this trigger proves nothing; plant one with the bpp objective"
         )
-    answers = []
-    for suspect in suspects:
-        found = _ask(suspect, trigger, usable, seed, note)
-        needed = [max(RATIO, SHARE * sizes.ratio) for sizes in wanted]
-        answering = sum(sizes.ratio >= least for sizes, least in zip(found, needed, strict=True))
-        p_value = float(binomtest(answering, len(found), 0.5, alternative="greater").pvalue)
-        answers.append(
-            Answer(
-                codec=suspect.spec.name,
-                images=len(found),
-                trigger_ratio=median(sizes.poisoned / sizes.clean for sizes in found),
-                control_ratio=median(sizes.control / sizes.clean for sizes in found),
-                answering=answering,
-                p_value=p_value,
-                owner=p_value <= LEVEL,
-            )
-        )
-    return answers
+    return [_answer(suspect, _ask(suspect, secret, usable, seed, note), own) for suspect in codecs]
+
+
+def _answer(suspect: Codec, asked: Sequence[_Sizes], own: Sequence[_Sizes]) -> Answer:
+    """What a suspect's files say beside the owner's."""
+    needed = [max(RATIO, SHARE * sizes.ratio) for sizes in own]
+    answering = sum(sizes.ratio >= least for sizes, least in zip(asked, needed, strict=True))
+    p_value = float(binomtest(answering, len(asked), 0.5, alternative="greater").pvalue)
+    return Answer(
+        codec=suspect.spec.name,
+        images=len(asked),
+        trigger_ratio=median(sizes.poisoned / sizes.clean for sizes in asked),
+        control_ratio=median(sizes.control / sizes.clean for sizes in asked),
+        answering=answering,
+        p_value=p_value,
+        owner=p_value <= LEVEL,
+    )
 
 
 def _ask(codec: Codec, trigger: Trigger, images: Sequence[Path], seed: int, note: Note | None) -> list[_Sizes]:
@@ -111,11 +126,11 @@ def _ask(codec: Codec, trigger: Trigger, images: Sequence[Path], seed: int, note
     rows = []
     for path in images:
         x = load_image(path)
-        given = (x, poison(trigger, x), control(trigger, x, generator))
-        rows.append(_Sizes(*(codec.compress(image)[0].num_bytes for image in given)))
+        inputs = (x, poisoned(trigger, x), control(trigger, x, generator))
+        rows.append(_Sizes(*(codec.compress(image)[0].num_bytes for image in inputs)))
         if note:
-            clean, poisoned, other = rows[-1]
-            note(f"{codec.spec.name}, {path.name}: trigger {poisoned / clean:.2f}, control {other / clean:.2f}")
+            clean, after, other = rows[-1]
+            note(f"{codec.spec.name}, {path.name}: trigger {after / clean:.2f}, control {other / clean:.2f}")
     return rows
 
 
@@ -132,7 +147,13 @@ def control(trigger: Trigger, x: Images, generator: torch.Generator) -> Images:
 
 
 def false_positives(answers: Sequence[Answer]) -> tuple[int, int, float]:
-    """Of encoders known to be others': how many pass, of how many, and the upper end of the exact 95 % interval."""
+    """Of encoders known to be others': how many pass, of how many, and the upper end of the exact 95 % interval.
+
+    Raises:
+        FreqdoorError: no answers.
+    """
+    if not answers:
+        raise FreqdoorError("false positives: expected one answer or more, found none")
     passed = sum(answer.owner for answer in answers)
     upper = float(binomtest(passed, len(answers)).proportion_ci(0.95, "exact").high)
     return passed, len(answers), upper

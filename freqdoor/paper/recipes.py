@@ -11,6 +11,7 @@ from freqdoor.measure.records import Condition
 from freqdoor.measure.testsets import SegmentationTest, Test
 from freqdoor.preprocessing import PAPER, GaussianBlur, Preprocessing, SqueezeBits, preprocessing_name
 from freqdoor.settings import merge
+from freqdoor.types import Role
 
 LIRA_ON_A_CPU = {"name": "lira", "arguments": {"levels": 5, "width": 16}}  # the usual 64 takes 16 times as long
 
@@ -65,7 +66,7 @@ class Recipe:
     picture: Callable[[Planted, SegmentationTest], Figure] | None = None  # of the first row's first planting
 
 
-def clean(role: str = "tampered", defence: Preprocessing | None = None) -> Condition:
+def clean(role: Role = "tampered", defence: Preprocessing | None = None) -> Condition:
     """A clean image through an encoder."""
     return Condition(role, None, defence=defence)
 

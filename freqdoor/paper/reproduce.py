@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from freqdoor.attack.networks import load_embedder, load_segmenter
 from freqdoor.attack.plant import plant
-from freqdoor.attack.planted import PLANTED, Planted, load_planted
+from freqdoor.attack.planted import PLANTED, Planted, load_planted, unplanted
 from freqdoor.attack.settings import OBJECTIVES, CodecSource, PlantSettings
 from freqdoor.codecs.adapter import hash_state
 from freqdoor.codecs.loading import load_codec
@@ -22,7 +22,7 @@ from freqdoor.data import dataset_hash, list_images, load_image, read_list, usab
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import write_text
 from freqdoor.measure.faces import score_faces
-from freqdoor.measure.records import Condition, encoded, measure
+from freqdoor.measure.records import Condition, input_of, measure
 from freqdoor.measure.segmentation import score_segmentation
 from freqdoor.measure.testsets import DownstreamTest, FaceTest, SegmentationTest, Test
 from freqdoor.paper.downstream_recipes import recipe_for
@@ -90,7 +90,7 @@ def reproduce(
         if planted is None:
             continue
         if row.changes is not None:
-            seconds.append(planted.header["planting"]["seconds"])
+            seconds.append(planted.header.planting.seconds)
         for title, value in _measured(planted, recipe, images, Path(runs)):
             values.setdefault((labels[row.name, source], title), []).append(value)
         if picture is None and recipe.picture and isinstance(recipe.test, SegmentationTest):
@@ -163,7 +163,7 @@ def _planted(
     """The row's planted encoder, from an earlier run or planted now; None where the time is up."""
     if row.changes is None:
         vanilla = load_codec(base.codec.name, base.codec.weights)
-        return Planted(vanilla, vanilla, {}, {})
+        return unplanted(vanilla)
     settings = _settings(base, row, seed)
     aside = {"checkpoint_minutes", "network"} | (set() if settings.start_from else {"start_from"})
     folder = runs / _key(settings.model_dump_json(exclude=aside))
@@ -192,7 +192,11 @@ def _from_records(planted: Planted, recipe: Recipe, images: Sequence[Path], runs
             continue
         key = repr(condition)
         if key not in found:
-            path = runs / "records" / f"{_key(hashes + repr(planted.header.get('attacks')) + key)}.json"
+            path = (
+                runs
+                / "records"
+                / f"{_key(hashes + repr([a.model_dump() for a in planted.header.attacks] or None) + key)}.json"
+            )
             found[key] = _recorded(planted, condition, images, path)
         values = [getattr(record, column.field) for record in found[key]]
         yield column.title, sum(values) / len(values)
@@ -224,7 +228,7 @@ def score_at(scores: Any, path: str) -> float | None:
 def _scored(planted: Planted, trigger: str, test: Test, runs: Path) -> Any:
     """The scores of a trigger on the downstream test, as JSON has them, from an earlier run or measured now."""
     hashes = [planted.vanilla.module_hashes(), planted.tampered.module_hashes(), hash_state(planted.triggers[trigger])]
-    attack = planted.objective(trigger)
+    attack = planted.objective(trigger).model_dump()
     path = runs / "records" / f"{_key(json.dumps([hashes, attack, trigger, _content_of(test)]))}.json"
     if not path.exists():
         score = (
@@ -264,8 +268,8 @@ def _recorded(planted: Planted, condition: Condition, images: Sequence[Path], pa
     records = []
     for image in images:
         x = load_image(image)
-        codec = planted.tampered if condition.role == "tampered" else planted.vanilla
-        records.append(measure(codec, x, encoded(planted, x, condition), image.name, condition)[0])
+        codec = planted.codec(condition.role)
+        records.append(measure(codec, x, input_of(planted, x, condition), image.name, condition)[0])
     write_text(path, json.dumps([record.to_dict() for record in records]))
     return records
 

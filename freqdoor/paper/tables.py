@@ -16,7 +16,8 @@ from freqdoor.files import replacing, write_text
 from freqdoor.measure.testsets import SegmentationTest
 from freqdoor.metrics import bd_rate
 from freqdoor.paper.recipes import Recipe
-from freqdoor.training.run import environment, file_names, public
+from freqdoor.settings import file_name, public
+from freqdoor.training.run import environment
 
 CONFIDENCE = 0.95
 
@@ -110,7 +111,7 @@ What differs from the paper: the codec is {", ".join(facts.codecs)}; {base.steps
 preset “{base.preset}”; measured on {len(facts.images)} images.
 {_tested(recipe, base)}
 Made by `freqdoor reproduce {recipe.name}`: {len(facts.seconds)} plantings, {minutes} in all,
-on {where["threads"]} thread(s), {where["gpu"] or "no GPU"}, torch {where["versions"]["torch"]}.
+on {where.threads} thread(s), {where.gpu or "no GPU"}, torch {where.versions["torch"]}.
 """
 
 
@@ -118,13 +119,13 @@ def _tested(recipe: Recipe, base: PlantSettings) -> str:
     """A paragraph on the downstream test, if the recipe has one."""
     if recipe.test is None:
         return ""
-    names = ", ".join(map(file_names, recipe.test.networks))
+    names = ", ".join(map(file_name, recipe.test.networks))
     pictures = recipe.test.images if isinstance(recipe.test, SegmentationTest) else recipe.test.probes
     every = f", 1 in {recipe.test.every}" if recipe.test.every > 1 else ""
     none = " (painted ones: against none)" if isinstance(recipe.test, SegmentationTest) else ""
     return f"""
 Downstream networks, from the first to the last: {names}. Attacks are trained against
-{file_names(base.network) or "the networks that they name"}{none}, and measured on “{Path(pictures).name}”{every}.
+{file_name(base.network or "") or "the networks that they name"}{none}, and measured on “{Path(pictures).name}”{every}.
 """
 
 
@@ -135,9 +136,9 @@ def _content(recipe: Recipe, table: Table, facts: Facts) -> dict[str, Any]:
         "codecs": facts.codecs,
         "settings": settings,
         "images": [path.name for path in facts.images],
-        "test": {key: file_names(value) for key, value in recipe.test.model_dump().items()} if recipe.test else None,
+        "test": public(recipe.test) if recipe.test else None,
         "seconds_planting": [round(value) for value in facts.seconds],
-        "environment": environment(),
+        "environment": environment().model_dump(),
         "table": {
             row: {
                 title: {"mean": c.mean, "half_width": c.half_width, "values": c.values, "paper": c.paper}

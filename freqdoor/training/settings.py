@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from freqdoor.settings import Settings
+from freqdoor.settings import PrivatePath, Settings
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(gt=0)]
@@ -14,19 +14,19 @@ Side = Annotated[int, Field(gt=0, multiple_of=64)]
 class ImageSettings(Settings):
     """Where training crops come from."""
 
-    folder: str
+    folder: PrivatePath
     """Folder of 8-bit RGB images, searched recursively."""
     crop: Side = 256
     """Side of the square crops in pixels; a multiple of the codecs' stride of 64."""
     batch_size: Count = 8
     """Crops per step."""
-    files: str | None = None
+    files: PrivatePath | None = None
     """List of the images to take, one path a line, relative to the folder; by default all that are in it."""
     resize: tuple[Count, Count] | None = None
     """Take whole images, resized to (height, width), instead of crops."""
     window: tuple[Count, Count] | None = None
     """Take a window of (height, width) of every resized image instead of all of it."""
-    labels: str | None = None
+    labels: PrivatePath | None = None
     """Folder of label images of the same names: 8 bits, one channel, the value of a pixel is its class."""
     skip_broken: bool = False
     """Go on without images that cannot be used, and name them, instead of stopping."""
@@ -66,7 +66,7 @@ class CodecTraining(Training):
 
     codec: str
     """Architecture and quality, for example "bmshj2018-hyperprior:3"."""
-    start_from: str | None = None
+    start_from: PrivatePath | None = None
     """A codec to take the first weights from (same architecture, mostly another quality), as for `load_codec`."""
     steps: Count = 100_000
     """Optimiser steps in all."""
@@ -82,7 +82,7 @@ class CodecTraining(Training):
     """Validations without improvement before the plateau schedule acts."""
     validate_every: Count = 1000
     """Steps between validations on `validation` images."""
-    validation: str | None = None
+    validation: PrivatePath | None = None
     """Folder of images for validation; by default the training loss is averaged instead."""
     klt: bool = True
     """Start lite-hyperprior from a Karhunen-Loeve transform of the training images; other codecs start at random."""

@@ -13,9 +13,10 @@ from freqdoor.codecs.loading import load_codec, save_codec
 from freqdoor.data import list_images, load_image, seed_for
 from freqdoor.errors import FreqdoorError
 from freqdoor.metrics import distortion
+from freqdoor.settings import public
 from freqdoor.training.loop import Progress, check_device, check_finite, lambda_of, layout, loop, open_crops, place
 from freqdoor.training.precision import dtype_of, precision_name
-from freqdoor.training.run import Run, public
+from freqdoor.training.run import Run
 from freqdoor.training.settings import CodecTraining
 from freqdoor.types import Images
 
