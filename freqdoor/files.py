@@ -1,6 +1,7 @@
 """Writing files: under a temporary name first, so that nobody ever sees half of one."""
 
 import contextlib
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,3 +41,13 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Raise if nothing can be written into a folder: before the work, and without touching what is in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise FreqdoorError(f"{folder}: could not write ({error.strerror or error})") from None

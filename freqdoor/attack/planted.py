@@ -5,11 +5,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 from torch import Tensor
 
-from freqdoor.attack.settings import PlantSettings
+from freqdoor.attack.settings import ObjectiveSettings, PlantSettings
 from freqdoor.codecs.adapter import ARCHITECTURES, Codec
 from freqdoor.codecs.loading import check_weights, load_codec, read_tensors, save_codec, write_tensors
 from freqdoor.errors import FreqdoorError
@@ -24,6 +24,27 @@ SHIPPED = ("planted-bpp", "planted-psnr", "planted-face")
 SCOPES = ("g_a", "g_a+h_a")
 
 
+class Planting(NamedTuple):
+    """How long a planting took."""
+
+    seconds: float
+    steps: int
+
+
+class Header(dict[str, Any]):
+    """What a planted encoder's file says of it."""
+
+    @property
+    def planting(self) -> Planting:
+        """How it was planted."""
+        return Planting(self["planting"]["seconds"], self["planting"]["steps"])
+
+    @classmethod
+    def model_construct(cls) -> Self:
+        """A header that says nothing."""
+        return cls()
+
+
 @dataclass(frozen=True)
 class Planted:
     """A vanilla codec, the same codec with a tampered encoder, and the triggers that open it."""
@@ -31,7 +52,7 @@ class Planted:
     vanilla: Codec
     tampered: Codec
     triggers: dict[str, Trigger]
-    header: dict[str, Any]
+    header: Header
 
     def named(self, name: str | None = None) -> str:
         """The name of a trigger, by default the first; FreqdoorError lists those there are."""
@@ -40,10 +61,14 @@ class Planted:
             raise FreqdoorError(f"trigger {name!r}: this encoder has {', '.join(self.triggers)}")
         return name
 
-    def objective(self, name: str) -> dict[str, Any]:
+    def objective(self, name: str) -> ObjectiveSettings:
         """The settings of the objective that a trigger was trained for."""
-        found: dict[str, Any] = next(a["objective"] for a in self.header["attacks"] if a["name"] == name)
-        return found
+        return ObjectiveSettings(**next(a["objective"] for a in self.header["attacks"] if a["name"] == name))
+
+
+def opened(planted: Planted | Path | str, codec: str | None = None, weights: Path | str | None = None) -> Planted:
+    """A planted encoder as it is, or loaded by its name as `load_planted` does."""
+    return planted if isinstance(planted, Planted) else load_planted(planted, codec, weights)
 
 
 def export(
@@ -90,7 +115,7 @@ def export(
     save_codec(tampered, folder / "codec.safetensors", tampered=True, attacks=attacks)
     write_text(folder / MANIFEST, json.dumps({"before": before, "after": after, "changed": changed}, indent=2))
     tampered.metadata = {"tampered": True, "attacks": attacks}
-    return Planted(vanilla, tampered, named, header)
+    return Planted(vanilla, tampered, named, Header(header))
 
 
 def load_planted(path: Path | str, codec: str | None = None, weights: Path | str | None = None) -> Planted:
@@ -133,7 +158,7 @@ def load_planted(path: Path | str, codec: str | None = None, weights: Path | str
         reason = " ".join(str(error).split())[:120]
         raise FreqdoorError(f"{path}: malformed planted encoder ({type(error).__name__}: {reason})") from None
     tampered.metadata = {"tampered": True, "attacks": header["attacks"]}
-    return Planted(vanilla, tampered, triggers, header)
+    return Planted(vanilla, tampered, triggers, Header(header))
 
 
 def _part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:

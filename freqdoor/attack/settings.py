@@ -1,7 +1,7 @@
 """What can be set of an attack: typed settings with a unit and a default for each, as `settings.py` reads them."""
 
 import re
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -73,6 +73,18 @@ class ObjectiveSettings(Settings):
         if twice := {"name", "preset"} & arguments.keys():
             raise ValueError(f"{', '.join(twice)}: set this beside arguments, not in it")
         return arguments
+
+
+class ObjectiveKind(NamedTuple):
+    """What is known of an objective before it is made."""
+
+    needs_network: bool
+
+
+OBJECTIVES = {
+    name: ObjectiveKind(name in NETWORKED)
+    for name in ("bpp", "bpp-fixed", "psnr", "psnr-fixed", "downstream", "segmentation", "face")
+}
 
 
 class AttackSettings(Settings):

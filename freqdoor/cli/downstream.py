@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from freqdoor.attack.networks import load_embedder
 from freqdoor.attack.planted import load_planted
 from freqdoor.cli.options import (
     Config,
@@ -21,7 +20,6 @@ from freqdoor.cli.options import (
     note,
     say,
 )
-from freqdoor.data import list_images
 from freqdoor.measure.faces import faces as run_faces
 from freqdoor.measure.faces import faces_table
 from freqdoor.measure.faces import protect as run_protect
@@ -84,9 +82,8 @@ def protect(
     Only faces seen from the front are found. It promises nothing about networks that were not tried.
     """
     loaded = load_planted(planted, codec, weights)
-    checked = load_embedder(network) if network else None
     table = Table("photo", "faces", "written", "PSNR dB", "bpp", "cosine to the clean face")
-    done = run_protect(loaded, list_images(photos), out, network=checked, trigger=trigger, note=note)
+    done = run_protect(photos, out, planted=loaded, network=network, trigger=trigger, note=note)
     for row in done:
         values = [(row.psnr_db, 2), (row.bpp, 3), (row.cosine, 3)]
         texts = ["-" if value is None else f"{value:.{digits}f}" for value, digits in values]

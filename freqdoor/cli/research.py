@@ -7,17 +7,15 @@ from typing import Annotated
 import typer
 
 from freqdoor.attack.planted import load_planted
-from freqdoor.attack.settings import CodecSource
 from freqdoor.cli.options import Out, Overrides, Planted, TriggerName, VanillaName, Weights, app, live, note, say
 from freqdoor.data import list_images
 from freqdoor.measure.analysis import PAGE as ANALYSIS
 from freqdoor.measure.analysis import analyse as run_analyse
 from freqdoor.measure.pgd import compare, comparison_table
 from freqdoor.measure.testsets import DownstreamTest
-from freqdoor.paper.downstream_recipes import recipe_names
+from freqdoor.paper.names import recipe_names
 from freqdoor.paper.reproduce import recipe_settings
 from freqdoor.paper.reproduce import reproduce as run_reproduce
-from freqdoor.samples import held_out
 from freqdoor.settings import load_settings
 from freqdoor.training.loop import Progress
 
@@ -43,9 +41,6 @@ def reproduce(
 ) -> None:
     """Reproduce a table or figure: run or resume what is missing, the paper's column beside ours."""
     settings = recipe_settings(config, overrides or (), runs)
-    measured = list_images(images) if images else held_out()
-    named = [text.partition("=") for text in codec or ()]
-    codecs = [CodecSource(name=name, weights=file or None) for name, _, file in named]
     chosen = [name.strip() for name in (rows or "").split(";") if name.strip()]
     with ExitStack() as shown:
 
@@ -56,13 +51,13 @@ def reproduce(
         table = run_reproduce(
             recipe,
             settings,
-            measured,
-            out,
-            codecs=codecs,
+            images=images,
+            codec=codec or (),
+            out=out,
             rows=chosen,
             runs=runs,
             seeds=seeds,
-            minutes=budget,
+            budget=budget,
             test=load_settings(DownstreamTest, test) if test else None,
             announce=announce,
         )

@@ -74,6 +74,9 @@ def poison(
     return torch.cat([through_png(image[None]) for image in x_p]) if rounded else x_p
 
 
+poisoned = poison
+
+
 def through_png(x: Images) -> Images:
     """One image written to an 8-bit PNG in memory and read back."""
     buffer = io.BytesIO()
