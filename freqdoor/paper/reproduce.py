@@ -110,7 +110,7 @@ def _run(plan: Plan, runs: Path, deadline: float, announce: Announce | None) -> 
     """Plant and measure everything, or take it from before; until the deadline."""
     results = Results()
     recipe = plan.recipe
-    identities = {measurement: measurement.identity() for measurement in recipe.measurements}
+    identities: dict[Measurement[Any], str] = {}
     for seed, (name, source), row in product(plan.seeds, plan.codecs.items(), recipe.rows):
         base = plan.base.model_copy(update={"codec": source})
         planted = _planted(base, row, seed, runs, deadline, announce)
@@ -232,13 +232,19 @@ def _planted(
 def _measured(
     planted: Planted, recipe: Recipe, identities: dict[Measurement[Any], str], folder: Path
 ) -> Iterator[tuple[str, float]]:
-    """What the encoder has in every column, by its title; nothing of triggers that it does not have."""
+    """What the encoder has in every column, by its title; nothing of triggers that it does not have.
+
+    Args:
+        identities: of the measurements that were asked so far: hashing their files takes a while.
+    """
     scores: dict[tuple[Measurement[Any], str | None], Any] = {}
     for column in recipe.columns:
         trigger = next(iter(planted.triggers), OWN) if column.trigger == OWN else column.trigger
         if trigger is not None and trigger not in planted.triggers:
             continue
         place = column.measurement, trigger
+        if column.measurement not in identities:
+            identities[column.measurement] = column.measurement.identity()
         if place not in scores:
             scores[place] = _scored(planted, *place, identities[column.measurement], folder)
         value = column.value(scores[place])

@@ -177,5 +177,6 @@ def _plot(recipe: Recipe, table: Table, codecs: Sequence[str]) -> Figure:
     axis.set_xlabel("bits per pixel, real bytes (log scale)")
     axis.set_ylabel("PSNR of the decoded image in dB")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=7)
+    if axis.get_lines():  # else nothing is planted yet
+        axis.legend(fontsize=7)
     return figure
