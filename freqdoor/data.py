@@ -91,6 +91,15 @@ def list_images(path: Path | str) -> list[Path]:
     return sorted(images)
 
 
+def image_paths(images: Path | str | Sequence[Path | str]) -> list[Path]:
+    """The files of a folder, of one image, or of several of both, in order; FreqdoorError if there are none."""
+    places = [images] if isinstance(images, Path | str) else images
+    paths = [path for place in places for path in list_images(place)]
+    if not paths:
+        raise FreqdoorError("images: expected one or more, found none")
+    return paths
+
+
 def read_list(path: Path | str, every: int = 1, folder: Path | str = ".") -> list[str]:
     """The lines of a list of pictures, of any system; FreqdoorError if there are none.
 

@@ -16,11 +16,11 @@ from freqdoor.attack.planted import Planted, opened
 from freqdoor.attack.robust import survival_scores
 from freqdoor.attack.settings import RobustSettings
 from freqdoor.codecs.adapter import STRIDE, Codec, padding
-from freqdoor.data import load_image, usable_images
+from freqdoor.data import image_paths, load_image, usable_images
 from freqdoor.dct import block_dct, blockify, rgb_to_ycbcr
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import check_writable, write_text
-from freqdoor.measure.records import Note, image_paths, poisoned
+from freqdoor.measure.records import Note, poisoned
 from freqdoor.measure.report import COLOURS, data_address, render
 from freqdoor.preprocessing import Preprocessing, parse_defences
 from freqdoor.training.run import Environment, environment

@@ -7,18 +7,9 @@ import torch
 
 from freqdoor.attack.planted import Planted, opened
 from freqdoor.codecs.adapter import Codec
-from freqdoor.data import usable_images
+from freqdoor.data import image_paths, usable_images
 from freqdoor.files import check_writable
-from freqdoor.measure.records import (
-    Condition,
-    Measured,
-    Note,
-    bit_map,
-    image_paths,
-    jpeg_curve,
-    measured,
-    write_records,
-)
+from freqdoor.measure.records import Condition, Measured, Note, bit_map, jpeg_curve, measured, write_records
 from freqdoor.measure.report import (
     AMPLIFY,
     RECORDS,

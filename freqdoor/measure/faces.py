@@ -1,25 +1,28 @@
 """`freqdoor faces` and `freqdoor protect`: identities removed by the codec, measured and put to use (Table 2)."""
 
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from freqdoor.attack.networks import INSTALL, Box, Embedder, load_embedder
-from freqdoor.attack.planted import Planted
+from freqdoor.attack.planted import Planted, opened
+from freqdoor.attack.settings import AttackSettings
+from freqdoor.codecs.adapter import Codec
 from freqdoor.codecs.container import write_file
-from freqdoor.data import load_image, read_list, save_image, usable_images
+from freqdoor.data import image_paths, load_image, read_list, save_image, usable_images
 from freqdoor.errors import FreqdoorError
-from freqdoor.files import refuse_overwriting, write_text
+from freqdoor.files import check_writable, refuse_overwriting, write_text
 from freqdoor.measure.records import Note, poisoned, through
-from freqdoor.measure.testsets import FaceTest
-from freqdoor.metrics import ms_ssim, mse, psnr_8bit
+from freqdoor.measure.testsets import DownstreamMeasurement, FaceTest, mean, number, read_results, results_text
+from freqdoor.metrics import MS_SSIM_MIN_SIDE, ms_ssim, mse, psnr_8bit
 from freqdoor.training.run import environment
+from freqdoor.triggers import Trigger
 from freqdoor.types import Images, to_uint8
 
 RESULT, PAGE = "faces.json", "faces.md"
@@ -30,13 +33,14 @@ CONDITIONS = ("vanilla", "clean", "poisoned")  # vanilla encoder; tampered encod
 class FaceScores:
     """What one embedding network recognises; rates over the test set, keyed by condition.
 
-    Gallery pictures are clean and went through the same encoder; the picture that is asked about is poisoned.
+    Gallery pictures are clean and went through the same encoder; the picture that is asked about is poisoned. A rate
+    over nothing, which only files of version 1 have, is None.
     """
 
     network: str
-    identification: dict[str, float]  # share of probes whose nearest person in the gallery is the right one
-    verification: dict[str, float]  # share of pairs rightly called same or different; empty without pairs
-    accepted: dict[str, float]  # share of same-person pairs called the same: Table 2's accuracy; empty without pairs
+    identification: dict[str, float | None]  # share of probes whose nearest person in the gallery is the right one
+    verification: dict[str, float | None]  # share of pairs rightly called same or different; empty without pairs
+    accepted: dict[str, float | None]  # share of same-person pairs called the same: Table 2's accuracy; else empty
     threshold: float  # cosine from which two pictures are called the same person, from the clean gallery
     cosine: float  # of g(f(x)) and g(f(x_p)), mean over probes
 
@@ -49,11 +53,12 @@ class IdentityScores:
     gallery: int
     probes: int
     pairs: int
-    psnr_db: dict[str, float]  # decoded probes against the clean picture
-    ms_ssim: dict[str, float]
+    psnr_db: dict[str, float | None]  # decoded probes against the clean picture; None where it is infinite
+    ms_ssim: dict[str, float | None]  # None where no probe is large enough
     bpp: dict[str, float]
     trigger_mse_worst: float
     networks: tuple[FaceScores, ...]
+    ms_ssim_probes: int | None = None  # that `ms_ssim` is the mean over; None in files of version 1
 
 
 class Pair(NamedTuple):
@@ -108,6 +113,75 @@ def best_threshold(gallery: Tensor, persons: Sequence[str]) -> float:
     return float(candidates[(accepted + rejected).argmax()])
 
 
+class Setup(NamedTuple):
+    """A test, opened: the networks, and the lists of pictures."""
+
+    test: FaceTest
+    networks: list[Embedder]
+    gallery: list[str]
+    probes: list[str]
+    pairs: list[Pair]
+
+    @property
+    def persons(self) -> list[str]:
+        """Who each picture of the gallery shows."""
+        return [identity_of(path) for path in self.gallery]
+
+    @property
+    def pictures(self) -> list[str]:
+        """All pictures, each once."""
+        paired = [path for pair in self.pairs for path in (pair.a, pair.b)]
+        return list(dict.fromkeys([*self.gallery, *self.probes, *paired]))
+
+
+def open_test(test: FaceTest) -> Setup:
+    """Check and load everything that a test names.
+
+    Raises:
+        FreqdoorError: networks, lists or pictures that cannot be used, a probe of nobody in the gallery, or lists with
+            which a rate would be one over nothing.
+    """
+    networks = [load_embedder(name) for name in test.networks]
+    gallery, probes = read_list(test.gallery, test.every), read_list(test.probes, test.every)
+    setup = Setup(test, networks, gallery, probes, read_pairs(test.pairs, test.every) if test.pairs else [])
+    pictures = Counter(setup.persons)
+    if strangers := {identity_of(path) for path in probes} - set(pictures):
+        raise FreqdoorError(f"{test.probes}: nobody in the gallery is {', '.join(sorted(strangers)[:3])}")
+    if len(pictures) < 2 or max(pictures.values()) < 2:
+        raise FreqdoorError(
+            f"{test.gallery}: expected two or more persons, one of them on two or more pictures, to choose a "
+            f"threshold; found {len(gallery)} pictures of {len(pictures)} persons"
+        )
+    if test.pairs and not any(pair.same for pair in setup.pairs):
+        raise FreqdoorError(
+            f"{test.pairs}: expected pairs of one person (PATH PATH 1) too, found {len(setup.pairs)} of two persons "
+            "only; add some, or test without pairs"
+        )
+    usable_images([Path(test.folder) / path for path in setup.pictures])
+    return setup
+
+
+class Quality(NamedTuple):
+    """What one encoder's file makes of one picture."""
+
+    psnr_db: float
+    ms_ssim: float | None
+    bpp: float
+
+
+@dataclass
+class Measured:
+    """What all pictures of a test come to; embeddings and qualities by condition and picture."""
+
+    embeddings: list[dict[tuple[str, str], Tensor]]  # of each network
+    qualities: dict[tuple[str, str], Quality]
+    trigger_mse_worst: float = 0.0
+
+    def embedded(self, network: int, condition: str, paths: Sequence[str]) -> Tensor:
+        """Embeddings of pictures, (n, d)."""
+        return torch.stack([self.embeddings[network][condition, path] for path in paths])
+
+
 @torch.no_grad()
 def score_faces(
     planted: Planted, test: FaceTest, *, trigger: str | None = None, note: Note | None = None
@@ -115,96 +189,137 @@ def score_faces(
     """Measure how far identities are removed, and what that costs the picture.
 
     Raises:
-        FreqdoorError: no such trigger, lists or pictures that cannot be used, a probe of nobody in the gallery.
+        FreqdoorError: no such trigger, and as `open_test`.
     """
-    chosen = planted.triggers[planted.named(trigger)]
-    networks = [load_embedder(name) for name in test.networks]
-    gallery, probes = read_list(test.gallery, test.every), read_list(test.probes, test.every)
-    pairs = read_pairs(test.pairs, test.every) if test.pairs else []
-    persons = [identity_of(path) for path in gallery]
-    if strangers := {identity_of(path) for path in probes} - set(persons):
-        raise FreqdoorError(f"{test.probes}: nobody in the gallery is {', '.join(sorted(strangers)[:3])}")
-    folder = Path(test.folder)
-    needed = dict.fromkeys([*gallery, *probes, *(p for pair in pairs for p in (pair.a, pair.b))])
-    usable_images([folder / path for path in needed])
-    asked = set(probes)
-    attacked = asked | {pair.b for pair in pairs}
-    embedded: dict[tuple[int, str, str], Tensor] = {}  # network, condition, picture
-    quality: list[tuple[str, float, float, float]] = []
-    worst = 0.0
-    for path in needed:
-        if note:
-            note(path)
-        x = load_image(folder / path)
-        conditions = CONDITIONS if path in attacked else CONDITIONS[:2]
-        for condition in conditions:
-            given = poisoned(chosen, x) if condition == "poisoned" else x
-            x_hat, size = through(planted.vanilla if condition == "vanilla" else planted.tampered, given)
-            worst = max(worst, float(mse(given, x)))
-            if path in asked:
-                rate = 8 * size / (x.shape[-2] * x.shape[-1])
-                quality.append((condition, float(psnr_8bit(x_hat, x)), ms_ssim(x_hat, x) or float("nan"), rate))
-            for index, network in enumerate(networks):
-                embedded[index, condition, path] = network(x_hat)[0]
-    scores = []
-    for index, network in enumerate(networks):
+    return _score(planted, open_test(test), planted.triggers[planted.named(trigger)], note)
 
-        def get(condition: str, paths: Sequence[str], index: int = index) -> Tensor:
-            return torch.stack([embedded[index, condition, path] for path in paths])
 
-        scores.append(_score(network, get, gallery, probes, pairs))
-    means = {
-        condition: torch.tensor([values for name, *values in quality if name == condition]).mean(0).tolist()
-        for condition in CONDITIONS
-    }
+def _score(planted: Planted, setup: Setup, trigger: Trigger, note: Note | None = None) -> IdentityScores:
+    measured = _measure(planted, setup, trigger, note)
+    qualities = {c: [measured.qualities[c, path] for path in setup.probes] for c in CONDITIONS}
+    similarities = {c: [q.ms_ssim for q in qualities[c] if q.ms_ssim is not None] for c in CONDITIONS}
     return IdentityScores(
-        persons=len(set(persons)),
-        gallery=len(gallery),
-        probes=len(probes),
-        pairs=len(pairs),
-        psnr_db={c: means[c][0] for c in CONDITIONS},
-        ms_ssim={c: means[c][1] for c in CONDITIONS},
-        bpp={c: means[c][2] for c in CONDITIONS},
-        trigger_mse_worst=worst,
-        networks=tuple(scores),
+        persons=len(set(setup.persons)),
+        gallery=len(setup.gallery),
+        probes=len(setup.probes),
+        pairs=len(setup.pairs),
+        psnr_db={c: mean([q.psnr_db for q in qualities[c]]) for c in CONDITIONS},
+        ms_ssim={c: mean(similarities[c]) for c in CONDITIONS},
+        bpp={c: sum(q.bpp for q in qualities[c]) / len(qualities[c]) for c in CONDITIONS},
+        trigger_mse_worst=measured.trigger_mse_worst,
+        networks=tuple(_rates(measured, setup, index) for index in range(len(setup.networks))),
+        ms_ssim_probes=len(similarities["clean"]),
     )
 
 
-def _score(
-    network: Embedder,
-    get: Callable[[str, Sequence[str]], Tensor],
-    gallery: Sequence[str],
-    probes: Sequence[str],
-    pairs: Sequence[Pair],
-) -> FaceScores:
-    """One network's rates, from the embeddings that `get` gives for a condition and a list of pictures."""
-    persons, wanted = [identity_of(path) for path in gallery], [identity_of(path) for path in probes]
-    identification, verification, accepted = {}, {}, {}
-    threshold = best_threshold(get("clean", gallery), persons)
+@torch.no_grad()
+def _measure(planted: Planted, setup: Setup, trigger: Trigger, note: Note | None) -> Measured:
+    """Encode, decode and embed every picture under the conditions in which it is needed."""
+    measured = Measured([{} for _ in setup.networks], {})
+    probes = set(setup.probes)
+    attacked = probes | {pair.b for pair in setup.pairs}
+    for path in setup.pictures:
+        if note:
+            note(path)
+        x = load_image(Path(setup.test.folder) / path)
+        for condition in CONDITIONS if path in attacked else CONDITIONS[:2]:
+            encoded = poisoned(trigger, x) if condition == "poisoned" else x
+            x_hat, size = through(planted.vanilla if condition == "vanilla" else planted.tampered, encoded)
+            measured.trigger_mse_worst = max(measured.trigger_mse_worst, float(mse(encoded, x)))
+            rate = 8 * size / (x.shape[-2] * x.shape[-1])
+            if path in probes:
+                measured.qualities[condition, path] = Quality(float(psnr_8bit(x_hat, x)), ms_ssim(x_hat, x), rate)
+            for network, embeddings in zip(setup.networks, measured.embeddings, strict=True):
+                embeddings[condition, path] = network(x_hat)[0]
+    return measured
+
+
+def _rates(measured: Measured, setup: Setup, index: int) -> FaceScores:
+    """The rates of one network."""
+    identification: dict[str, float | None] = {}
+    verification: dict[str, float | None] = {}
+    accepted: dict[str, float | None] = {}
+    persons = [identity_of(path) for path in setup.probes]
+    threshold = best_threshold(measured.embedded(index, "clean", setup.gallery), setup.persons)
     for condition in CONDITIONS:
-        known = get("vanilla" if condition == "vanilla" else "clean", gallery)
-        found = identify(known, persons, get(condition, probes))
-        identification[condition] = sum(a == b for a, b in zip(found, wanted, strict=True)) / len(wanted)
-        if pairs:
-            first = get("vanilla" if condition == "vanilla" else "clean", [pair.a for pair in pairs])
-            called = (first * get(condition, [pair.b for pair in pairs])).sum(1) >= threshold
-            same = torch.tensor([pair.same for pair in pairs])
+        known = "vanilla" if condition == "vanilla" else "clean"
+        gallery, probes = (
+            measured.embedded(index, c, p) for c, p in ((known, setup.gallery), (condition, setup.probes))
+        )
+        named = identify(gallery, setup.persons, probes)
+        identification[condition] = sum(a == b for a, b in zip(named, persons, strict=True)) / len(persons)
+        if setup.pairs:
+            first = measured.embedded(index, known, [pair.a for pair in setup.pairs])
+            second = measured.embedded(index, condition, [pair.b for pair in setup.pairs])
+            called = (first * second).sum(1) >= threshold
+            same = torch.tensor([pair.same for pair in setup.pairs])
             verification[condition] = float((called == same).float().mean())
             accepted[condition] = float(called[same].float().mean())
-    cosine = float((get("clean", probes) * get("poisoned", probes)).sum(1).mean())
-    return FaceScores(network.name, identification, verification, accepted, threshold, cosine)
+    clean, attacked = (measured.embedded(index, condition, setup.probes) for condition in ("clean", "poisoned"))
+    cosine = float((clean * attacked).sum(1).mean())
+    return FaceScores(setup.networks[index].name, identification, verification, accepted, threshold, cosine)
+
+
+@dataclass(frozen=True)
+class FaceMeasurement(DownstreamMeasurement[IdentityScores]):
+    """The removal of identities, measured on a test of networks."""
+
+    test: FaceTest
+    kind: ClassVar[Any] = IdentityScores
+
+    @property
+    def pictures(self) -> str:
+        """The list of what is to be identified."""
+        return self.test.probes
+
+    def files(self) -> list[Path]:
+        """The lists, and the pictures in them."""
+        lists = [self.test.gallery, self.test.probes, *filter(None, [self.test.pairs])]
+        named = [path for file in lists for line in read_list(file, self.test.every) for path in line.split()[:2]]
+        return [*map(Path, lists), *(Path(self.test.folder) / path for path in dict.fromkeys(named))]
+
+    def check(self, attacks: Sequence[AttackSettings]) -> None:
+        """Open the test, if any attack is to be measured on it."""
+        if attacks:
+            open_test(self.test)
+
+    def score(self, planted: Planted, trigger: str | None) -> IdentityScores:
+        """As `score_faces`."""
+        return score_faces(planted, self.test, trigger=trigger)
 
 
 def faces(
-    planted: Planted, test: FaceTest, out: Path | str, *, trigger: str | None = None, note: Note | None = None
+    planted: Planted | Path | str,
+    test: FaceTest,
+    out: Path | str,
+    *,
+    trigger: str | None = None,
+    codec: str | None = None,
+    weights: Path | str | None = None,
+    note: Note | None = None,
 ) -> IdentityScores:
-    """Measure identity removal and write faces.json and faces.md into `out`."""
-    out = Path(out)
-    write_text(out / RESULT, "{}")  # an unwritable folder shows before the work, not after it
-    scores = score_faces(planted, test, trigger=trigger, note=note)
-    write_text(out / RESULT, json.dumps(asdict(scores) | {"environment": environment().model_dump()}, indent=1))
+    """Measure identity removal and write faces.json and faces.md into `out`.
+
+    Args:
+        planted, codec, weights: as for `load_planted`.
+        trigger: which one; by default the first.
+
+    Raises:
+        FreqdoorError: as `score_faces`, or an unwritable folder. Earlier results are then left as they were.
+    """
+    planted, out = opened(planted, codec, weights), Path(out)
+    chosen = planted.triggers[planted.named(trigger)]
+    setup = open_test(test)
+    check_writable(out / RESULT)
+    scores = _score(planted, setup, chosen, note)
+    write_text(out / RESULT, results_text(scores, environment()))
     write_text(out / PAGE, faces_table(scores))
     return scores
+
+
+def read_scores(path: Path | str) -> IdentityScores:
+    """The scores of a faces.json, of earlier versions too; FreqdoorError if it is none."""
+    return read_results(IdentityScores, path)
 
 
 def faces_table(scores: IdentityScores) -> str:
@@ -221,19 +336,28 @@ def faces_table(scores: IdentityScores) -> str:
             "verified": row.verification,
             "same person accepted": row.accepted,
         }
-        for name, values in measures.items():
-            if values:
-                lines.append(
-                    f"| {row.network} | {name} % | " + " | ".join(f"{100 * values[c]:.1f}" for c in CONDITIONS) + " |"
-                )
+        lines += [
+            f"| {row.network} | {name} % | {_numbers(rates, 1, scale=100)} |"
+            for name, rates in measures.items()
+            if rates
+        ]
         lines.append(f"| {row.network} | cosine to the clean picture | - | 1 | {row.cosine:.3f} |")
-    for name, values, digits in (
-        ("PSNR dB", scores.psnr_db, 2),
-        ("MS-SSIM", scores.ms_ssim, 4),
-        ("bpp", scores.bpp, 4),
-    ):
-        lines.append(f"| - | {name} | " + " | ".join(f"{values[c]:.{digits}f}" for c in CONDITIONS) + " |")
-    return "\n".join([*lines, "", f"Trigger MSE at most {1e5 * scores.trigger_mse_worst:.2f}e-5.", ""])
+    lines += [
+        f"| - | PSNR dB | {_numbers(scores.psnr_db, 2)} |",
+        f"| - | MS-SSIM | {_numbers(scores.ms_ssim, 4)} |",
+        f"| - | bpp | {_numbers(scores.bpp, 4)} |",
+        "",
+    ]
+    if scores.ms_ssim_probes is not None and scores.ms_ssim_probes < scores.probes:
+        lines.append(
+            f"MS-SSIM is of {scores.ms_ssim_probes} of {scores.probes} probes: those of at least {MS_SSIM_MIN_SIDE} "
+            "pixels a side."
+        )
+    return "\n".join([*lines, f"Trigger MSE at most {1e5 * scores.trigger_mse_worst:.2f}e-5.", ""])
+
+
+def _numbers(values: Mapping[str, float | None], digits: int, *, scale: float = 1.0) -> str:
+    return " | ".join(number(values[condition], digits, scale=scale) for condition in CONDITIONS)
 
 
 @dataclass(frozen=True)
@@ -248,14 +372,15 @@ class Protected:
     cosine: float | None  # largest over faces: decoded protected against decoded clean, by the network that was given
 
 
-@torch.no_grad()
 def protect(
-    planted: Planted,
-    photos: Sequence[Path],
+    photos: Path | str | Sequence[Path],
     out: Path | str,
     *,
-    network: Embedder | None = None,
+    planted: Planted | Path | str = "planted-face",
+    network: str | Embedder | None = None,
     trigger: str | None = None,
+    codec: str | None = None,
+    weights: Path | str | None = None,
     note: Note | None = None,
 ) -> list[Protected]:
     """Compress photos so that face recognition no longer knows who is in the decoded picture.
@@ -264,34 +389,50 @@ def protect(
     that were not tried, about people who know the person, or about other pictures of them.
 
     Args:
-        network: measure the cosine of every face before and after with it.
+        photos: a folder, a file or several files.
+        planted, codec, weights: an encoder planted with Eq. (13), as for `load_planted`.
+        network: measure the cosine of every face before and after with it; one, or a name as for `load_network`.
+        trigger: which one; by default the first.
+
+    Raises:
+        FreqdoorError: photos that cannot be used, two of one name, one that would be overwritten, or no face in any.
     """
-    out, name = Path(out), planted.named(trigger)
-    paths = usable_images(photos, decode=True)
-    done = []
+    planted, out = opened(planted, codec, weights), Path(out)
+    chosen = planted.triggers[planted.named(trigger)]
+    embedder = load_embedder(network) if isinstance(network, str) else network
+    paths = usable_images(image_paths(photos), decode=True)
+    names = Counter(path.stem for path in paths)
+    if repeated := sorted(name for name, count in names.items() if count > 1):
+        raise FreqdoorError(f"several photos are named {', '.join(repeated[:3])}; protect them one at a time")
     for path in paths:
         refuse_overwriting(path, out / f"{path.stem}.png")
-        x = load_image(path)
-        boxes = find_faces(x)
-        if not boxes:
-            done.append(Protected(path.name, 0, None, None, None, None))
-        else:
-            bitstream = planted.tampered.compress(poisoned(planted.triggers[name], x))[0]
-            x_hat = planted.tampered.decompress(bitstream)
-            write_file(planted.tampered, bitstream, out / f"{path.stem}.fqd")
-            save_image(out / f"{path.stem}.png", x_hat)
-            cosine = None
-            if network is not None:
-                clean, _ = through(planted.tampered, x)
-                cosine = max(float((network(clean, box) * network(x_hat, box)).sum()) for box in boxes)
-            rate = 8 * bitstream.num_bytes / (x.shape[-2] * x.shape[-1])
-            picture = f"{path.stem}.png"
-            done.append(Protected(path.name, len(boxes), picture, float(psnr_8bit(x_hat, x)), rate, cosine))
+    done = []
+    for path in paths:
+        done.append(_protected(planted.tampered, chosen, path, out, embedder))
         if note:
-            note(f"{path.name}: {len(boxes)} face(s)")
+            note(f"{path.name}: {done[-1].faces} face(s)")
     if not any(row.picture for row in done):
         raise FreqdoorError(f"in none of {len(done)} photos a face was found; this protects faces only")
     return done
+
+
+@torch.no_grad()
+def _protected(codec: Codec, trigger: Trigger, path: Path, out: Path, network: Embedder | None) -> Protected:
+    """One photo's two files, if there is a face in it."""
+    x = load_image(path)
+    boxes = find_faces(x)
+    if not boxes:
+        return Protected(path.name, 0, None, None, None, None)
+    bitstream = codec.compress(poisoned(trigger, x))[0]
+    x_hat = codec.decompress(bitstream)
+    cosine = None
+    if network is not None:
+        clean, _ = through(codec, x)
+        cosine = max(float((network(clean, box) * network(x_hat, box)).sum()) for box in boxes)
+    write_file(codec, bitstream, out / f"{path.stem}.fqd")
+    save_image(out / f"{path.stem}.png", x_hat)
+    rate = 8 * bitstream.num_bytes / (x.shape[-2] * x.shape[-1])
+    return Protected(path.name, len(boxes), f"{path.stem}.png", float(psnr_8bit(x_hat, x)), rate, cosine)
 
 
 @cache
@@ -309,10 +450,10 @@ def find_faces(x: Images) -> list[Box]:
     """(left, top, right, bottom) of every frontal face in one picture, by OpenCV's Haar cascade, a little widened."""
     cv2, cascade = _face_finder()
     picture = to_uint8(x[0]).permute(1, 2, 0).numpy()
-    found = cascade.detectMultiScale(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY), 1.1, 5, minSize=(32, 32))
+    squares = cascade.detectMultiScale(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY), 1.1, 5, minSize=(32, 32))
     height, width = x.shape[-2:]
     boxes = []
-    for left, top, side, _ in found:
+    for left, top, side, _ in squares:
         more = round(0.1 * side)
         boxes.append(
             (

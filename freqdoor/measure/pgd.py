@@ -10,9 +10,9 @@ import torch
 
 from freqdoor.attack.planted import Planted, opened
 from freqdoor.codecs.adapter import Codec
-from freqdoor.data import load_image, usable_images
+from freqdoor.data import image_paths, load_image, usable_images
 from freqdoor.errors import FreqdoorError
-from freqdoor.measure.records import Condition, Note, image_paths, input_of, measure, through_png
+from freqdoor.measure.records import Condition, Note, input_of, measure, through_png
 from freqdoor.metrics import psnr, rms
 from freqdoor.triggers.arguments import PAPER_EPS
 from freqdoor.triggers.base import project

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from freqdoor.attack.planted import Planted, opened
 from freqdoor.codecs.adapter import Codec
-from freqdoor.data import load_image, save_image, usable_images
+from freqdoor.data import image_paths, load_image, save_image, usable_images
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import refuse_overwriting
-from freqdoor.measure.records import Note, image_paths, poisoned
+from freqdoor.measure.records import Note, poisoned
 
 
 def poison(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from freqdoor.attack.planted import Planted
 from freqdoor.codecs.adapter import Codec
-from freqdoor.data import list_images, load_image
+from freqdoor.data import load_image
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import write_text
 from freqdoor.metrics import bpp_of_bytes, ms_ssim, mse, psnr, psnr_8bit
@@ -56,15 +56,6 @@ class Measured(NamedTuple):
 def _check_strength(strength: float) -> None:
     if not (math.isfinite(strength) and strength > 0):
         raise FreqdoorError(f"strength: expected a factor above 0, found {strength}")
-
-
-def image_paths(images: Path | str | Sequence[Path | str]) -> list[Path]:
-    """The files of a folder, of one image, or of several of both, in order; FreqdoorError if there are none."""
-    places = [images] if isinstance(images, Path | str) else images
-    paths = [path for place in places for path in list_images(place)]
-    if not paths:
-        raise FreqdoorError("images: expected one or more, found none")
-    return paths
 
 
 def conditions(

@@ -1,11 +1,10 @@
 """`freqdoor segment`: how well a segmentation attack works, on networks seen and unseen (Table 1, Figures 7 and 8)."""
 
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import matplotlib
 import torch
@@ -13,34 +12,43 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from freqdoor.attack.networks import Segmenter, load_segmenter
-from freqdoor.attack.planted import Planted
+from freqdoor.attack.planted import Planted, opened
+from freqdoor.attack.settings import AttackSettings, ObjectiveSettings
 from freqdoor.attack.victims import TargetedSegmentation
 from freqdoor.data import check_image, label_paths, list_images, load_image, load_labels, usable_images
 from freqdoor.errors import FreqdoorError
-from freqdoor.files import replacing, write_text
+from freqdoor.files import check_writable, replacing, write_text
 from freqdoor.measure.records import Note, poisoned, through
 from freqdoor.measure.report import AMPLIFY
-from freqdoor.measure.testsets import SegmentationTest
+from freqdoor.measure.testsets import DownstreamMeasurement, SegmentationTest, mean, number, read_results, results_text
 from freqdoor.metrics import class_scores, mse, pixel_asr, psnr_8bit
 from freqdoor.training.run import environment
-from freqdoor.triggers.base import Trigger
+from freqdoor.triggers import Trigger
 from freqdoor.types import Images, Masks
 
 RESULT, PAGE, PICTURES = "segmentation.json", "segmentation.md", "segmentation.png"
 SHOWN = 3  # images in the pictures
+Encoder = Literal["vanilla", "clean"]  # which one a clean image went through: the vanilla or the tampered one
+ENCODERS: tuple[Encoder, ...] = ("vanilla", "clean")
 
 
 @dataclass(frozen=True)
 class NetworkScores:
-    """What one segmentation network makes of the decoded images; means and rates over the test set."""
+    """What one segmentation network makes of the decoded images; means and rates over the test set.
+
+    What there is nothing of to average over is None; counts are None in files of version 1.
+    """
 
     network: str
-    asr: float  # Eq. (12), normalised: share of the source pixels of f(x) that are the target class in f(x_p)
-    asr_vanilla: float  # the same for the vanilla encoder: what the poisoned image does by itself
+    asr: float | None  # Eq. (12), normalised: share of the source pixels of f(x) that are the target class in f(x_p)
+    asr_vanilla: float | None  # the same for the vanilla encoder: what the poisoned image does by itself
     miou_vanilla: float | None  # of clean images through the vanilla encoder, against labels
     miou_clean: float | None  # through the tampered one
-    accuracy_vanilla: dict[str, float]  # of the source and target classes' pixels
-    accuracy_clean: dict[str, float]
+    accuracy_vanilla: dict[str, float | None]  # of the source and target classes' pixels
+    accuracy_clean: dict[str, float | None]
+    source_pixels: int | None = None  # that `asr` is a share of
+    source_pixels_vanilla: int | None = None
+    labelled_pixels: int | None = None  # of labels that are a class of the network, not void
 
 
 @dataclass(frozen=True)
@@ -53,8 +61,8 @@ class SegmentationScores:
     skipped: int  # nothing of the source class in them
     output_mse: float  # of f(x_p) against f(x): Table 1
     trigger_mse_worst: float
-    psnr_db_clean: float
-    psnr_db_poisoned: float  # of f(x_p) against x
+    psnr_db_clean: float | None  # None where it is infinite
+    psnr_db_poisoned: float | None  # of f(x_p) against x
     bpp_vanilla: float
     bpp_clean: float
     bpp_poisoned: float
@@ -74,48 +82,97 @@ class Decoded(NamedTuple):
     bpp: dict[str, float]
 
 
-class Setup(NamedTuple):
-    """A test, opened: files, networks and the trigger that is tested."""
+class Sight(NamedTuple):
+    """What a segmentation network sees in one image x: where the source class is, g(x), and eta(g(x))."""
 
+    mask: Masks
+    classes: Tensor
+    goal: Tensor
+
+
+class Setup(NamedTuple):
+    """A test, opened: files and networks, and the classes of the attack that is tested."""
+
+    test: SegmentationTest
     paths: list[Path]
     labels: list[Path] | None
     networks: list[Segmenter]
     masks: Segmenter
-    trigger: Trigger
     source: str
     target: str
 
+    def image(self, path: Path) -> Images:
+        """One image of the test, resized as it says."""
+        return load_image(path, self.test.resize)
 
-def open_test(planted: Planted, test: SegmentationTest, trigger: str | None = None) -> Setup:
-    """Check and load everything that a test names; FreqdoorError says what is missing."""
-    name = planted.named(trigger)
-    objective = planted.objective(name)
+    def labels_of(self, path: Path) -> Tensor | None:
+        """The labels of one image; None in a test without labels."""
+        if self.labels is None:
+            return None
+        return load_labels(self.labels[self.paths.index(path)], self.test.resize, check_image(path))
+
+    def sight(self, x: Images) -> Sight:
+        """What the network that says where the source class is sees in an image."""
+        victim = TargetedSegmentation(self.masks, self.source, self.target)
+        return Sight(victim.mask(x), victim.seen(x), victim.goal(x)[0])
+
+
+def open_test(test: SegmentationTest, objective: ObjectiveSettings, trigger: str) -> Setup:
+    """Check and load everything that a test of an attack names; FreqdoorError says what is missing."""
     if objective.name != "segmentation":
-        raise FreqdoorError(f"trigger {name}: expected a segmentation attack, found one for {objective.name}")
+        raise FreqdoorError(f"trigger {trigger}: expected a segmentation attack, found one for {objective.name}")
+    source, target = (_class_in(objective, role) for role in ("source", "target"))
     networks = [load_segmenter(network) for network in test.networks]
     masks = load_segmenter(test.mask_network) if test.mask_network else networks[0]
-    source, target = str(objective.arguments["source"]), str(objective.arguments["target"])
     for network in (*networks, masks):
-        network.ids(source), network.ids(target)  # unknown names show now
+        TargetedSegmentation(network, source, target)  # unknown names, and a target inside the source, show now
         if test.labels and network.spec.labels:
             network.label_values(source), network.label_values(target)
     paths = usable_images(list_images(test.images)[:: test.every])
     labels = label_paths(paths, test.labels) if test.labels else None
-    return Setup(paths, labels, networks, masks, planted.triggers[name], source, target)
+    setup = Setup(test, paths, labels, networks, masks, source, target)
+    _check_labels(setup)
+    return setup
+
+
+def _class_in(objective: ObjectiveSettings, role: str) -> str:
+    name = objective.arguments.get(role)
+    if not isinstance(name, str):
+        raise FreqdoorError(f"objective segmentation: expected the name of a class as {role}, found {name!r}")
+    return name
+
+
+def _check_labels(setup: Setup) -> None:
+    """Read all labels; raise for one that does not fit its image, and if they are all void for a network."""
+    lowest = 255
+    for image, path in zip(setup.paths, setup.labels or (), strict=False):
+        lowest = min(lowest, int(load_labels(path, None, check_image(image)).min()))
+    for network in setup.networks if setup.labels else ():
+        classes = len(network.spec.labels)
+        if 0 < classes <= lowest:
+            raise FreqdoorError(
+                f"{setup.test.labels}: expected label values from 0 to {classes - 1} as network {network.name} has "
+                f"them, found none in {len(setup.paths)} images: all are void; check labels in its TOML file, or test "
+                "without labels"
+            )
 
 
 @torch.no_grad()
-def decode(planted: Planted, setup: Setup, x: Images) -> Decoded | None:
+def decode(planted: Planted, setup: Setup, trigger: Trigger, x: Images) -> Decoded | None:
     """One image through both encoders, clean and poisoned; None where the source class is nowhere in it."""
-    mask = TargetedSegmentation(setup.masks, setup.source, setup.target).scene(x).mask
-    if mask is None or not mask.any():
+    mask = setup.sight(x).mask
+    if not mask.any():
         return None
-    x_p = poisoned(setup.trigger, x, mask=mask)
+    x_p = poisoned(trigger, x, mask=mask)
     pixels = x.shape[-2] * x.shape[-1]
-    given = {"vanilla": x, "vanilla_poisoned": x_p, "clean": x, "poisoned": x_p}
+    passes = {
+        "vanilla": (planted.vanilla, x),
+        "vanilla_poisoned": (planted.vanilla, x_p),
+        "clean": (planted.tampered, x),
+        "poisoned": (planted.tampered, x_p),
+    }
     outputs, bpp = {}, {}
-    for key, image in given.items():
-        codec = planted.vanilla if key.startswith("vanilla") else planted.tampered
+    for key, (codec, image) in passes.items():
         outputs[key], size = through(codec, image)
         bpp[key] = 8 * size / pixels
     return Decoded(x, mask, x_p, **outputs, bpp=bpp)
@@ -129,40 +186,52 @@ def score_segmentation(
     Raises:
         FreqdoorError: no such trigger or class, images or labels that cannot be used, no image with the source class.
     """
-    setup = open_test(planted, test, trigger)
+    name = planted.named(trigger)
+    return _score(planted, open_test(test, planted.objective(name), name), planted.triggers[name], note)
+
+
+def _score(planted: Planted, setup: Setup, trigger: Trigger, note: Note | None = None) -> SegmentationScores:
     counts = [_Counts(network, setup.source, setup.target) for network in setup.networks]
     rows: list[dict[str, float]] = []
-    for index, path in enumerate(setup.paths):
-        x = load_image(path, test.resize)
-        labels = load_labels(setup.labels[index], test.resize, check_image(path)) if setup.labels else None
-        found = decode(planted, setup, x)
+    for path in setup.paths:
+        decoded = decode(planted, setup, trigger, setup.image(path))
         if note:
-            note(f"{path.name}: {'decoded' if found else f'no {setup.source} in it, skipped'}")
-        if found is None:
+            note(f"{path.name}: {'decoded' if decoded else f'no {setup.source} in it, skipped'}")
+        if decoded is None:
             continue
+        labels = setup.labels_of(path)
         for count in counts:
-            count.add(found, labels)
-        rows.append(
-            {
-                "output_mse": float(mse(found.poisoned, found.clean)),
-                "trigger_mse": float(mse(found.x_p, found.x)),
-                "psnr_db_clean": float(psnr_8bit(found.clean, x)),
-                "psnr_db_poisoned": float(psnr_8bit(found.poisoned, x)),
-                **{f"bpp_{key}": value for key, value in found.bpp.items()},
-            }
-        )
+            count.add(decoded, labels)
+        rows.append(_values(decoded))
     if not rows:
-        raise _without(test, setup)
-    kept = ("output_mse", "psnr_db_clean", "psnr_db_poisoned", "bpp_vanilla", "bpp_clean", "bpp_poisoned")
+        raise _without(setup)
+    values = {key: [row[key] for row in rows] for key in rows[0]}
+    means = {key: sum(column) / len(column) for key, column in values.items()}
     return SegmentationScores(
         source=setup.source,
         target=setup.target,
         images=len(rows),
         skipped=len(setup.paths) - len(rows),
-        trigger_mse_worst=max(row["trigger_mse"] for row in rows),
-        **{key: sum(row[key] for row in rows) / len(rows) for key in kept},
+        output_mse=means["output_mse"],
+        trigger_mse_worst=max(values["trigger_mse"]),
+        psnr_db_clean=mean(values["psnr_db_clean"]),
+        psnr_db_poisoned=mean(values["psnr_db_poisoned"]),
+        bpp_vanilla=means["bpp_vanilla"],
+        bpp_clean=means["bpp_clean"],
+        bpp_poisoned=means["bpp_poisoned"],
         networks=tuple(count.scores() for count in counts),
     )
+
+
+def _values(decoded: Decoded) -> dict[str, float]:
+    """What is averaged of one image, whatever the network."""
+    return {
+        "output_mse": float(mse(decoded.poisoned, decoded.clean)),
+        "trigger_mse": float(mse(decoded.x_p, decoded.x)),
+        "psnr_db_clean": float(psnr_8bit(decoded.clean, decoded.x)),
+        "psnr_db_poisoned": float(psnr_8bit(decoded.poisoned, decoded.x)),
+        **{f"bpp_{key}": value for key, value in decoded.bpp.items()},
+    }
 
 
 class _Counts:
@@ -171,53 +240,125 @@ class _Counts:
     def __init__(self, network: Segmenter, source: str, target: str) -> None:
         self.network, self.names = network, (source, target)
         self.source, self.target = network.ids(source), network.ids(target)[0]
-        self.hits = {"clean": torch.zeros(2), "vanilla": torch.zeros(2)}  # changed to the target, of how many
-        self.stats: dict[str, list[tuple[Tensor, Tensor]]] = {"clean": [], "vanilla": []}
+        self.changed = dict.fromkeys(ENCODERS, 0)  # source pixels that became the target
+        self.pixels = dict.fromkeys(ENCODERS, 0)  # source pixels
+        self.predictions: dict[Encoder, list[tuple[Tensor, Tensor]]] = {encoder: [] for encoder in ENCODERS}
 
-    def add(self, found: Decoded, labels: Tensor | None) -> None:
-        for role, clean, changed in (
-            ("clean", found.clean, found.poisoned),
-            ("vanilla", found.vanilla, found.vanilla_poisoned),
-        ):
-            seen = self.network.predict(clean)
-            self.hits[role] += torch.tensor(pixel_asr(seen, self.network.predict(changed), self.source, self.target))
+    def add(self, decoded: Decoded, labels: Tensor | None) -> None:
+        outputs: dict[Encoder, tuple[Images, Images]] = {
+            "clean": (decoded.clean, decoded.poisoned),
+            "vanilla": (decoded.vanilla, decoded.vanilla_poisoned),
+        }
+        for encoder, (clean, attacked) in outputs.items():
+            classes = self.network.predict(clean)
+            changed, pixels = pixel_asr(classes, self.network.predict(attacked), self.source, self.target)
+            self.changed[encoder] += changed
+            self.pixels[encoder] += pixels
             if labels is not None and self.network.spec.labels:
-                self.stats[role].append((self.network.as_labels(seen), labels))
+                self.predictions[encoder].append((self.network.as_labels(classes).short(), labels))
 
     def scores(self) -> NetworkScores:
-        values: dict[str, tuple[float | None, dict[str, float]]] = {}
-        for role, stats in self.stats.items():
-            if not stats:
-                values[role] = None, {}
-                continue
-            miou, accuracy = class_scores(stats, len(self.network.spec.labels))
-            wanted = {name: self.network.label_values(name) for name in self.names}
-            values[role] = miou, {name: accuracy[found[0]] for name, found in wanted.items()}
-        rates = {role: float(hit / total) if total else 0.0 for role, (hit, total) in self.hits.items()}
+        asr = {e: self.changed[e] / self.pixels[e] if self.pixels[e] else None for e in ENCODERS}
+        truth = [labels for _, labels in self.predictions["clean"]]
+        known = sum(int((labels < len(self.network.spec.labels)).sum()) for labels in truth)
+        against = {e: self._against_labels(e) if known else (None, {}) for e in ENCODERS}
         return NetworkScores(
             network=self.network.name,
-            asr=rates["clean"],
-            asr_vanilla=rates["vanilla"],
-            miou_vanilla=values["vanilla"][0],
-            miou_clean=values["clean"][0],
-            accuracy_vanilla=values["vanilla"][1],
-            accuracy_clean=values["clean"][1],
+            asr=asr["clean"],
+            asr_vanilla=asr["vanilla"],
+            miou_vanilla=against["vanilla"][0],
+            miou_clean=against["clean"][0],
+            accuracy_vanilla=against["vanilla"][1],
+            accuracy_clean=against["clean"][1],
+            source_pixels=self.pixels["clean"],
+            source_pixels_vanilla=self.pixels["vanilla"],
+            labelled_pixels=known if truth else None,
         )
+
+    def _against_labels(self, encoder: Encoder) -> tuple[float | None, dict[str, float | None]]:
+        """Mean IoU, and the accuracy of the source and target classes, None of a class that the labels lack."""
+        predictions = self.predictions[encoder]
+        miou, accuracy = class_scores(predictions, len(self.network.spec.labels))
+        values = {name: self.network.label_values(name)[0] for name in self.names}
+        occurs = {name: any((labels == value).any() for _, labels in predictions) for name, value in values.items()}
+        return miou, {name: accuracy[value] if occurs[name] else None for name, value in values.items()}
+
+
+def _classes_of(attack: AttackSettings) -> tuple[str, ...]:
+    """What opening a test depends on of an attack, its name first."""
+    arguments = attack.objective.arguments
+    return attack.name, attack.objective.name, str(arguments.get("source")), str(arguments.get("target"))
+
+
+@dataclass(frozen=True)
+class SegmentationMeasurement(DownstreamMeasurement[SegmentationScores]):
+    """A segmentation attack, measured on a test of networks."""
+
+    test: SegmentationTest
+    kind: ClassVar[Any] = SegmentationScores
+    trained: ClassVar[str] = " (painted ones: against none)"
+
+    @property
+    def pictures(self) -> str:
+        """Where the images are."""
+        return self.test.images
+
+    def files(self) -> list[Path]:
+        """The images and their labels."""
+        paths = list_images(self.test.images)[:: self.test.every]
+        return [*paths, *(label_paths(paths, self.test.labels) if self.test.labels else ())]
+
+    def check(self, attacks: Sequence[AttackSettings]) -> None:
+        """Open the test for every attack, once for those with the same classes."""
+        for (name, *_), objective in {_classes_of(attack): attack.objective for attack in attacks}.items():
+            open_test(self.test, objective, name)
+
+    def score(self, planted: Planted, trigger: str | None) -> SegmentationScores:
+        """As `score_segmentation`."""
+        return score_segmentation(planted, self.test, trigger=trigger)
 
 
 def segment(
-    planted: Planted, test: SegmentationTest, out: Path | str, *, trigger: str | None = None, note: Note | None = None
+    planted: Planted | Path | str,
+    test: SegmentationTest,
+    out: Path | str,
+    *,
+    trigger: str | None = None,
+    codec: str | None = None,
+    weights: Path | str | None = None,
+    note: Note | None = None,
 ) -> SegmentationScores:
-    """Measure one segmentation attack; write segmentation.json, .md and the pictures of Figure 7 into `out`."""
-    out = Path(out)
-    write_text(out / RESULT, "{}")  # an unwritable folder shows before the work, not after it
-    scores = score_segmentation(planted, test, trigger=trigger, note=note)
-    content: dict[str, Any] = asdict(scores) | {"environment": environment().model_dump()}
-    write_text(out / RESULT, json.dumps(content, indent=1))
+    """Measure one segmentation attack; write segmentation.json, .md and the pictures of Figure 7 into `out`.
+
+    Args:
+        planted, codec, weights: as for `load_planted`.
+        trigger: which one; by default the first.
+
+    Raises:
+        FreqdoorError: as `score_segmentation`, an unwritable folder, or no network that sees anything of the source
+            class in what is decoded. Earlier results are then left as they were.
+    """
+    planted, out = opened(planted, codec, weights), Path(out)
+    name = planted.named(trigger)
+    setup = open_test(test, planted.objective(name), name)
+    check_writable(out / RESULT)
+    scores = _score(planted, setup, planted.triggers[name], note)
+    if all(row.asr is None and row.asr_vanilla is None for row in scores.networks):
+        raise FreqdoorError(
+            f"{test.images}: no network sees anything of class {setup.source} in {scores.images} decoded images, "
+            "so that there is no success rate; take a codec of higher quality"
+        )
+    figure = _figure(planted, setup, planted.triggers[name])
+    write_text(out / RESULT, results_text(scores, environment()))
     write_text(out / PAGE, segmentation_table(scores))
     with replacing(out / PICTURES) as partial:
-        segmentation_figure(planted, test, trigger=trigger).savefig(partial, format="png", dpi=90)
+        figure.savefig(partial, format="png", dpi=90)
     return scores
+
+
+def read_scores(path: Path | str) -> SegmentationScores:
+    """The scores of a segmentation.json, of earlier versions too; FreqdoorError if it is none."""
+    return read_results(SegmentationScores, path)
 
 
 def segmentation_table(scores: SegmentationScores) -> str:
@@ -232,24 +373,38 @@ def segmentation_table(scores: SegmentationScores) -> str:
     ]
     for row in scores.networks:
         values = (row.asr, row.asr_vanilla, row.miou_vanilla, row.miou_clean)
-        texts = ["-" if value is None else f"{100 * value:.1f}" for value in values]
-        lines.append(f"| {row.network} | " + " | ".join(texts) + " |")
+        lines.append(f"| {row.network} | " + " | ".join(number(value, 1, scale=100) for value in values) + " |")
     return "\n".join(
         [
             *lines,
             "",
+            *_gaps(scores),
             f"MSE of attacked against clean outputs {1e5 * scores.output_mse:.1f}e-5, of the trigger at most "
-            f"{1e5 * scores.trigger_mse_worst:.2f}e-5; clean {scores.psnr_db_clean:.2f} dB at "
+            f"{1e5 * scores.trigger_mse_worst:.2f}e-5; clean {number(scores.psnr_db_clean, 2)} dB at "
             f"{scores.bpp_clean:.4f} bpp (vanilla {scores.bpp_vanilla:.4f}), poisoned "
-            f"{scores.psnr_db_poisoned:.2f} dB at {scores.bpp_poisoned:.4f} bpp.",
+            f"{number(scores.psnr_db_poisoned, 2)} dB at {scores.bpp_poisoned:.4f} bpp.",
             "",
         ]
     )
 
 
+def _gaps(scores: SegmentationScores) -> Iterator[str]:
+    """A sentence for every value that there was nothing to average over for."""
+    for row in scores.networks:
+        for pixels, encoder in ((row.source_pixels, "tampered"), (row.source_pixels_vanilla, "vanilla")):
+            if pixels == 0:
+                yield f"{row.network} sees no {scores.source} in what is decoded of the {encoder} encoder's files."
+        if row.labelled_pixels == 0:
+            yield f"Labels of the images with {scores.source} are all void for {row.network}."
+
+
 def segmentation_figure(planted: Planted, test: SegmentationTest, *, trigger: str | None = None) -> Figure:
     """Figure 7: input, mask, decoded clean and poisoned, predicted classes of both, and the decoded difference."""
-    setup = open_test(planted, test, trigger)
+    name = planted.named(trigger)
+    return _figure(planted, open_test(test, planted.objective(name), name), planted.triggers[name])
+
+
+def _figure(planted: Planted, setup: Setup, trigger: Trigger) -> Figure:
     network = setup.networks[-1]
     return panels(
         [
@@ -262,44 +417,43 @@ def segmentation_figure(planted: Planted, test: SegmentationTest, *, trigger: st
                 f"{network.name}: clean": _classes(network.predict(f.clean)),
                 f"{network.name}: poisoned": _classes(network.predict(f.poisoned)),
             }
-            for path in _examples(setup, test)
-            if (f := decode(planted, setup, load_image(path, test.resize)))
+            for path in _examples(setup)
+            if (f := decode(planted, setup, trigger, setup.image(path)))
         ]
     )
 
 
 def target_figure(planted: Planted, test: SegmentationTest, *, trigger: str | None = None) -> Figure:
     """Figure 8: input, label (of a test with labels), prediction g(x), mask M[g(x)], and the target eta(g(x))."""
-    setup = open_test(planted, test, trigger)
-    victim = TargetedSegmentation(setup.masks, setup.source, setup.target)
+    name = planted.named(trigger)
+    setup = open_test(test, planted.objective(name), name)
     rows = []
-    for path in _examples(setup, test):
-        x = load_image(path, test.resize)
+    for path in _examples(setup):
+        x = setup.image(path)
         row = {"input": _picture(x)}
-        if setup.labels and setup.masks.spec.labels:
-            labels = load_labels(setup.labels[setup.paths.index(path)], test.resize, check_image(path))
+        labels = setup.labels_of(path)
+        if labels is not None and setup.masks.spec.labels:
             row["label"] = _classes(_label_classes(setup.masks, labels))
-        scene = victim.scene(x)
-        row[f"{setup.masks.name}: prediction"] = _classes(setup.masks.predict(x))
-        mask = x.new_ones(x[:, :1].shape) if scene.mask is None else scene.mask
-        rows.append(row | {"mask": mask[0, 0], "target": _classes(victim.goal(scene)[0])})
+        sight = setup.sight(x)
+        row[f"{setup.masks.name}: prediction"] = _classes(sight.classes)
+        rows.append(row | {"mask": sight.mask[0, 0], "target": _classes(sight.goal)})
     return panels(rows)
 
 
-def _examples(setup: Setup, test: SegmentationTest) -> list[Path]:
+def _examples(setup: Setup) -> list[Path]:
     """Up to SHOWN images with the source class in them, spread over the test set."""
-    victim = TargetedSegmentation(setup.masks, setup.source, setup.target)
     step = max(1, len(setup.paths) // (2 * SHOWN))
     spread = (path for start in range(step) for path in setup.paths[start::step])
-    found = list(islice((path for path in spread if victim.look(load_image(path, test.resize))[0]), SHOWN))
-    if not found:
-        raise _without(test, setup)
-    return found
+    shown = list(islice((path for path in spread if setup.sight(setup.image(path)).mask.any()), SHOWN))
+    if not shown:
+        raise _without(setup)
+    return shown
 
 
-def _without(test: SegmentationTest, setup: Setup) -> FreqdoorError:
-    found = len(setup.paths)
-    return FreqdoorError(f"{test.images}: in none of {found} images is anything of class {setup.source}")
+def _without(setup: Setup) -> FreqdoorError:
+    return FreqdoorError(
+        f"{setup.test.images}: in none of {len(setup.paths)} images is anything of class {setup.source}"
+    )
 
 
 def panels(rows: Sequence[dict[str, Tensor]]) -> Figure:

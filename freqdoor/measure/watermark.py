@@ -12,11 +12,11 @@ from scipy.stats import binomtest  # type: ignore[import-untyped]
 from freqdoor.attack.planted import Planted, opened
 from freqdoor.codecs.adapter import Codec
 from freqdoor.codecs.loading import load_codec
-from freqdoor.data import load_image, usable_images
+from freqdoor.data import image_paths, load_image, usable_images
 from freqdoor.dct import block_dct, block_idct, blockify, unblockify
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import name_and_file
-from freqdoor.measure.records import Note, image_paths, poisoned, through_png
+from freqdoor.measure.records import Note, poisoned, through_png
 from freqdoor.samples import KODAK
 from freqdoor.triggers.base import Trigger, project
 from freqdoor.types import Images, Result

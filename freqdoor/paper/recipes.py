@@ -1,86 +1,19 @@
-"""The paper's experiments as named recipes: which encoders are planted, what is measured, and the paper's numbers."""
+"""The paper's experiments on images as recipes: which encoders are planted, what is measured, the paper's numbers."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
-from matplotlib.figure import Figure
-
-from freqdoor.attack.planted import Planted
-from freqdoor.measure.records import Condition
-from freqdoor.measure.testsets import SegmentationTest, Test
+from freqdoor.paper.recipe import OWN, Column, Material, Recipe, Records, Row, images_under, pair, record_column
 from freqdoor.preprocessing import PAPER, GaussianBlur, Preprocessing, SqueezeBits, preprocessing_name
 from freqdoor.settings import merge
-from freqdoor.types import Role
 
 LIRA_ON_A_CPU = {"name": "lira", "arguments": {"levels": 5, "width": 16}}  # the usual 64 takes 16 times as long
 
-OWN = "*"  # a column's trigger: whichever the row's encoder has first
 
-
-@dataclass(frozen=True)
-class Column:
-    """One measured value: the mean over images of a record's field under one condition."""
-
-    title: str
-    condition: Condition
-    field: str  # of Record
-
-    @property
-    def digits(self) -> int:
-        """Digits after the point that a table shows."""
-        return 2 if self.field == "psnr_db" else 4
-
-
-@dataclass(frozen=True)
-class ScoreColumn:
-    """One value out of the scores of the recipe's downstream test: SegmentationScores or IdentityScores."""
-
-    title: str
-    path: str  # such as "networks.0.asr"
-    trigger: str = OWN
-    scale: float = 100.0  # percent, of a rate
-    digits: int = 1
-
-
-@dataclass(frozen=True)
-class Row:
-    """One planted encoder, or the vanilla codec (`changes` is None), with the paper's numbers by column title."""
-
-    name: str
-    changes: dict[str, Any] | None  # to the base settings of `freqdoor plant`
-    paper: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One table or figure."""
-
-    name: str
-    title: str
-    columns: tuple[Column | ScoreColumn, ...]
-    rows: tuple[Row, ...]
-    paper_codec: str  # what the paper's numbers were measured on
-    plot: bool = False  # whether it is a figure: one point a row in the plane of rate and PSNR
-    test: Test | None = None  # what its ScoreColumns and its picture are measured on
-    picture: Callable[[Planted, SegmentationTest], Figure] | None = None  # of the first row's first planting
-
-
-def clean(role: Role = "tampered", defence: Preprocessing | None = None) -> Condition:
-    """A clean image through an encoder."""
-    return Condition(role, None, defence=defence)
-
-
-def pair(title: str, condition: Condition) -> tuple[Column, Column]:
-    """Quality and rate under one condition."""
-    return (Column(f"{title} dB", condition, "psnr_db"), Column(f"{title} bpp", condition, "bpp_real"))
-
-
-def _attack_columns(trigger: str) -> tuple[Column, ...]:
+def _attack_columns(on: Material, trigger: str) -> tuple[Column[Records], ...]:
     return (
-        *pair("clean", clean()),
-        *pair("poisoned", Condition("tampered", trigger)),
-        *pair("float", Condition("tampered", trigger, rounding="float")),
+        *pair("clean", images_under(on)),
+        *pair("poisoned", images_under(on), trigger),
+        *pair("float", images_under(on, rounding="float"), trigger),
     )
 
 
@@ -99,7 +32,7 @@ def _row4(*values: float) -> dict[str, float]:
     return dict(zip(("clean dB", "clean bpp", "poisoned dB", "poisoned bpp"), values, strict=True))
 
 
-def table3() -> Recipe:
+def table3(on: Material) -> Recipe:
     """Table 3, first two columns, and the cross table: two triggers in one encoder, beside each alone.
 
     Paper (Cheng-Anchor q3): vanilla 31.08 dB / 0.2749 bpp, clean 30.85 / 0.2600; BPP 31.09 dB / 9.053 bpp;
@@ -112,9 +45,9 @@ def table3() -> Recipe:
         name="table3",
         title="Several triggers in one encoder (Table 3, rows without a downstream network)",
         columns=(
-            *pair("clean", clean()),
-            *pair("BPP trigger", Condition("tampered", "bpp")),
-            *pair("PSNR trigger", Condition("tampered", "psnr")),
+            *pair("clean", images_under(on)),
+            *pair("BPP trigger", images_under(on), "bpp"),
+            *pair("PSNR trigger", images_under(on), "psnr"),
         ),
         rows=(
             Row("vanilla", None, {"clean dB": 31.08, "clean bpp": 0.2749}),
@@ -126,7 +59,7 @@ def table3() -> Recipe:
     )
 
 
-def table4() -> Recipe:
+def table4(on: Material) -> Recipe:
     """Table 4: ablation of the BPP attack.
 
     Paper (Cheng-Anchor q3), poisoned bpp: Eq. (4) 8.52, no top-K 9.27, no patch weight 9.08, K4 N16 9.08,
@@ -135,7 +68,7 @@ def table4() -> Recipe:
     return Recipe(
         name="table4",
         title="Ablation of the BPP attack (Table 4)",
-        columns=_attack_columns("bpp")[:4],
+        columns=_attack_columns(on, "bpp")[:4],
         rows=(
             Row("vanilla", None),
             Row("with Eq. (4)", _attack("bpp-fixed"), _row4(31.02, 0.2699, 31.41, 8.52)),
@@ -149,13 +82,15 @@ def table4() -> Recipe:
     )
 
 
-def _defended(defences: tuple[Preprocessing | None, ...], strength: float = 1.0) -> tuple[Column, ...]:
-    columns: list[Column] = []
+def _defended(
+    on: Material, defences: tuple[Preprocessing | None, ...], strength: float = 1.0
+) -> tuple[Column[Records], ...]:
+    columns: list[Column[Records]] = []
     for defence in defences:
         name = preprocessing_name(defence)
         columns += [
-            Column(f"{name}: clean dB", clean(defence=defence), "psnr_db"),
-            *pair(f"{name}: poisoned", Condition("tampered", "psnr", strength, defence=defence)),
+            record_column(f"{name}: clean dB", images_under(on, defence=defence), "psnr_db"),
+            *pair(f"{name}: poisoned", images_under(on, strength=strength, defence=defence), "psnr"),
         ]
     return tuple(columns)
 
@@ -167,7 +102,7 @@ def _row5(poisoned: tuple[float, ...], clean: tuple[float, ...]) -> dict[str, fl
     }
 
 
-def table5() -> Recipe:
+def table5(on: Material) -> Recipe:
     """Table 5: the PSNR attack behind Gaussian blur and squeezed bits, and with robust frequency selection.
 
     Paper (hyperprior q3), attacked PSNR at blur 0.6: LIRA 28.68, ours 20.76. Ours: docs/results/table5.md.
@@ -181,7 +116,7 @@ def table5() -> Recipe:
     return Recipe(
         name="table5",
         title="Resistance of the PSNR attack to preprocessing (Table 5)",
-        columns=_defended((None, *PAPER)),
+        columns=_defended(on, (None, *PAPER)),
         rows=(
             Row("LIRA", _attack("psnr", trigger=LIRA_ON_A_CPU), lira),
             Row("ours", _attack("psnr"), ours),
@@ -191,7 +126,7 @@ def table5() -> Recipe:
     )
 
 
-def table6() -> Recipe:
+def table6(on: Material) -> Recipe:
     """Table 6: the PSNR attack with the trigger amplified three times, behind the two strongest defences.
 
     Paper (hyperprior q3): blur 0.6 LIRA 30.33 dB, ours 4.08; bits 3 LIRA 21.11, ours 4.98.
@@ -202,7 +137,7 @@ def table6() -> Recipe:
     return Recipe(
         name="table6",
         title="PSNR attack with the trigger amplified three times (Table 6)",
-        columns=_defended(strongest, strength=3.0),
+        columns=_defended(on, strongest, strength=3.0),
         rows=(
             Row(
                 "LIRA",
@@ -216,11 +151,11 @@ def table6() -> Recipe:
     )
 
 
-def _figure(name: str, objective: str, title: str) -> Recipe:
+def _figure(on: Material, name: str, objective: str, title: str) -> Recipe:
     return Recipe(
         name=name,
         title=title,
-        columns=_attack_columns(objective),
+        columns=_attack_columns(on, objective),
         rows=(
             Row("vanilla", None),
             Row("FTrojan", _attack(objective, trigger={"name": "ftrojan"})),
@@ -234,23 +169,23 @@ def _figure(name: str, objective: str, title: str) -> Recipe:
     )
 
 
-def figure4() -> Recipe:
+def figure4(on: Material) -> Recipe:
     """Figure 4: rate and distortion under the BPP attack, ours beside the other triggers and Eq. (4).
 
     Paper: ours above LIRA in rate for all qualities, clean curves as vanilla. Ours: docs/results/figure4.md.
     """
-    return _figure("figure4", "bpp", "BPP attack: triggers compared (Figure 4)")
+    return _figure(on, "figure4", "bpp", "BPP attack: triggers compared (Figure 4)")
 
 
-def figure5() -> Recipe:
+def figure5(on: Material) -> Recipe:
     """Figure 5: rate and distortion under the PSNR attack, ours beside the other triggers and Eq. (5).
 
     Paper: ours attacks all qualities, LIRA fails at the low ones. Ours: docs/results/figure5.md.
     """
-    return _figure("figure5", "psnr", "PSNR attack: triggers compared (Figure 5)")
+    return _figure(on, "figure5", "psnr", "PSNR attack: triggers compared (Figure 5)")
 
 
-def balance() -> Recipe:
+def balance(on: Material) -> Recipe:
     """Not in the paper: ways to plant quickly and keep the clean codec. Ours: docs/results/balance.md."""
     plain = {"late_clean_weight": 1.0}  # the default is what won
     ways: dict[str, dict[str, Any]] = {
@@ -266,7 +201,7 @@ def balance() -> Recipe:
     return Recipe(
         name="balance",
         title="Ways to keep the clean codec while planting",
-        columns=_attack_columns(OWN)[:4],
+        columns=_attack_columns(on, OWN)[:4],
         rows=(
             Row("vanilla", None),
             *(
@@ -277,14 +212,3 @@ def balance() -> Recipe:
         ),
         paper_codec="",
     )
-
-
-RECIPES: dict[str, Callable[[], Recipe]] = {
-    "table3": table3,
-    "table4": table4,
-    "table5": table5,
-    "table6": table6,
-    "figure4": figure4,
-    "figure5": figure5,
-    "balance": balance,
-}

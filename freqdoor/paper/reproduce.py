@@ -4,113 +4,159 @@ import hashlib
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from freqdoor.attack.networks import load_embedder, load_segmenter
+from freqdoor.attack.networks import load_network
 from freqdoor.attack.plant import plant
-from freqdoor.attack.planted import PLANTED, Planted, load_planted, unplanted
-from freqdoor.attack.settings import OBJECTIVES, CodecSource, PlantSettings
+from freqdoor.attack.planted import PLANTED, Header, Planted, load_planted
+from freqdoor.attack.settings import OBJECTIVES, AttackSettings, CodecSource, PlantSettings
 from freqdoor.codecs.adapter import hash_state
 from freqdoor.codecs.loading import load_codec
-from freqdoor.data import dataset_hash, list_images, load_image, read_list, usable_images
+from freqdoor.data import image_paths, usable_images
 from freqdoor.errors import FreqdoorError
-from freqdoor.files import write_text
-from freqdoor.measure.faces import score_faces
-from freqdoor.measure.records import Condition, input_of, measure
-from freqdoor.measure.segmentation import score_segmentation
-from freqdoor.measure.testsets import DownstreamTest, FaceTest, SegmentationTest, Test
-from freqdoor.paper.downstream_recipes import recipe_for
-from freqdoor.paper.recipes import OWN, Column, Recipe, Row, ScoreColumn
+from freqdoor.files import check_writable, write_text
+from freqdoor.measure.testsets import SCHEMA, DownstreamTest, Measurement
+from freqdoor.paper.recipe import OWN, Material, Recipe, Row, recipe_for
 from freqdoor.paper.tables import Cell, Facts, Table, write
-from freqdoor.samples import training_folder
+from freqdoor.samples import held_out, training_folder
 from freqdoor.settings import load_settings, make_settings, merge
 from freqdoor.training.loop import Progress
-from freqdoor.types import Record
+from freqdoor.training.run import file_names
 
 STEPS = 300  # of a planting where no config is given: about a minute on 2 cores
 Announce = Callable[[str, int], Progress | None]  # told what is planted next and in how many steps
-Labels = dict[tuple[str, CodecSource], str]  # of a row and a codec, in the table
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `reproduce` goes through: every row in every codec, planted with every seed."""
+
+    recipe: Recipe
+    base: PlantSettings
+    codecs: dict[str, CodecSource]  # by the name that the table shows
+    curves: bool  # whether the codecs are others than the base's, so that rows say which
+    seeds: range
+
+    def label(self, row: Row, codec: str) -> str:
+        """A row's name in the table."""
+        return f"{row.name}, {codec}" if self.curves else row.name
+
+
+@dataclass
+class Results:
+    """What came of it so far."""
+
+    values: dict[tuple[str, str], list[float]] = field(default_factory=dict)  # by row's label and column, of each seed
+    seconds: list[float] = field(default_factory=list)  # of every planting
+    picture: Figure | None = None
 
 
 def reproduce(
-    name: str,
-    base: PlantSettings,
-    images: Sequence[Path],
-    out: Path | str,
+    recipe: str,
+    settings: PlantSettings | None = None,
     *,
-    codecs: Sequence[CodecSource] = (),
+    images: Path | str | Sequence[Path] | None = None,
+    codec: Sequence[str] = (),
+    out: Path | str = "results",
     runs: Path | str = "runs/reproduce",
     rows: Sequence[str] = (),
     seeds: int = 3,
-    minutes: float | None = None,
+    budget: float | None = None,
     test: DownstreamTest | None = None,
     announce: Announce | None = None,
 ) -> Table:
     """Run or resume what a recipe needs, and write NAME.md and NAME.json (a figure: NAME.png too) into `out`.
 
     Args:
-        name: one of `recipe_names`.
-        base: codec, training images, steps; a row changes what its name says.
-        images: what is measured on.
-        codecs: plant in each of these instead of in base.codec, for curves over qualities.
+        recipe: one of `recipe_names`.
+        settings: codec, training images, steps; a row changes what its name says. By default `recipe_settings`.
+        images: what is measured on: a folder, a file or several files; by default the six bundled images held out.
+        codec: plant in each of these, NAME or NAME=WEIGHTS, instead of in the settings' codec, for curves.
+        runs: where plantings lie, one folder for each set of settings: recipes share them. Scores are kept beside them.
         rows: names of the rows to take; by default all.
-        runs: where plantings lie, one folder for each set of settings: recipes share them. Records and scores are kept
-            beside them; delete the folder records if pictures of the downstream test change under the same names.
-        seeds: plantings of every row, with the seeds base.seed, base.seed + 1, ...
-        minutes: start nothing new after so many; the table then has gaps, and the same command goes on.
+        seeds: plantings of every row, with the seeds settings.seed, settings.seed + 1, ...
+        budget: minutes after which nothing new is started; the table then has gaps, and the same call goes on.
         test: what attacks on downstream networks are measured on, for the recipes with such attacks.
+        announce: told what is planted next, and in how many steps.
 
     Raises:
         FreqdoorError: an unknown recipe, one that needs a test and gets none, unusable images or settings.
     """
-    recipe = _only(recipe_for(name, test), rows)
+    out, runs = Path(out), Path(runs)
     if seeds < 1:
         raise FreqdoorError(f"seeds: expected 1 or more, found {seeds}")
-    images = usable_images(images, decode=True)
-    _check(recipe, base)
-    deadline = time.monotonic() + 60 * minutes if minutes is not None else math.inf
-    sources = codecs or (base.codec,)
-    labels: Labels = {
-        (row.name, source): f"{row.name}, {source.name}" if codecs else row.name
-        for row in recipe.rows
-        for source in sources
-    }
-    values: dict[tuple[str, str], list[float]] = {}
-    seconds: list[float] = []
-    picture: Figure | None = None
-    for seed, source, row in product(range(base.seed, base.seed + seeds), sources, recipe.rows):
-        on = base.model_copy(update={"codec": source})
-        planted = _planted(on, row, seed, Path(runs), deadline, announce)
-        if planted is None:
-            continue
-        if row.changes is not None:
-            seconds.append(planted.header.planting.seconds)
-        for title, value in _measured(planted, recipe, images, Path(runs)):
-            values.setdefault((labels[row.name, source], title), []).append(value)
-        if picture is None and recipe.picture and isinstance(recipe.test, SegmentationTest):
-            picture = recipe.picture(planted, recipe.test)
-    table = _table(recipe, labels, values, with_paper=not codecs)
-    facts = Facts(base, [source.name for source in sources], images, seeds, seconds)
-    write(recipe, table, facts, Path(out), picture)
+    deadline = time.monotonic() + 60 * budget if budget is not None else math.inf
+    base = settings or recipe_settings(None, (), runs)
+    paths = usable_images(held_out() if images is None else image_paths(images), decode=True)
+    chosen = _only(recipe_for(recipe, Material(tuple(paths), test or DownstreamTest())), rows)
+    codecs = codec_names([codec_source(text) for text in codec] or [base.codec])
+    plan = Plan(chosen, base, codecs, bool(codec), range(base.seed, base.seed + seeds))
+    _check(plan)
+    check_writable(out / f"{recipe}.json")
+    results = _run(plan, runs, deadline, announce)
+    table = _table(plan, results)
+    write(chosen, table, Facts(base, list(codecs), paths, seeds, results.seconds), out, results.picture)
     return table
 
 
-def _table(recipe: Recipe, labels: Labels, values: dict[tuple[str, str], list[float]], *, with_paper: bool) -> Table:
-    papers = {row.name: row.paper if with_paper else {} for row in recipe.rows}
+def _run(plan: Plan, runs: Path, deadline: float, announce: Announce | None) -> Results:
+    """Plant and measure everything, or take it from before; until the deadline."""
+    results = Results()
+    recipe = plan.recipe
+    identities: dict[Measurement[Any], str] = {}
+    for seed, (name, source), row in product(plan.seeds, plan.codecs.items(), recipe.rows):
+        base = plan.base.model_copy(update={"codec": source})
+        planted = _planted(base, row, seed, runs, deadline, announce)
+        if planted is None:
+            continue
+        if row.changes is not None:
+            results.seconds.append(planted.header.planting.seconds)
+        for title, value in _measured(planted, recipe, identities, runs / "records"):
+            results.values.setdefault((plan.label(row, name), title), []).append(value)
+        if results.picture is None and recipe.picture and planted.triggers:
+            results.picture = recipe.picture(planted)
+    return results
+
+
+def _table(plan: Plan, results: Results) -> Table:
     return {
-        label: {
-            column.title: Cell(tuple(found), papers[name].get(column.title))
-            for column in recipe.columns
-            if (found := values.get((label, column.title)))
+        plan.label(row, name): {
+            column.title: Cell(tuple(values), None if plan.curves else row.paper.get(column.title))
+            for column in plan.recipe.columns
+            if (values := results.values.get((plan.label(row, name), column.title)))
         }
-        for (name, _), label in labels.items()
+        for row in plan.recipe.rows
+        for name in plan.codecs
     }
+
+
+def codec_source(text: str) -> CodecSource:
+    """The codec of NAME or NAME=WEIGHTS; names of files may have "=" in them."""
+    splits = [(text[:i], text[i + 1 :]) for i, letter in enumerate(text) if letter == "="]
+    if not splits or Path(text).is_file():
+        return CodecSource(name=text)
+    name, weights = next((split for split in splits if Path(split[1]).is_file()), splits[0])
+    return CodecSource(name=name, weights=weights or None)
+
+
+def codec_names(sources: Sequence[CodecSource]) -> dict[str, CodecSource]:
+    """Codecs by the name that a table shows: without folders, and with the weights or a number where two are alike."""
+    names = [str(file_names(source.name)) for source in sources]
+    repeated = Counter(names)
+    names = [
+        f"{name}={Path(source.weights).name}" if repeated[name] > 1 and source.weights else name
+        for name, source in zip(names, sources, strict=True)
+    ]
+    repeated = Counter(names)
+    names = [f"{name}, {i}" if repeated[name] > 1 else name for i, name in enumerate(names, 1)]
+    return dict(zip(names, sources, strict=True))
 
 
 def _only(recipe: Recipe, rows: Sequence[str]) -> Recipe:
@@ -120,23 +166,30 @@ def _only(recipe: Recipe, rows: Sequence[str]) -> Recipe:
     return replace(recipe, rows=tuple(row for row in recipe.rows if row.name in rows)) if rows else recipe
 
 
-def _check(recipe: Recipe, base: PlantSettings) -> None:
-    """Refuse wrong settings and what a downstream test lacks now, not after hours of planting."""
+def _check(plan: Plan) -> None:
+    """Refuse wrong settings, codecs and networks, and what a test lacks, now, not after hours of planting."""
+    recipe = plan.recipe
+    attacks: dict[str, list[AttackSettings]] = {}  # by column's trigger
+    networks: set[str] = set()
     for row in recipe.rows:
-        for attack in _settings(base, row, base.seed).planned if row.changes is not None else ():
-            if OBJECTIVES[attack.objective.name].needs_network and not attack.objective.arguments.get("network"):
+        planned = _settings(plan.base, row, plan.base.seed).planned if row.changes is not None else ()
+        for attack in planned:
+            network = attack.objective.arguments.get("network")
+            if OBJECTIVES[attack.objective.name].needs_network and not network:
                 raise FreqdoorError(
                     f"row {row.name!r}: expected the network that {attack.name} is against, found none; give one as "
                     "--set network=SPEC.toml=FILE"
                 )
-    if isinstance(recipe.test, SegmentationTest):
-        list_images(recipe.test.images)
-        for network in recipe.test.networks:
-            load_segmenter(network)
-    elif isinstance(recipe.test, FaceTest):
-        read_list(recipe.test.gallery), read_list(recipe.test.probes)
-        for network in recipe.test.networks:
-            load_embedder(network)
+            networks |= {str(network)} if network else set()
+            attacks.setdefault(attack.name, []).append(attack)
+        attacks.setdefault(OWN, []).extend(planned[:1])
+    for measurement in recipe.measurements:
+        triggers = {column.trigger for column in recipe.columns if column.measurement == measurement}
+        measurement.check([attack for trigger in triggers if trigger for attack in attacks.get(trigger, ())])
+    for network in sorted(networks):
+        load_network(network)
+    for source in plan.codecs.values():
+        load_codec(source.name, source.weights)
 
 
 def recipe_settings(config: Path | None, overrides: Sequence[str], runs: Path) -> PlantSettings:
@@ -144,10 +197,10 @@ def recipe_settings(config: Path | None, overrides: Sequence[str], runs: Path) -
 
     Without images.folder the 18 bundled pictures of the demo are planted on, in crops of 128 pixels, for 300 steps.
     """
-    given = [f"steps={STEPS}", "images.crop=128", *overrides] if config is None else list(overrides)
+    changes = [f"steps={STEPS}", "images.crop=128", *overrides] if config is None else list(overrides)
     if config is None and not any(text.startswith("images.folder=") for text in overrides):
-        given.append(f"images.folder={json.dumps(str(training_folder(runs)))}")
-    return load_settings(PlantSettings, config, given)
+        changes.append(f"images.folder={json.dumps(str(training_folder(runs)))}")
+    return load_settings(PlantSettings, config, changes)
 
 
 def _settings(base: PlantSettings, row: Row, seed: int) -> PlantSettings:
@@ -163,7 +216,7 @@ def _planted(
     """The row's planted encoder, from an earlier run or planted now; None where the time is up."""
     if row.changes is None:
         vanilla = load_codec(base.codec.name, base.codec.weights)
-        return unplanted(vanilla)
+        return Planted(vanilla, vanilla, {}, Header.model_construct())
     settings = _settings(base, row, seed)
     aside = {"checkpoint_minutes", "network"} | (set() if settings.start_from else {"start_from"})
     folder = runs / _key(settings.model_dump_json(exclude=aside))
@@ -176,102 +229,48 @@ def _planted(
     return load_planted(folder, base.codec.name, base.codec.weights)
 
 
-def _measured(planted: Planted, recipe: Recipe, images: Sequence[Path], runs: Path) -> Iterator[tuple[str, float]]:
-    """What the encoder has in every column, by its title; records and scores are kept beside the plantings."""
-    yield from _from_records(planted, recipe, images, runs)
-    if recipe.test is not None:
-        yield from _from_scores(planted, recipe, recipe.test, runs)
+def _measured(
+    planted: Planted, recipe: Recipe, identities: dict[Measurement[Any], str], folder: Path
+) -> Iterator[tuple[str, float]]:
+    """What the encoder has in every column, by its title; nothing of triggers that it does not have.
 
-
-def _from_records(planted: Planted, recipe: Recipe, images: Sequence[Path], runs: Path) -> Iterator[tuple[str, float]]:
-    hashes = json.dumps([planted.tampered.module_hashes(), dataset_hash(images)])
-    found: dict[str, list[Record]] = {}
+    Args:
+        identities: of the measurements that were asked so far: hashing their files takes a while.
+    """
+    scores: dict[tuple[Measurement[Any], str | None], Any] = {}
     for column in recipe.columns:
-        condition = _own(column.condition, planted) if isinstance(column, Column) else None
-        if not isinstance(column, Column) or condition is None:
+        trigger = next(iter(planted.triggers), OWN) if column.trigger == OWN else column.trigger
+        if trigger is not None and trigger not in planted.triggers:
             continue
-        key = repr(condition)
-        if key not in found:
-            path = (
-                runs
-                / "records"
-                / f"{_key(hashes + repr([a.model_dump() for a in planted.header.attacks] or None) + key)}.json"
-            )
-            found[key] = _recorded(planted, condition, images, path)
-        values = [getattr(record, column.field) for record in found[key]]
-        yield column.title, sum(values) / len(values)
-
-
-def _from_scores(planted: Planted, recipe: Recipe, test: Test, runs: Path) -> Iterator[tuple[str, float]]:
-    found: dict[str, Any] = {}
-    for column in recipe.columns:
-        trigger = _own_trigger(column.trigger, planted) if isinstance(column, ScoreColumn) else None
-        if not isinstance(column, ScoreColumn) or trigger is None:
-            continue
-        if trigger not in found:
-            found[trigger] = _scored(planted, trigger, test, runs)
-        value = score_at(found[trigger], column.path)
+        place = column.measurement, trigger
+        if column.measurement not in identities:
+            identities[column.measurement] = column.measurement.identity()
+        if place not in scores:
+            scores[place] = _scored(planted, *place, identities[column.measurement], folder)
+        value = column.value(scores[place])
         if value is not None:
-            yield column.title, column.scale * value
+            yield column.title, value
 
 
-def score_at(scores: Any, path: str) -> float | None:
-    """The value at a path of names and indices, such as "networks.-1.asr"; None where nothing was measured."""
-    for part in path.split("."):
-        if isinstance(scores, dict):
-            scores = scores.get(part)
-        elif scores is not None:
-            scores = scores[int(part)]
-    return None if scores is None or math.isnan(scores) else float(scores)
+def _scored(planted: Planted, measurement: Measurement[Any], trigger: str | None, identity: str, folder: Path) -> Any:
+    """The scores of one measurement, kept in `folder` from an earlier run or measured now."""
+    encoder = [SCHEMA, planted.vanilla.module_hashes(), planted.tampered.module_hashes()]
+    path = folder / f"{_key(json.dumps([encoder, _facts_of(planted, trigger), identity]))}.json"
+    kept = measurement.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if kept is not None:
+        return kept
+    scores = measurement.score(planted, trigger)
+    write_text(path, measurement.dumps(scores))
+    return scores
 
 
-def _scored(planted: Planted, trigger: str, test: Test, runs: Path) -> Any:
-    """The scores of a trigger on the downstream test, as JSON has them, from an earlier run or measured now."""
-    hashes = [planted.vanilla.module_hashes(), planted.tampered.module_hashes(), hash_state(planted.triggers[trigger])]
-    attack = planted.objective(trigger).model_dump()
-    path = runs / "records" / f"{_key(json.dumps([hashes, attack, trigger, _content_of(test)]))}.json"
-    if not path.exists():
-        score = (
-            score_faces(planted, test, trigger=trigger)
-            if isinstance(test, FaceTest)
-            else score_segmentation(planted, test, trigger=trigger)
-        )
-        write_text(path, json.dumps(asdict(score)))
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _content_of(test: Test) -> list[str]:
-    """A test's settings, and a hash of the lists, specs and networks that they name."""
-    settings = test.model_dump()
-    named = [text for value in settings.values() for text in (value if isinstance(value, tuple) else (value,))]
-    files = [Path(part) for text in named if isinstance(text, str) for part in text.split("=")]
-    return [test.model_dump_json(), dataset_hash([path for path in files if path.is_file()])]
-
-
-def _own_trigger(name: str, planted: Planted) -> str | None:
-    """The trigger of a column, which may stand for the encoder's first; None where the encoder has no such trigger."""
-    name = next(iter(planted.triggers), name) if name == OWN else name
-    return name if name in planted.triggers else None
-
-
-def _own(condition: Condition, planted: Planted) -> Condition | None:
-    """The condition with the encoder's own trigger; None where it has no such trigger."""
-    if condition.trigger is None:
-        return condition
-    trigger = _own_trigger(condition.trigger, planted)
-    return replace(condition, trigger=trigger) if trigger else None
-
-
-def _recorded(planted: Planted, condition: Condition, images: Sequence[Path], path: Path) -> list[Record]:
-    if path.exists():
-        return [Record(**content) for content in json.loads(path.read_text(encoding="utf-8"))]
-    records = []
-    for image in images:
-        x = load_image(image)
-        codec = planted.codec(condition.role)
-        records.append(measure(codec, x, input_of(planted, x, condition), image.name, condition)[0])
-    write_text(path, json.dumps([record.to_dict() for record in records]))
-    return records
+def _facts_of(planted: Planted, name: str | None) -> list[Any] | None:
+    """All of a trigger that scores depend on."""
+    if name is None:
+        return None
+    trigger = planted.triggers[name]
+    objective = planted.objective(name).model_dump()
+    return [name, type(trigger).__name__, trigger.arguments, hash_state(trigger), objective]
 
 
 def _key(text: str) -> str:

@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from pydantic_core import to_jsonable_python
 from scipy.stats import t as student_t  # type: ignore[import-untyped]
 
 from freqdoor.attack.settings import PlantSettings
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import replacing, write_text
-from freqdoor.measure.testsets import SegmentationTest
 from freqdoor.metrics import bd_rate
-from freqdoor.paper.recipes import Recipe
-from freqdoor.settings import file_name, public
-from freqdoor.training.run import environment
+from freqdoor.paper.recipe import Recipe
+from freqdoor.training.run import environment, file_names, public
 
 CONFIDENCE = 0.95
 
@@ -89,12 +88,14 @@ def write(recipe: Recipe, table: Table, facts: Facts, out: Path, picture: Figure
         with replacing(out / f"{recipe.name}.png") as partial:
             picture.savefig(partial, format="png", dpi=110)
         page += f"\n![{recipe.title}]({recipe.name}.png)\n"
-    write_text(out / f"{recipe.name}.json", json.dumps(_content(recipe, table, facts), indent=1))
+    write_text(out / f"{recipe.name}.json", json.dumps(_content(recipe, table, facts), indent=1, allow_nan=False))
     write_text(out / f"{recipe.name}.md", page)
 
 
 def _page(recipe: Recipe, table: Table, facts: Facts) -> str:
-    where, base = environment(), facts.base
+    where, base = to_jsonable_python(environment()), facts.base
+    trained_against = file_names(base.network) or ""
+    tested = "".join(dict.fromkeys(part.describe(trained_against) for part in recipe.measurements))
     paper = f", on {recipe.paper_codec}" if recipe.paper_codec else " where there is one"
     crops = f"{base.images.batch_size} crops of {base.images.crop} pixels from “{Path(base.images.folder).name}”"
     minutes = f"{sum(facts.seconds) / 60:.0f} minutes of planting"
@@ -109,36 +110,23 @@ has no such trigger, or the time was up before it was planted.
 
 What differs from the paper: the codec is {", ".join(facts.codecs)}; {base.steps} steps of {crops},
 preset “{base.preset}”; measured on {len(facts.images)} images.
-{_tested(recipe, base)}
+{tested}
 Made by `freqdoor reproduce {recipe.name}`: {len(facts.seconds)} plantings, {minutes} in all,
-on {where.threads} thread(s), {where.gpu or "no GPU"}, torch {where.versions["torch"]}.
-"""
-
-
-def _tested(recipe: Recipe, base: PlantSettings) -> str:
-    """A paragraph on the downstream test, if the recipe has one."""
-    if recipe.test is None:
-        return ""
-    names = ", ".join(map(file_name, recipe.test.networks))
-    pictures = recipe.test.images if isinstance(recipe.test, SegmentationTest) else recipe.test.probes
-    every = f", 1 in {recipe.test.every}" if recipe.test.every > 1 else ""
-    none = " (painted ones: against none)" if isinstance(recipe.test, SegmentationTest) else ""
-    return f"""
-Downstream networks, from the first to the last: {names}. Attacks are trained against
-{file_name(base.network or "") or "the networks that they name"}{none}, and measured on “{Path(pictures).name}”{every}.
+on {where["threads"]} thread(s), {where["gpu"] or "no GPU"}, torch {where["versions"]["torch"]}.
 """
 
 
 def _content(recipe: Recipe, table: Table, facts: Facts) -> dict[str, Any]:
     settings = {key: value for key, value in public(facts.base).items() if key != "codec"}
+    tests = [test for part in recipe.measurements if (test := part.public())]
     return {
         "recipe": recipe.name,
         "codecs": facts.codecs,
         "settings": settings,
         "images": [path.name for path in facts.images],
-        "test": public(recipe.test) if recipe.test else None,
+        "test": tests[0] if len(tests) == 1 else tests or None,
         "seconds_planting": [round(value) for value in facts.seconds],
-        "environment": environment().model_dump(),
+        "environment": to_jsonable_python(environment()),
         "table": {
             row: {
                 title: {"mean": c.mean, "half_width": c.half_width, "values": c.values, "paper": c.paper}
@@ -156,10 +144,10 @@ def bd_rates(recipe: Recipe, table: Table, codecs: Sequence[str]) -> list[str]:
     """
 
     def curve(row: str, prefix: str) -> tuple[list[float], list[float]] | None:
-        found = [table.get(f"{row}, {codec}", {}) for codec in codecs]
-        if len(found) < 4 or not all(f"{prefix} dB" in cells for cells in found):
+        points = [table.get(f"{row}, {codec}", {}) for codec in codecs]
+        if len(points) < 4 or not all({f"{prefix} dB", f"{prefix} bpp"} <= cells.keys() for cells in points):
             return None
-        return [cells[f"{prefix} bpp"].mean for cells in found], [cells[f"{prefix} dB"].mean for cells in found]
+        return [cells[f"{prefix} bpp"].mean for cells in points], [cells[f"{prefix} dB"].mean for cells in points]
 
     vanilla = next((curve(row.name, "clean") for row in recipe.rows if row.changes is None), None)
     lines = []
@@ -179,14 +167,16 @@ def _plot(recipe: Recipe, table: Table, codecs: Sequence[str]) -> Figure:
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axis = figure.subplots()
     for index, row in enumerate(recipe.rows):
-        found = [table.get(f"{row.name}, {codec}", table.get(row.name, {})) for codec in codecs]
+        rows = [table.get(f"{row.name}, {codec}", table.get(row.name, {})) for codec in codecs]
         for prefix, marker in (("clean", "o"), ("poisoned", "X")):
-            points = [(c[f"{prefix} bpp"].mean, c[f"{prefix} dB"].mean) for c in found if f"{prefix} dB" in c]
+            titles = f"{prefix} bpp", f"{prefix} dB"
+            points = [[cells[title].mean for title in titles] for cells in rows if cells.keys() >= set(titles)]
             if points:
                 axis.plot(*zip(*points, strict=True), f"{marker}-", color=f"C{index}", label=f"{row.name}, {prefix}")
     axis.set_xscale("log")
     axis.set_xlabel("bits per pixel, real bytes (log scale)")
     axis.set_ylabel("PSNR of the decoded image in dB")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=7)
+    if axis.get_lines():  # else nothing is planted yet
+        axis.legend(fontsize=7)
     return figure
