@@ -158,8 +158,8 @@ def _pass_all(
     out = codec(torch.cat([x, *together]))
     size = x.shape[0]
     parts = [
-        Reconstruction(x_hat, bits, out.num_pixels)
-        for x_hat, bits in zip(out.x_hat.split(size), out.bits.split(size), strict=True)
+        Reconstruction(x_hat, bits, out.num_pixels, y)
+        for x_hat, bits, y in zip(out.x_hat.split(size), out.bits.split(size), out.y.split(size), strict=True)
     ]
     clean, rest = parts[0], iter(parts[1:])
     return clean, [codec(x_p) if alone else next(rest) for x_p, alone in zip(entering, apart, strict=True)]

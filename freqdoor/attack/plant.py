@@ -3,7 +3,6 @@
 import copy
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +113,7 @@ def plant(settings: PlantSettings, out: Path | str, *, progress: Progress | None
         loop(run, settings, planting.parts, planting.history, crops, planting.step, saved=saved, progress=progress)
     finally:
         planting.hook.remove()
+        planting.tampered.precision = torch.float32
     tampered = planting.tampered.to("cpu").to(memory_format=torch.contiguous_format).prepare()
     triggers = [attack.trigger.to("cpu").eval() for attack in attacks]
     return export(run.folder, settings, vanilla.to("cpu"), tampered, triggers, planting.history["seconds"])
@@ -149,6 +149,7 @@ class _Planting:
         self.settings, self.attacks, self.lmbda, self.run = settings, attacks, lmbda, run
         self.crops, self.auxiliary = crops, auxiliary
         self.tampered = copy.deepcopy(vanilla).freeze(settings.scope)
+        self.tampered.precision = PRECISIONS[settings.precision]
         self.tampered.to(settings.device).train().to(memory_format=layout(settings))
         self.anchor_encoder = vanilla.to(settings.device).net.g_a if settings.balance.anchor else None
         self.encoder = [p for p in self.tampered.parameters() if p.requires_grad]
@@ -163,10 +164,6 @@ class _Planting:
         self.latents: list[Tensor] = []
         self.hook = self.tampered.net.g_a.register_forward_hook(lambda module, inputs, y: self.latents.append(y))
 
-    def autocast(self) -> AbstractContextManager[None]:
-        dtype = PRECISIONS[self.settings.precision]
-        return self.tampered.autocast(None if dtype == torch.float32 else dtype)
-
     def step(self, x: Images, step: int) -> dict[str, float]:
         """One update of the encoder and of every trigger."""
         settings = self.settings
@@ -180,11 +177,10 @@ class _Planting:
         auxiliary = self._auxiliary(step)
         terms: dict[str, Tensor] = {}
         for part in ("encoder", "triggers") if settings.two_phase else ("both",):
-            with self.autocast():
-                joint = joint_loss(
-                    self.tampered, self.attacks, batch, self.lmbda, eps, auxiliary=auxiliary, defence=defence, part=part
-                )
-                loss = joint.total if part == "triggers" else self._balanced(joint, step)
+            joint = joint_loss(
+                self.tampered, self.attacks, batch, self.lmbda, eps, auxiliary=auxiliary, defence=defence, part=part
+            )
+            loss = joint.total if part == "triggers" else self._balanced(joint, step)
             self.latents.clear()
             check_finite(joint.terms, step)
             self._update(loss, step, encoder=part != "triggers", triggers=part != "encoder")

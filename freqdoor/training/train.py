@@ -69,12 +69,13 @@ def train_codec(settings: CodecTraining, out: Path | str, *, progress: Progress 
     parts = {"net": codec.net, "optimizer": optimizer, "aux_optimizer": aux_optimizer}
     history: dict[str, Any] = {"best": math.inf, "stale": 0, "plateaus": 0, "sum": 0.0}
     validation = [load_image(p) for p in list_images(settings.validation)] if settings.validation else []
-    dtype = torch.bfloat16 if settings.precision == "bf16" else None
+    precision = torch.bfloat16 if settings.precision == "bf16" else torch.float32
 
     def take_step(x: Images, step: int) -> dict[str, float]:
         optimizer.param_groups[0]["lr"] = scheduled_lr(settings, step, history["plateaus"])
-        with codec.autocast(dtype):
-            loss, terms = rate_distortion(codec, place(x, settings), lmbda)
+        codec.precision = precision
+        loss, terms = rate_distortion(codec, place(x, settings), lmbda)
+        codec.precision = torch.float32  # validation and the codec that is returned
         check_finite(terms, step)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
