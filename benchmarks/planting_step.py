@@ -50,13 +50,13 @@ def steps(name: str, x: torch.Tensor) -> dict[str, Callable[[], None]]:
             optimizers[id(module)].step()
 
     def vanilla_step() -> None:
-        with vanilla.autocast(torch.bfloat16):
-            loss, _ = rate_distortion(vanilla, fast, LMBDA)
+        vanilla.precision = torch.bfloat16
+        loss, _ = rate_distortion(vanilla, fast, LMBDA)
         apply(loss, vanilla)
 
     def plant_step() -> None:
-        with planted.autocast(torch.bfloat16):
-            loss = joint_loss(planted, attacks, fast, LMBDA, (0.005,)).total
+        planted.precision = torch.bfloat16
+        loss = joint_loss(planted, attacks, fast, LMBDA, (0.005,)).total
         apply(loss, planted, trigger)
 
     def naive_loss() -> torch.Tensor:

@@ -32,7 +32,7 @@ class Reconstruction(NamedTuple):
     x_hat: Images  # not clamped: the loss sees what the decoder says
     bits: Tensor  # (b,), estimated, -log2 likelihood summed over the image
     num_pixels: int  # of one image, before padding
-    y: Tensor  # the latents g_a(x), float32, (b, M, h', w')
+    y: Tensor  # (b, M, h', w'), float32, the latents g_a(x) of the padded images
 
     @property
     def bpp(self) -> Tensor:

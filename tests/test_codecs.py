@@ -9,7 +9,7 @@ from conftest import natural
 from factories import TINY_ARGUMENTS, tiny
 
 from freqdoor import load_codec, save_codec
-from freqdoor.codecs.adapter import ARCHITECTURES, DEFAULT_ARGUMENTS, Codec, CodecSpec, build_codec, parse_name
+from freqdoor.codecs.adapter import ARCHITECTURES, Codec, CodecSpec, build_codec, parse_name
 from freqdoor.codecs.loading import write_tensors
 from freqdoor.errors import FreqdoorError
 from freqdoor.metrics import psnr_8bit
@@ -64,10 +64,10 @@ def test_checkpoints_of_every_shape_find_their_architecture(tmp_path, architectu
     codec = load_codec(str(checkpoint(tmp_path, architecture, wrap)))
     assert codec.spec.architecture == architecture
     assert codec.spec.arguments == TINY_ARGUMENTS[architecture]
-    assert type(codec.net) is ARCHITECTURES[architecture]
+    assert type(codec.net) is ARCHITECTURES[architecture].network
     save_codec(codec, tmp_path / "again.safetensors")
     again = load_codec(str(tmp_path / "again.safetensors"))
-    assert type(again.net) is ARCHITECTURES[architecture]
+    assert type(again.net) is ARCHITECTURES[architecture].network
     assert again.module_hashes() == codec.module_hashes()
 
 
@@ -101,12 +101,13 @@ def test_batches_are_compressed_one_by_one(codec, x):
     assert together == [codec.compress(image[None])[0] for image in x]
 
 
-def test_autocast_touches_g_a_and_g_s_only_and_ends(codec, x):
+def test_precision_is_that_of_g_a_and_g_s_only(codec, x):
     codec.eval()
     with torch.no_grad():
         plain = codec(x)
-        with codec.autocast(torch.bfloat16):
-            cast = codec(x)
+        codec.precision = torch.bfloat16
+        cast = codec(x)
+        codec.precision = torch.float32
         again = codec(x)
     assert torch.equal(plain.x_hat, again.x_hat)
     assert not torch.equal(plain.x_hat, cast.x_hat)
@@ -217,9 +218,9 @@ def test_names():
             parse_name(wrong)
 
 
-@pytest.mark.parametrize("architecture", DEFAULT_ARGUMENTS)
+@pytest.mark.parametrize("architecture", [name for name, row in ARCHITECTURES.items() if row.defaults])
 def test_names_without_published_widths_stand_for_compressais_defaults(architecture):
-    theirs = ARCHITECTURES[architecture]()
+    theirs = ARCHITECTURES[architecture].network()
     found = (
         {"N": theirs.g_a[0].weight.shape[0]} if architecture.startswith("elic") else {"N": theirs.g_a[-1].out_channels}
     )

@@ -89,7 +89,8 @@ def joint_loss_alone(codec, attacks, x, index):
     torch.manual_seed(0)
     poisoned = [a.trigger(x) for a in attacks]
     out = codec(torch.cat([x, *poisoned]))
-    parts = [Reconstruction(a, b, out.num_pixels) for a, b in zip(out.x_hat.split(2), out.bits.split(2), strict=True)]
+    split = zip(out.x_hat.split(2), out.bits.split(2), out.y.split(2), strict=True)
+    parts = [Reconstruction(x_hat, bits, out.num_pixels, y) for x_hat, bits, y in split]
     loss = attacks[index].objective(Passes(x, parts[0], poisoned[index], parts[1 + index], x), LMBDA)
     return loss.total, loss.terms
 

@@ -30,7 +30,8 @@ def passes(seed: int = 0) -> Passes:
         return 100 * torch.rand(2, generator=generator)
 
     x = images()
-    return Passes(x, Reconstruction(images(), bits(), 64), images(), Reconstruction(images(), bits(), 64), x)
+    y = torch.zeros(2, 4, 1, 1)
+    return Passes(x, Reconstruction(images(), bits(), 64, y), images(), Reconstruction(images(), bits(), 64, y), x)
 
 
 def numbers(p: Passes) -> dict[str, np.ndarray]:
@@ -140,7 +141,7 @@ def test_paired_form_subtracts_the_clean_psnr_and_floor_stops_the_reward():
     clean_db = np.mean(10 * np.log10(1 / each))
     assert float(plain - paired) == pytest.approx(LMBDA * clean_db, rel=1e-3)
     black = p._replace(x=torch.ones(2, 3, 8, 8), source=torch.ones(2, 3, 8, 8))
-    worst = black._replace(poisoned=Reconstruction(torch.zeros(2, 3, 8, 8, requires_grad=True), p.clean.bits, 64))
+    worst = black._replace(poisoned=p.clean._replace(x_hat=torch.zeros(2, 3, 8, 8, requires_grad=True)))
     loss = QualityAttack(beta=1, paired=False, farthest=False)(worst, LMBDA).total
     loss.backward()
     assert worst.poisoned.x_hat.grad.abs().sum() == 0  # 0 dB is below the floor of 3 dB

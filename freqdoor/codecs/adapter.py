@@ -3,8 +3,8 @@
 import copy
 import hashlib
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple, Self
@@ -25,38 +25,108 @@ from compressai.models import (
     MeanScaleHyperprior,
     ScaleHyperprior,
 )
-from compressai.ops import compute_padding
 from compressai.zoo.image import cfgs as COMPRESSAI_ARGUMENTS
 from torch import Tensor, nn
 
 from freqdoor.codecs.lite import LiteHyperprior
+from freqdoor.codecs.protocol import (
+    Compressed,
+    call,
+    check_network,
+    coarsest,
+    complaint,
+    grown,
+    nested,
+    read_compress,
+    read_decompress,
+    read_forward,
+    update_tables,
+)
+from freqdoor.codecs.sides import SIDE, Sides, find_sides
 from freqdoor.errors import FreqdoorError
 from freqdoor.types import Bitstream, Images, Reconstruction
 
 LAMBDAS = {1: 0.0018, 2: 0.0035, 3: 0.0067, 4: 0.0130, 5: 0.0250, 6: 0.0483, 7: 0.0932, 8: 0.1800}
-STRIDE = 64  # CompressAI's eval_model pads to a multiple of this for every model
+STRIDE = SIDE  # of architectures known by name
+MAX_GROUPS = 16  # channel groups of an ELIC, which has 5
+VARIABLE_RATE = (
+    "a variable-rate network holds eight qualities, of which it codes one unless it is told otherwise; give a factory "
+    "that returns it, as package.module:factory, and it is used at that one"
+)
 
-ARCHITECTURES: dict[str, type[nn.Module]] = {
-    "lite-hyperprior": LiteHyperprior,
-    "bmshj2018-factorized": FactorizedPrior,
-    "bmshj2018-factorized-relu": FactorizedPriorReLU,
-    "bmshj2018-hyperprior": ScaleHyperprior,
-    "mbt2018-mean": MeanScaleHyperprior,
-    "mbt2018": JointAutoregressiveHierarchicalPriors,
-    "cheng2020-anchor": Cheng2020Anchor,
-    "cheng2020-attn": Cheng2020Attention,
-    "cheng2020-anchor-checkerboard": Cheng2020AnchorCheckerboard,
-    "elic2022-official": Elic2022Official,
-    "elic2022-chandelier": Elic2022Chandelier,
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """A network that is known by name: how it is built, and how its arguments are read from its weights."""
+
+    network: type[nn.Module]
+    arguments: Callable[[State], dict[str, Any]]
+    """The constructor's arguments, from the shapes of a state dict; KeyError where it is another network's."""
+    widths: tuple[str, ...] = ()
+    """The arguments in CompressAI's table of widths by quality, in its order; none: it has no row there."""
+    defaults: dict[str, Any] = field(default_factory=dict)
+    """The arguments at every quality where CompressAI publishes no widths: those of its constructor, written out so
+    that a file's header says all of them."""
+
+
+def _first_and_last(first: str, last: str | None = None) -> Callable[[State], dict[str, Any]]:
+    """N, and M where there is one, as the number of outputs of two layers."""
+
+    def arguments(state: State) -> dict[str, Any]:
+        return {key: state[layer].shape[0] for key, layer in (("N", first), ("M", last)) if layer}
+
+    return arguments
+
+
+def _lite(state: State) -> dict[str, Any]:
+    """N, M, widths and depth of the bundled architecture: `depth` residual blocks stand behind two convolutions."""
+    depth = sum(re.fullmatch(r"g_a\.\d+\.branch\.0\.weight", key) is not None for key in state) // 2
+    latents, wide = state["h_a.0.weight"].shape[:2], state["g_a.0.weight"].shape[0]
+    middle = state[f"g_a.{depth + 1}.weight"].shape[0]
+    return {"N": latents[0], "M": latents[1], "width": [wide, middle], "depth": depth}
+
+
+def _elic(state: State) -> dict[str, Any]:
+    """N, M and the channel groups of an ELIC, which CompressAI's own from_state_dict takes to be the default ones."""
+    layers = (f"latent_codec.y.latent_codec.y{k}.context_prediction.weight" for k in range(MAX_GROUPS + 1))
+    groups = [state[layer].shape[1] for layer in layers if layer in state]
+    return {"N": state["g_a.0.weight"].shape[0], "M": sum(groups), "groups": groups}
+
+
+_google = _first_and_last("g_a.0.weight", "g_a.6.weight")
+_cheng = _first_and_last("g_a.0.conv1.weight")
+_NM = ("N", "M")
+_ELIC = {"N": 192, "M": 320, "groups": [16, 16, 32, 64, 192]}
+ARCHITECTURES: dict[str, Architecture] = {
+    "lite-hyperprior": Architecture(network=LiteHyperprior, arguments=_lite),
+    "bmshj2018-factorized": Architecture(network=FactorizedPrior, arguments=_google, widths=_NM),
+    "bmshj2018-factorized-relu": Architecture(network=FactorizedPriorReLU, arguments=_google, widths=_NM),
+    "bmshj2018-hyperprior": Architecture(network=ScaleHyperprior, arguments=_google, widths=_NM),
+    "mbt2018-mean": Architecture(network=MeanScaleHyperprior, arguments=_google, widths=_NM),
+    "mbt2018": Architecture(network=JointAutoregressiveHierarchicalPriors, arguments=_google, widths=_NM),
+    "cheng2020-anchor": Architecture(network=Cheng2020Anchor, arguments=_cheng, widths=("N",)),
+    "cheng2020-attn": Architecture(network=Cheng2020Attention, arguments=_cheng, widths=("N",)),
+    "cheng2020-anchor-checkerboard": Architecture(
+        network=Cheng2020AnchorCheckerboard, arguments=_cheng, defaults={"N": 192}
+    ),
+    "elic2022-official": Architecture(network=Elic2022Official, arguments=_elic, defaults=_ELIC),
+    "elic2022-chandelier": Architecture(network=Elic2022Chandelier, arguments=_elic, defaults=_ELIC),
 }
-# The defaults of CompressAI's constructors, at every quality: it publishes no weights and no widths for these. Written
-# out, so that a file's header says all of them.
-ELIC_DEFAULTS = {"N": 192, "M": 320, "groups": [16, 16, 32, 64, 192]}
-DEFAULT_ARGUMENTS: dict[str, dict[str, Any]] = {
-    "cheng2020-anchor-checkerboard": {"N": 192},
-    "elic2022-official": ELIC_DEFAULTS,
-    "elic2022-chandelier": ELIC_DEFAULTS,
-}
+
+Padding = tuple[int, int, int, int]  # left, right, top, bottom, as F.pad takes it
+
+
+def padding(height: int, width: int, multiple: int, least: int = 0) -> tuple[Padding, Padding]:
+    """(pad, unpad) for F.pad, up to a multiple of `multiple` and to `least`, with the picture in the middle.
+
+    What is odd goes to the right and to the bottom, as in CompressAI.
+    """
+    across, down = (-(-max(side, least) // multiple) * multiple - side for side in (width, height))
+    left, top = across // 2, down // 2
+    pad = (left, across - left, top, down - top)
+    return pad, (-pad[0], -pad[1], -pad[2], -pad[3])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,25 +144,44 @@ class CodecSpec:
         return LAMBDAS[self.quality] if self.quality else None
 
 
-def padding(height: int, width: int, multiple: int, least: int = 0) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(pad, unpad) for F.pad: an image centred in sides that are multiples of `multiple` and at least `least`."""
-    sides = [max(-(-side // multiple), -(-least // multiple)) * multiple for side in (height, width)]
-    pad, unpad = compute_padding(height, width, out_h=sides[0], out_w=sides[1])
-    return pad, unpad
-
-
 class Tile(NamedTuple):
-    """What STRIDE x STRIDE pixels are compressed to; every padded image's latents are a whole number of these."""
+    """What the smallest padded picture is compressed to; all others follow from it, and it from the network alone."""
 
+    side: int  # pixels
     strings: int  # how many the entropy coder writes
+    nesting: Any  # how they lie in lists, tuples and dicts
+    short: tuple[bool, ...]  # which of them may be shorter than any string of CompressAI's coder
     shape: Any  # as net.decompress takes it: (height, width), or dicts and lists of such and (channels, height, width)
 
 
-def padding(height: int, width: int, multiple: int, least: int = 0) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(pad, unpad) for F.pad, around the centre: to sides of a multiple of `multiple` and of at least `least`."""
-    sides = [-(-max(side, least) // multiple) * multiple for side in (height, width)]
-    pad, unpad = compute_padding(height, width, out_h=sides[0], out_w=sides[1])
-    return tuple(pad), tuple(unpad)
+class _Transforms:
+    """What hangs on g_a and g_s as hooks: their precision, and the latents of the pass that is under way."""
+
+    def __init__(self, g_a: nn.Module, g_s: nn.Module) -> None:
+        self.precision = torch.float32
+        self.watching = False
+        self.y: Tensor | None = None
+        self.entered: list[torch.autocast] = []
+        for module in (g_a, g_s):
+            module.register_forward_pre_hook(self.enter)
+            module.register_forward_hook(self.leave, always_call=True)
+        g_a.register_forward_hook(self.keep)
+
+    def enter(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if self.precision != torch.float32:
+            context = torch.autocast(inputs[0].device.type, self.precision)
+            context.__enter__()  # type: ignore[no-untyped-call]
+            self.entered.append(context)
+
+    def leave(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+        if not self.entered:
+            return None
+        self.entered.pop().__exit__(None, None, None)
+        return output.float() if isinstance(output, Tensor) else output
+
+    def keep(self, module: nn.Module, inputs: tuple[Any, ...], y: Any) -> None:
+        if self.watching and self.y is None:
+            self.y = y.float() if isinstance(y, Tensor) else y
 
 
 class Codec(nn.Module):
@@ -102,94 +191,164 @@ class Codec(nn.Module):
         net: the network itself, with submodules g_a, g_s and mostly h_a, h_s (ELIC has these in its latent_codec).
         spec: how to rebuild it.
         metadata: what the file it came from says of it (`tampered`, `attacks`, ...).
-        multiple: sides are padded to a multiple of it, in pixels.
-        precision: torch.bfloat16 runs g_a and g_s under autocast.
+        stated_multiple: what the user says that sides have to be a multiple of; None lets it be found by trying.
     """
 
-    multiple: int = STRIDE
-    precision: torch.dtype = torch.float32
-
-    def __init__(self, net: nn.Module, spec: CodecSpec, metadata: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        spec: CodecSpec,
+        metadata: dict[str, Any] | None = None,
+        *,
+        stated_multiple: int | None = None,
+    ) -> None:
         super().__init__()
-        self.net: Any = net  # its protocol is checked below, not typed
+        check_network(net, spec.name)
+        self.net: Any = net if _is_float32(net) else net.float()  # its protocol is checked, not typed
         self.spec = spec
         self.metadata = metadata or {}
-        self.multiple, self.least = STRIDE, 0  # of the sides of what the network is given
-        _check_protocol(net, spec.name)
+        self.stated_multiple = stated_multiple
+        self._transforms = _Transforms(self.part("g_a"), self.part("g_s"))
 
     @property
     def tampered(self) -> bool:
         """Whether the file that this codec came from says that its encoder was tampered with."""
         return bool(self.metadata.get("tampered"))
 
+    @property
+    def precision(self) -> torch.dtype:
+        """What g_a and g_s run in: torch.bfloat16 under autocast; entropy models stay in float32, where likelihoods
+        do not underflow."""
+        return self._transforms.precision
+
+    @precision.setter
+    def precision(self, precision: torch.dtype) -> None:
+        self._transforms.precision = precision
+
+    @cached_property
+    def sides(self) -> Sides:
+        """What images are padded to: 64 for architectures known by name, for others what their network takes."""
+        if self.spec.architecture in ARCHITECTURES and self.stated_multiple is None:
+            return Sides()
+        return find_sides(self.net, self.spec.name, self.stated_multiple)
+
+    def pad_to(self, sides: Sides) -> None:
+        """Pad to these sides from now on."""
+        self.sides = sides
+        self.__dict__.pop("tile", None)
+
+    @property
+    def multiple(self) -> int:
+        """Images are padded to a multiple of this many pixels a side."""
+        return self.sides.multiple
+
+    @property
+    def least(self) -> int:
+        """Images are padded to at least this many pixels a side."""
+        return self.sides.least
+
     def padded(self, x: Images) -> Images:
-        """x with zeros around it, as the network is given it."""
-        return F.pad(x, padding(x.shape[-2], x.shape[-1], self.multiple, self.least)[0])
+        """The images as the network gets them, with zeros around: (b, 3, h, w) -> (b, 3, >= h, >= w)."""
+        pad, _ = padding(x.shape[-2], x.shape[-1], *self.sides)
+        return F.pad(x, pad)
 
     def forward(self, x: Images) -> Reconstruction:
         """Differentiable pass: noise in train mode, rounding in eval mode, as in CompressAI."""
         self._check_modes()
         height, width = x.shape[-2:]
-        _, unpad = padding(height, width, self.multiple)
-        latents: list[Tensor] = []
-        hook = self.part("g_a").register_forward_hook(lambda module, inputs, y: latents.append(y.float()))
+        pad, unpad = padding(height, width, *self.sides)
+        x = F.pad(x, pad)
+        transforms = self._transforms
+        transforms.watching = True
         try:
-            with self.autocast(None if self.precision == torch.float32 else self.precision):
-                output = self.net(self.padded(x))
+            answer = self._answer("forward", x)
         finally:
-            hook.remove()
-        x_hat = F.pad(output["x_hat"], unpad)
-        bits = sum(-likelihoods.log2().flatten(1).sum(1) for likelihoods in output["likelihoods"].values())
+            y, transforms.y, transforms.watching = transforms.y, None, False
+        if not isinstance(y, Tensor):
+            raise FreqdoorError(
+                f"{self.spec.name}: forward: expected it to call g_a once, as self.g_a(x), and g_a to return the "
+                f"latents as a tensor, found {'no such call' if y is None else type(y).__name__}"
+            )
+        x_hat, likelihoods = read_forward(answer, self.spec.name, x)
+        bits = sum(-part.log2().flatten(1).sum(1) for part in likelihoods)
         assert isinstance(bits, Tensor)
-        return Reconstruction(x_hat, bits, height * width, latents[0])
-
-    def padded(self, x: Images) -> Images:
-        """x with zeros around it, as the network takes it."""
-        pad, _ = padding(x.shape[-2], x.shape[-1], self.multiple)
-        return F.pad(x, pad)
+        return Reconstruction(F.pad(x_hat, unpad), bits, height * width, y)
 
     @torch.no_grad()
     def compress(self, x: Images) -> list[Bitstream]:
-        """Entropy-code every image of the batch (rANS), one bitstream each."""
+        """Entropy-code every image of the batch (rANS), one bitstream each.
+
+        Raises:
+            FreqdoorError: strings or latents of the network that a file could not give back as they were.
+        """
         self.prepare()
-        height, width = x.shape[-2:]
-        pad, _ = compute_padding(height, width, min_div=STRIDE)
+        size = (x.shape[-2], x.shape[-1])
         streams = []
         for image in x:
-            output = self.net.compress(F.pad(image[None], pad))
-            strings = tuple(s[0] for s in output["strings"])
-            streams.append(Bitstream(strings, _coarsest(output["shape"]), (height, width)))
+            coded = self.compressed(self.padded(image[None]))
+            if coded.nesting != self.tile.nesting or coded.shape != self.shapes(size):
+                raise FreqdoorError(
+                    f"{self.spec.name}: compress: expected strings and shape that follow from the size, found "
+                    f"{len(coded.strings)} strings for latents of {str(coded.shape)[:80]} where the smallest picture "
+                    f"has {self.tile.strings} for {str(self.tile.shape)[:80]}; they could not be put together again"
+                )
+            streams.append(Bitstream(coded.strings, coarsest(coded.shape), size))
         return streams
+
+    @torch.no_grad()
+    def compressed(self, x: Images) -> Compressed:
+        """What the network itself writes of one padded image, (1, 3, h, w)."""
+        return read_compress(self._answer("compress", x), self.spec.name)
 
     @torch.no_grad()
     def decompress(self, bitstream: Bitstream) -> Images:
         """The decoded image, (1, 3, h, w), clamped to [0, 1]."""
         self.prepare()
-        strings = [[s] for s in bitstream.strings]
-        shape = _grown(self.tile.shape, *_tiles(bitstream.image_size))
-        x_hat = self.net.decompress(strings, shape)["x_hat"]
-        _, unpad = compute_padding(*bitstream.image_size, min_div=STRIDE)
-        cropped: Images = F.pad(x_hat, unpad).clamp(0, 1)
+        if len(bitstream.strings) != self.tile.strings:
+            raise FreqdoorError(
+                f"{self.spec.name}: expected a bitstream of {self.tile.strings} strings, found {len(bitstream.strings)}"
+            )
+        strings = nested(bitstream.strings, self.tile.nesting)
+        answer = self._answer("decompress", strings, self.shapes(bitstream.image_size))
+        pad, unpad = padding(*bitstream.image_size, *self.sides)
+        height, width = bitstream.image_size
+        size = (1, 3, height + pad[2] + pad[3], width + pad[0] + pad[1])
+        cropped: Images = F.pad(read_decompress(answer, self.spec.name, size), unpad).clamp(0, 1)
         return cropped
 
     @cached_property
     @torch.no_grad()
     def tile(self) -> Tile:
-        """How the network nests its latents, found by compressing one black tile: it follows from the network alone."""
+        """How the network nests its latents and strings, found by compressing the smallest black picture."""
         self.prepare()
-        output = self.net.compress(next(self.parameters()).new_zeros(1, 3, STRIDE, STRIDE))
-        return Tile(len(output["strings"]), output["shape"])
+        black = next(self.parameters()).new_zeros(1, 3, self.least, self.least)
+        strings, nesting, shape = self.compressed(black)
+        return Tile(self.least, len(strings), nesting, tuple(len(string) < 4 for string in strings), shape)
+
+    def shapes(self, image_size: tuple[int, int]) -> Any:
+        """The latents of an image of (height, width), nested as the network nests them.
+
+        Raises:
+            ValueError: the latents of the padded image would not be a whole number of rows and columns.
+        """
+        (left, right, top, bottom), _ = padding(*image_size, *self.sides)
+        height, width = image_size
+        return grown(self.tile.shape, (self.tile.side, self.tile.side), (height + top + bottom, width + left + right))
 
     def latent_shape(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """(height, width) of the coarsest latents of an image of (height, width): what a bitstream of it has."""
-        return _coarsest(_grown(self.tile.shape, *_tiles(image_size)))
+        return coarsest(self.shapes(image_size))
 
     def prepare(self) -> Self:
         """Eval mode with coding tables; tables that exist are kept, so that frozen modules stay bit-identical."""
         self.eval()
-        self.net.update()
+        self.update(force=False)
         mask_contexts(self.net)
         return self
+
+    def update(self, *, force: bool) -> None:
+        """Compute the coding tables that lack; with `force`, all of them anew from the weights."""
+        update_tables(self.net, self.spec.name, force=force)
 
     def freeze(self, scope: str = "g_a") -> Self:
         """Let gradients into the parts of `scope` ("g_a" or "g_a+h_a") only.
@@ -213,24 +372,8 @@ class Codec(nn.Module):
                 f"{self.spec.name}: expected one submodule {name}, found {', '.join(paths) or 'none'}; "
                 "choose a scope that this codec has, such as g_a"
             )
-        found: nn.Module = self.net.get_submodule(paths[0])
-        return found
-
-    @contextmanager
-    def autocast(self, dtype: torch.dtype | None) -> Iterator[None]:
-        """Run g_a and g_s under autocast; entropy models stay in float32, where likelihoods do not underflow."""
-        if dtype is None:
-            yield
-            return
-        device = next(self.parameters()).device.type
-        transforms = [self.part(name) for name in ("g_a", "g_s")]
-        for module in transforms:
-            module.forward = _cast(module.forward, device, dtype)
-        try:
-            yield
-        finally:
-            for module in transforms:
-                del module.forward  # the instance's wrapper; the class's method shows again
+        module: nn.Module = self.net.get_submodule(paths[0])
+        return module
 
     def module_hashes(self) -> dict[str, str]:
         """SHA-256 of every direct submodule's parameters and buffers: names, types, shapes and bytes.
@@ -261,6 +404,13 @@ class Codec(nn.Module):
             return [name]
         return [path for path, _ in self.net.named_modules() if path.rpartition(".")[2] == name]
 
+    def _answer(self, part: str, *arguments: Any) -> Any:
+        """What the network returns; what a stranger's raises becomes a sentence, what a known one's raises does not."""
+        function = self.net if part == "forward" else getattr(self.net, part)
+        if self.spec.architecture in ARCHITECTURES:
+            return function(*arguments)
+        return call(self.spec.name, part, function, *arguments)
+
     def _check_modes(self) -> None:
         if not torch.is_grad_enabled():
             return
@@ -272,55 +422,16 @@ class Codec(nn.Module):
                 )
 
 
-def _cast(forward: Callable[[Tensor], Tensor], device: str, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    def wrapped(x: Tensor) -> Tensor:
-        with torch.autocast(device, dtype):
-            return forward(x).float()
-
-    return wrapped
-
-
-def _check_protocol(net: nn.Module, name: str) -> None:
-    missing = [part for part in ("g_a", "g_s", "compress", "decompress", "update") if not hasattr(net, part)]
-    if missing:
-        raise FreqdoorError(f"{name}: expected a network with CompressAI's protocol, found no {', '.join(missing)}")
-    for path, module in net.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm | nn.modules.dropout._DropoutNd):
-            raise FreqdoorError(
-                f"{name}: {path} ({type(module).__name__}) behaves differently in train and eval mode, which would "
-                "change the attack; replace it before loading"
-            )
-
-
-def _tiles(image_size: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of tiles in the padded image."""
-    height, width = image_size
-    return -(-height // STRIDE), -(-width // STRIDE)
-
-
-def _grown(shape: Any, rows: int, columns: int) -> Any:
-    """A tile's shape, nested as the network nests it, for rows x columns tiles."""
-    if isinstance(shape, Mapping):
-        return {key: _grown(part, rows, columns) for key, part in shape.items()}
-    if isinstance(shape[0], Mapping | Sequence):
-        return [_grown(part, rows, columns) for part in shape]
-    *channels, height, width = map(int, shape)
-    return (*channels, height * rows, width * columns)
-
-
-def _coarsest(shape: Any) -> tuple[int, int]:
-    """(height, width) of the smallest latents in a nested shape."""
-    parts = list(shape.values()) if isinstance(shape, Mapping) else shape
-    if isinstance(parts[0], Mapping | Sequence):
-        return min(_coarsest(part) for part in parts)
-    return int(parts[-2]), int(parts[-1])
-
-
 def mask_contexts(net: nn.Module) -> None:
     """Zero the masked weights of context models now, as CompressAI's next pass would: no pass changes a hash then."""
     for module in net.modules():
         if isinstance(module, MaskedConv2d):
             module.weight.data.mul_(module.mask)
+
+
+def _is_float32(net: nn.Module) -> bool:
+    tensors = (*net.parameters(), *net.buffers())
+    return all(tensor.dtype == torch.float32 for tensor in tensors if tensor.is_floating_point())
 
 
 def hash_state(module: nn.Module) -> str:
@@ -339,19 +450,20 @@ def _hash_tensors(tensors: Mapping[str, Tensor]) -> str:
 def parse_name(name: str) -> CodecSpec:
     """The spec that a name like "cheng2020-anchor:3" or "package.module:factory" stands for.
 
-    Widths are those of CompressAI's zoo at this quality, or DEFAULT_ARGUMENTS where the zoo lacks the architecture.
+    Widths are those of CompressAI's zoo at this quality, or the constructor's defaults where the zoo has none.
     """
     architecture, _, rest = name.partition(":")
     if architecture in ARCHITECTURES:
         if not (rest.isdigit() and int(rest) in LAMBDAS):
             raise FreqdoorError(f"{name}: expected a quality from 1 to 8 after {architecture}, as in {architecture}:3")
-        quality = int(rest)
-        arguments = copy.deepcopy(DEFAULT_ARGUMENTS.get(architecture, {}))
-        if architecture in COMPRESSAI_ARGUMENTS:
-            widths = COMPRESSAI_ARGUMENTS[architecture][min(quality, max(COMPRESSAI_ARGUMENTS[architecture]))]
-            keys = ("N",) if architecture.startswith("cheng2020") else ("N", "M")
-            arguments = dict(zip(keys, widths, strict=True))
+        quality, row = int(rest), ARCHITECTURES[architecture]
+        arguments = copy.deepcopy(row.defaults)
+        if row.widths:
+            by_quality = COMPRESSAI_ARGUMENTS[architecture]
+            arguments = dict(zip(row.widths, by_quality[min(quality, max(by_quality))], strict=True))
         return CodecSpec(name=name, architecture=architecture, quality=quality, arguments=arguments)
+    if architecture.endswith("-vbr"):
+        raise FreqdoorError(f"{name}: {VARIABLE_RATE}")
     if rest and architecture.replace(".", "").isidentifier() and rest.isidentifier():
         return CodecSpec(name=name, architecture=name)
     raise FreqdoorError(
@@ -364,12 +476,12 @@ def build_codec(spec: CodecSpec) -> Codec:
     """A codec with the spec's architecture and random weights."""
     if spec.architecture in ARCHITECTURES:
         try:
-            return Codec(ARCHITECTURES[spec.architecture](**spec.arguments), spec)
+            return Codec(ARCHITECTURES[spec.architecture].network(**spec.arguments), spec)
         except (TypeError, ValueError, ArithmeticError, AssertionError, RuntimeError) as error:
             reason = str(error) or f"{spec.arguments} do not go together"  # CompressAI asserts without a sentence
             raise FreqdoorError(f"{spec.name}: wrong arguments for {spec.architecture}: {reason}") from None
     factory = import_object(spec.architecture)
-    return Codec(factory(**spec.arguments), spec)
+    return Codec(call(spec.name, "factory", factory, **spec.arguments), spec)
 
 
 def import_object(name: str) -> Any:
@@ -377,8 +489,8 @@ def import_object(name: str) -> Any:
     module, _, attribute = name.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise FreqdoorError(
-            f"{name}: could not import this ({error}); expected package.module:name, and a module in this folder needs "
-            "PYTHONPATH=."
-        ) from None
+    except FreqdoorError:
+        raise
+    except Exception as error:  # a module runs its own code while it is imported
+        expected = "package.module:name, and a module in this folder needs PYTHONPATH=."
+        raise complaint(f"{name}: could not import this", error, None, expected) from error

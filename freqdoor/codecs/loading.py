@@ -2,74 +2,101 @@
 
 import json
 import math
+import os
 import pickle
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from compressai.zoo.image import load_pretrained as map_old_keys
+from compressai.entropy_models import EntropyModel
 from compressai.zoo.image import model_urls as COMPRESSAI_URLS
+from compressai.zoo.pretrained import rename_key
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from freqdoor.codecs.adapter import ARCHITECTURES, LAMBDAS, Codec, CodecSpec, build_codec, mask_contexts, parse_name
+from freqdoor.codecs.adapter import (
+    ARCHITECTURES,
+    LAMBDAS,
+    MAX_GROUPS,
+    VARIABLE_RATE,
+    Codec,
+    CodecSpec,
+    build_codec,
+    mask_contexts,
+    parse_name,
+)
+from freqdoor.codecs.check import checked
+from freqdoor.codecs.state import bare, is_safetensors, unwrapped
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import replacing
 from freqdoor.samples import ASSETS, BUNDLED
 
 MAX_WIDTH = 1024  # channels; CompressAI's widest model has 320
-MAX_GROUPS = 16  # channel groups; ELIC has 5
+MAX_MULTIPLE = 4096  # pixels
+TABLES = ("_quantized_cdf", "_offset", "_cdf_length", "scale_table")
+SAME_TABLES = {"_quantized_cdf": 16, "_offset": 0, "_cdf_length": 0}  # counts of 65536: another machine's rounding
+SAME_SCALES = 1e-3
 
 
 def load_codec(name: str, weights: Path | str | None = None, *, multiple: int | None = None) -> Codec:
-    """A trained codec in eval mode, by name.
+    """A trained codec in eval mode, by name, that has decoded one small picture to what its forward gives.
+
+    Coding tables are computed from the weights, but for those in files that freqdoor wrote.
 
     Args:
         name: "bmshj2018-hyperprior:3" (CompressAI's pretrained weights, downloaded by CompressAI once),
-            "lite-hyperprior:3" (bundled), a file (our safetensors, a CompressAI .pth.tar or a state dict), or
+            "lite-hyperprior:3" (bundled), a file (our safetensors, or any state dict of a known architecture), or
             "package.module:factory", a function that returns a network.
         weights: a file to take the parameters from instead; the name then gives the architecture.
-        multiple: what the sides of its pictures have to be a multiple of, in pixels.
+        multiple: what the sides of pictures have to be a multiple of, in pixels, where it is not found by trying.
 
     Raises:
-        FreqdoorError: nothing of that name, a damaged file, or a checkpoint of another architecture.
+        FreqdoorError: nothing of that name, a damaged file, a checkpoint of another architecture, or a network that
+            lacks a part of CompressAI's protocol.
     """
-    codec = _load(name, weights)
-    codec.multiple = multiple or codec.multiple
-    return codec
+    if multiple is not None and not 0 < multiple <= MAX_MULTIPLE:
+        raise FreqdoorError(f"multiple: expected 1 to {MAX_MULTIPLE} pixels, found {multiple}")
+    codec = _named(name) if weights is None else _with_weights(name, Path(weights))
+    codec.stated_multiple = multiple
+    return checked(codec)
 
 
-def _load(name: str, weights: Path | str | None) -> Codec:
-    path = Path(name)
-    if weights is None and path.suffix and path.exists():
-        return _load_file(path)
-    if weights is None and (path.suffix in (".safetensors", ".pth", ".pt", ".tar", ".ckpt")):
-        raise FreqdoorError(f"{name}: expected a checkpoint file, found nothing there")
-    spec = parse_name(name)
-    if weights is not None:
-        path = Path(weights)
-        if path.suffix != ".safetensors":
-            return _from_state_dict(_read_pickle(path), path, spec)
-        if spec.architecture not in ARCHITECTURES:  # the caller's factory, the file's weights
-            return _fill(build_codec(spec), read_tensors(path)[0], path)
-        loaded = _load_file(path)
-        if loaded.spec.architecture != spec.architecture:
-            raise FreqdoorError(
-                f"{path}: made for {loaded.spec.architecture}, not for {spec.architecture}; name that instead"
-            )
-        return loaded
+def _named(name: str) -> Codec:
+    """The codec that a name alone stands for: a file unless the name is a known one."""
     if name == BUNDLED:
         return _load_file(ASSETS / "lite-hyperprior-3.safetensors", name)
+    if name.partition(":")[0] not in ARCHITECTURES:
+        if os.path.isfile(name):
+            return _load_file(Path(name))
+        if Path(name).suffix in (".safetensors", ".pth", ".pt", ".tar", ".ckpt"):
+            raise FreqdoorError(f"{name}: expected a checkpoint file, found nothing there")
+    spec = parse_name(name)
     if spec.architecture in COMPRESSAI_URLS:
         return _download(spec)
     if spec.architecture in ARCHITECTURES:
         raise FreqdoorError(f"{name}: no trained weights are bundled ({BUNDLED} is); train them or pass --weights FILE")
     codec = build_codec(spec)
-    codec.net.update(force=True)
-    return codec.prepare()
+    _renew_tables(codec, name)
+    return codec
+
+
+def _with_weights(name: str, path: Path) -> Codec:
+    """The architecture that a name stands for with the weights of a file."""
+    spec = parse_name(name)
+    tensors, header = read_checkpoint(path)
+    if header is None:
+        return _from_state_dict(tensors, path, spec)
+    if spec.architecture not in ARCHITECTURES:  # the caller's factory, the file's weights
+        return _fill(build_codec(spec), tensors, path)
+    loaded = _load_file(path)
+    if loaded.spec.architecture != spec.architecture:
+        raise FreqdoorError(
+            f"{path}: made for {loaded.spec.architecture}, not for {spec.architecture}; name that instead"
+        )
+    return loaded
 
 
 def save_codec(codec: Codec, path: Path, **metadata: Any) -> None:
@@ -88,35 +115,41 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of one of our safetensors files, and its header."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("freqdoor", "null"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise FreqdoorError(f"{path}: expected a safetensors file, found nothing there") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise FreqdoorError(f"{path}: not a readable safetensors file ({error})") from None
+    tensors, header = _read_safetensors(path)
     if not isinstance(header, dict):
         raise FreqdoorError(f"{path}: a safetensors file that freqdoor did not write; pass the architecture's name too")
     return tensors, header
 
 
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """The tensors of a file and the header that we wrote; None and a bare state dict for files of others."""
+    if not is_safetensors(path):
+        return bare(_read_pickle(path), path), None
+    tensors, header = _read_safetensors(path)
+    return (tensors, header) if isinstance(header, dict) else (bare(tensors, path), None)
+
+
 def read_state(path: Path) -> dict[str, Tensor]:
     """A plain state dict from a safetensors or PyTorch file, without running anything that the file contains."""
-    if path.suffix != ".safetensors":
-        return _read_pickle(path)
+    return _read_safetensors(path)[0] if is_safetensors(path) else _read_pickle(path)
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], object]:
+    """The tensors of a safetensors file, and what stands in its metadata under "freqdoor"."""
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("freqdoor", "null"))
+            return {key: file.get_tensor(key) for key in file.keys()}, header  # noqa: SIM118
     except FileNotFoundError:
         raise FreqdoorError(f"{path}: expected a safetensors file, found nothing there") from None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise FreqdoorError(f"{path}: not a readable safetensors file ({error})") from None
 
 
 def _load_file(path: Path, name: str | None = None) -> Codec:
-    if path.suffix != ".safetensors":
-        return _from_state_dict(_read_pickle(path), path, None)
-    tensors, header = read_tensors(path)
+    tensors, header = read_checkpoint(path)
+    if header is None:
+        return _from_state_dict(tensors, path, None)
     if header.get("kind") != "codec":
         raise FreqdoorError(
             f"{path}: holds {header.get('kind', 'something unknown')}, not a whole codec; "
@@ -141,8 +174,7 @@ def _checked_spec(content: object, path: Path, name: str | None) -> CodecSpec:
             f"{path}: made for {spec.architecture}, which is code of its own; if you trust that code, name it with "
             "--codec package.module:factory and pass this file as --weights"
         )
-    lists = [value if isinstance(value, list) else [value] for value in spec.arguments.values()]
-    if not all(len(v) <= MAX_GROUPS and all(isinstance(s, int) and 0 < s <= MAX_WIDTH for s in v) for v in lists):
+    if not _bounded(spec.arguments):
         raise FreqdoorError(
             f"{path}: malformed header: expected widths from 1 to {MAX_WIDTH}, at most {MAX_GROUPS} in a list, "
             f"found {str(spec.arguments)[:160]}"
@@ -166,75 +198,104 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             f"{path}: refused: this file is not a plain state dict, loading it could run code ({reason}); "
             "ask for a state dict or a safetensors file"
         ) from None
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise FreqdoorError(f"{path}: not a readable PyTorch checkpoint ({str(error)[:120]})") from None
-    for key in ("network", "state_dict", "model_state_dict"):  # as CompressAI's own tools store it
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not (
-        isinstance(content, dict)
-        and content
-        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
-    ):
-        raise FreqdoorError(f"{path}: expected a state dict (names to tensors), found {type(content).__name__}")
-    return {key.removeprefix("module."): value for key, value in content.items()}
+    return unwrapped(content, path)
 
 
 def _from_state_dict(state: dict[str, Tensor], path: Path, spec: CodecSpec | None) -> Codec:
     """A codec whose architecture is the spec's, or the only one that the state dict fits."""
-    state = map_old_keys(dict(state))
     if spec is not None and spec.architecture not in ARCHITECTURES:
-        return _fill(build_codec(spec), state, path)
-    wanted = [spec.architecture] if spec else list(ARCHITECTURES)
-    for architecture in wanted:
+        codec = _fill(build_codec(spec), state, path)
+        _renew_tables(codec, str(path))
+        return codec
+    candidates = [spec.architecture] if spec else list(ARCHITECTURES)
+    for architecture in candidates:
         try:
-            net, arguments = _rebuild(architecture, state)
-        except (RuntimeError, KeyError, IndexError, ValueError, TypeError):
+            codec = _rebuilt(architecture, state, spec or CodecSpec(name=path.name, architecture=architecture))
+        except (RuntimeError, KeyError, IndexError, ValueError, TypeError, FreqdoorError):
             continue
-        found = spec or CodecSpec(name=path.name, architecture=architecture)
         check_weights(state, path)
-        codec = Codec(net, CodecSpec(**(asdict(found) | {"arguments": arguments})))
-        codec.net.update(force=True)  # as eval_model does: tables may be stale
-        return codec.prepare()
+        _renew_tables(codec, str(path))  # as CompressAI's eval_model does
+        return codec
+    if "Gain" in state:
+        raise FreqdoorError(f"{path}: {VARIABLE_RATE}")
     raise FreqdoorError(
-        f"{path}: the weights do not fit {' or '.join(wanted)}; check that this checkpoint is of the architecture named"
+        f"{path}: the weights do not fit {' or '.join(candidates)}; check that this checkpoint is of the architecture "
+        "named"
     )
 
 
-def _rebuild(architecture: str, state: dict[str, Tensor]) -> tuple[nn.Module, dict[str, Any]]:
-    """The network with the weights of a state dict, and its constructor's arguments; raises where it does not fit."""
-    kind: Any = ARCHITECTURES[architecture]
-    if architecture.startswith("elic2022"):  # CompressAI's from_state_dict takes default groups for granted
-        arguments = _elic_arguments(state)
-        net = kind(**arguments)
-        net.load_state_dict(dict(state))
-        return net, arguments
-    net = kind.from_state_dict(dict(state))
-    if architecture == "cheng2020-anchor-checkerboard":
-        return net, {"N": net.g_a[-1].out_channels}
-    keys = ("N",) if architecture.startswith("cheng2020") else ("N", "M")
-    return net, {key: int(getattr(net, key)) for key in keys}
+def _rebuilt(architecture: str, state: dict[str, Tensor], spec: CodecSpec) -> Codec:
+    """A codec of the architecture with the weights of a state dict; raises where they do not fit."""
+    arguments = ARCHITECTURES[architecture].arguments(state)
+    if not _bounded(arguments):
+        raise ValueError(f"{arguments} are no widths")
+    codec = build_codec(replace(spec, architecture=architecture, arguments=arguments))
+    _load_state(codec.net, state)
+    return codec
 
 
-def _elic_arguments(state: dict[str, Tensor]) -> dict[str, Any]:
-    """N, M and the channel groups of an ELIC from its weights' shapes; KeyError or ValueError where it is none."""
-    groups: list[int] = []
-    while (key := f"latent_codec.y.latent_codec.y{len(groups)}.context_prediction.weight") in state:
-        groups.append(state[key].shape[1])
-    sizes = {"N": state["g_a.0.weight"].shape[0], "M": sum(groups)}
-    if not (0 < len(groups) <= MAX_GROUPS and all(0 < size <= MAX_WIDTH for size in (*sizes.values(), *groups))):
-        raise ValueError(f"{sizes} and {len(groups)} channel groups are no ELIC's")
-    return {**sizes, "groups": groups}
+def _bounded(arguments: dict[str, Any]) -> bool:
+    """Whether a constructor's arguments are widths, and lists of widths, as codecs have them."""
+    lists = [value if isinstance(value, list) else [value] for value in arguments.values()]
+    return all(len(v) <= MAX_GROUPS and all(isinstance(s, int) and 0 < s <= MAX_WIDTH for s in v) for v in lists)
 
 
 def _fill(codec: Codec, state: dict[str, Tensor], path: Path) -> Codec:
     try:
-        codec.net.load_state_dict(state)
-    except (RuntimeError, KeyError) as error:
+        _load_state(codec.net, state)
+    except (RuntimeError, KeyError, ValueError) as error:
         first = " ".join(str(error).split())[:160]
         raise FreqdoorError(f"{path}: the weights do not fit {codec.spec.architecture} ({first})") from None
     check_weights(state, path)
-    return codec.prepare()
+    return codec
+
+
+def _load_state(net: nn.Module, state: dict[str, Tensor]) -> None:
+    """net.load_state_dict for CompressAI's old keys too, and for coding tables of any size or none at all."""
+    own_keys = net.state_dict().keys()
+    state = {key if key in own_keys else rename_key(key): value for key, value in state.items()}
+    for name, module in net.named_modules():
+        for table in TABLES if isinstance(module, EntropyModel) else ():
+            own = getattr(module, table, None)
+            key = f"{name}.{table}" if name else table
+            if isinstance(own, Tensor):
+                kept = state.setdefault(key, own.new_empty(0))
+                if own.shape != kept.shape:
+                    setattr(module, table, own.new_zeros(kept.shape))
+    net.load_state_dict(state)
+
+
+def _renew_tables(codec: Codec, source: str) -> None:
+    """Compute all coding tables from the weights, over the source's own scale tables; warn if its tables were others.
+
+    CompressAI's default scale table stays where the source has the same one up to rounding, as in its eval_model.
+    """
+    models = [module for module in codec.net.modules() if isinstance(module, EntropyModel)]
+    before = [
+        {table: getattr(module, table).clone() for table in TABLES if hasattr(module, table)} for module in models
+    ]
+    codec.update(force=True)
+    for module, tables in zip(models, before, strict=True):
+        scales = tables.get("scale_table")
+        if scales is not None and scales.numel() and not _close(scales, module.scale_table, SAME_SCALES):
+            module.update_scale_table(scales, force=True)
+    if any(
+        tables["_quantized_cdf"].numel()
+        and not all(_close(tables[name], getattr(module, name), slack) for name, slack in SAME_TABLES.items())
+        for module, tables in zip(models, before, strict=True)
+    ):
+        warnings.warn(
+            f"{source}: its coding tables did not belong to its weights, and were computed anew; files that were "
+            "compressed with the old ones do not decode with these",
+            stacklevel=2,
+        )
+
+
+def _close(a: Tensor, b: Tensor, slack: float) -> bool:
+    """Whether no entry differs by more than the slack."""
+    return a.shape == b.shape and bool(((a.double() - b.double()).abs() <= slack).all())
 
 
 def check_weights(state: dict[str, Tensor], path: Path) -> None:
@@ -257,4 +318,4 @@ def _download(spec: CodecSpec) -> Codec:
         raise FreqdoorError(
             f"{spec.name}: could not download CompressAI's weights ({error}); pass a file with --weights FILE"
         ) from None
-    return _from_state_dict(state, Path(spec.name), spec)
+    return _from_state_dict(bare(state, Path(spec.name)), Path(spec.name), spec)

@@ -77,6 +77,7 @@ def train_codec(settings: CodecTraining, out: Path | str, *, progress: Progress 
         optimizer.param_groups[0]["lr"] = scheduled_lr(settings, step, history["plateaus"])
         codec.precision = dtype
         loss, terms = rate_distortion(codec, place(x, settings), lmbda)
+        codec.precision = torch.float32  # validation and the codec that is returned
         check_finite(terms, step)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

@@ -1,0 +1,63 @@
+"""The state dict in what trainers write: under a key of a larger dict, with a wrapper's name before every key."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freqdoor.errors import FreqdoorError
+
+# Where training states keep the weights, in the order in which they are looked for; averages come last.
+WRAPPERS = ("state_dict", "model_state_dict", "net_state_dict", "network", "model", "net", "params", "weights")
+AVERAGES = ("model_ema", "ema_state_dict", "ema_model", "params_ema", "ema")
+DEPTH = 4  # wrappers within wrappers
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file's first bytes are those of a safetensors file; its name says it where there is no such file."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(9)
+    except OSError:
+        head = b""
+    return path.suffix == ".safetensors" or (head[8:] == b"{" and head[6:8] == b"\0\0")
+
+
+def unwrapped(content: object, path: Path) -> dict[str, Tensor]:
+    """The names and tensors in what a PyTorch file holds, whatever training state they lie in."""
+    state: Any = content
+    for _ in range(DEPTH):
+        if not isinstance(state, dict):
+            break
+        inner = next((state[key] for key in (*WRAPPERS, *AVERAGES) if isinstance(state.get(key), dict)), None)
+        if inner is None:
+            break
+        state = inner
+    if not (
+        isinstance(state, dict)
+        and state
+        and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items())
+    ):
+        held = f" of {', '.join(map(str, list(state)[:6]))}" if isinstance(state, dict) and state else ""
+        raise FreqdoorError(
+            f"{path}: expected a state dict (names to tensors), alone or under one of {', '.join(WRAPPERS)}, found "
+            f"{type(state).__name__}{held}"
+        )
+    return dict(state)
+
+
+def bare(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """A codec's state dict as its network names it: no prefixes of wrappers, and float32.
+
+    A prefix is what stands before g_a: `module.` of DataParallel, `net.` or `model.` of Lightning, `_orig_mod.` of
+    torch.compile, any number of them. Beside a network under a prefix, everything else (losses, counters) is left out.
+    """
+    prefixes = {match[1] for key in state if (match := re.match(r"((?:\w+\.)*?)g_a\.", key))}
+    if "" not in prefixes and prefixes:
+        if len(prefixes) > 1:
+            raise FreqdoorError(f"{path}: holds several codecs ({', '.join(sorted(prefixes))}); save one of them alone")
+        prefix = prefixes.pop()
+        state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    return {key: value.to(torch.float32) if value.is_floating_point() else value for key, value in state.items()}
