@@ -1,6 +1,6 @@
 """What it costs to start: seconds of commands that end at once, side by side, round by round.
 
-Each command is timed as a whole process, in turn with a bare Python and with `import torch`; what is printed is the median
+Each command is timed as a whole process, in turn with bare Python and `import torch`; what is printed is the median
 of its seconds, of what it takes beyond bare Python, and of what it takes beyond `import torch`.
 
     python benchmarks/start_up.py --rounds 7

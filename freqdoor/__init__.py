@@ -1,62 +1,9 @@
-"""freqdoor: plant and measure backdoors in learned image codecs."""
+"""freqdoor: plant and measure backdoors in learned image codecs.
 
-import warnings
+What is public stands in `__init__.pyi`, and is loaded when it is used.
+"""
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", FutureWarning)  # of PyTorch at what CompressAI does while it is imported
-    import compressai.models  # noqa: F401
-
-from freqdoor.attack.objectives import QualityAttack, RateAttack
-from freqdoor.attack.plant import plant
-from freqdoor.attack.planted import Planted, load_planted
-from freqdoor.attack.settings import ObjectiveSettings, PlantSettings, TriggerSettings
-from freqdoor.codecs.adapter import Codec, CodecSpec
-from freqdoor.codecs.container import compress_file, decompress_file
-from freqdoor.codecs.loading import load_codec, save_codec
-from freqdoor.data import list_images, load_image, save_image
-from freqdoor.demonstration import demo
-from freqdoor.errors import FreqdoorError
-from freqdoor.measure.examine import evaluate
-from freqdoor.measure.poisoning import poison
-from freqdoor.measure.records import poisoned
-from freqdoor.measure.report import report
-from freqdoor.training.settings import CodecTraining, ImageSettings
-from freqdoor.training.train import train_codec
-from freqdoor.triggers.adaptive_dct import AdaptiveDCT
-from freqdoor.triggers.base import Trigger
-from freqdoor.types import Bitstream, Reconstruction, Record
+import lazy_loader
 
 __version__ = "0.1.0"
-__all__ = [
-    "AdaptiveDCT",
-    "Bitstream",
-    "Codec",
-    "CodecSpec",
-    "CodecTraining",
-    "FreqdoorError",
-    "ImageSettings",
-    "ObjectiveSettings",
-    "PlantSettings",
-    "Planted",
-    "QualityAttack",
-    "RateAttack",
-    "Reconstruction",
-    "Record",
-    "Trigger",
-    "TriggerSettings",
-    "compress_file",
-    "decompress_file",
-    "demo",
-    "evaluate",
-    "list_images",
-    "load_codec",
-    "load_image",
-    "load_planted",
-    "plant",
-    "poison",
-    "poisoned",
-    "report",
-    "save_codec",
-    "save_image",
-    "train_codec",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Sequence
 
-import bjontegaard  # type: ignore[import-untyped]
 import numpy as np
 import torch
 from pytorch_msssim import ms_ssim as _ms_ssim
@@ -56,6 +55,8 @@ def bd_rate(
     Raises:
         FreqdoorError: fewer than four points a curve, or curves that share no range of PSNR.
     """
+    import bjontegaard  # type: ignore[import-untyped]  # loads matplotlib and scipy: only where it is needed
+
     if min(len(rates), len(other_rates)) < 4:
         raise FreqdoorError(f"BD-rate: expected four points a curve, found {len(rates)} and {len(other_rates)}")
     curves = [np.array(sorted(zip(q, r, strict=True))) for r, q in ((rates, psnrs_db), (other_rates, other_psnrs_db))]

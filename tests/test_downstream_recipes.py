@@ -24,9 +24,9 @@ from freqdoor.measure.segmentation import NetworkScores, SegmentationScores, sco
 from freqdoor.measure.testsets import DownstreamTest
 from freqdoor.paper import reproduce as module
 from freqdoor.paper.downstream_recipes import figure7, figure8, table1, table2, table3, transfer
-from freqdoor.paper.names import recipe_names
 from freqdoor.paper.recipe import Material, recipe_for
 from freqdoor.paper.reproduce import reproduce
+from freqdoor.paper.settings import recipe_names
 from freqdoor.samples import BUNDLED
 from freqdoor.settings import load_settings
 

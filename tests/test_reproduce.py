@@ -23,9 +23,9 @@ from freqdoor.measure.records import poisoned
 from freqdoor.measure.testsets import Measurement
 from freqdoor.paper import reproduce as module
 from freqdoor.paper import tables
-from freqdoor.paper.names import RECIPES, recipe_names
 from freqdoor.paper.recipe import OWN, Column, Material, Recipe, Row, images_under, pair, recipe_for
 from freqdoor.paper.reproduce import codec_names, codec_source, recipe_settings, reproduce
+from freqdoor.paper.settings import RECIPES, recipe_names
 from freqdoor.paper.tables import Cell, bd_rates, markdown
 from freqdoor.preprocessing import GaussianBlur
 from freqdoor.samples import BUNDLED, held_out
@@ -536,7 +536,7 @@ def test_names_and_settings_load_no_torch():
     code = (
         "import sys, types; package = types.ModuleType('freqdoor');"
         f"package.__path__ = [{str(PACKAGE)!r}]; sys.modules['freqdoor'] = package;"
-        "from freqdoor.paper.names import recipe_names; import freqdoor.measure.testsets; print(*recipe_names());"
+        "from freqdoor.paper.settings import recipe_names; import freqdoor.measure.testsets; print(*recipe_names());"
         "assert not {'torch', 'numpy', 'PIL', 'matplotlib', 'compressai'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True, text=True)

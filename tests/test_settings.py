@@ -8,7 +8,7 @@ from pydantic import Field
 
 from freqdoor.attack.settings import PlantSettings
 from freqdoor.errors import FreqdoorError
-from freqdoor.settings import Settings, describe_settings, load_settings, parse_override
+from freqdoor.settings import Settings, load_settings, parse_override
 from freqdoor.training.settings import CodecTraining
 
 

@@ -1,4 +1,4 @@
-"""Make docs/picture.jpg: a held-out photo, clean and with each shipped trigger, and what the tampered encoders make of it.
+"""Make docs/picture.jpg: a held-out photo, clean and with each shipped trigger, and what tampered encoders make of it.
 
 python tools/picture.py
 """

@@ -11,7 +11,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from freqdoor.attack.settings import PlantSettings
+from freqdoor.measure.testsets import FaceTest, SegmentationTest
 from freqdoor.settings import Settings
+from freqdoor.training.settings import CodecTraining
 
 
 def describe_settings(kind: type[Settings]) -> str:
@@ -104,3 +107,27 @@ def _default(field: FieldInfo) -> str:
     if default is None:
         return "none"
     return "" if isinstance(default, Settings) or not (default or default in (0, "")) else f"`{json.dumps(default)}`"
+
+
+PAGE = Path(__file__).parent.parent / "docs/settings.md"
+KINDS = {
+    "freqdoor plant": PlantSettings,
+    "freqdoor train-codec": CodecTraining,
+    "freqdoor segment": SegmentationTest,
+    "freqdoor faces": FaceTest,
+}
+
+
+def page() -> str:
+    """The whole page."""
+    start = """# Every setting
+
+Made by `python tools/settings_page.py` from the settings themselves. In a file they stand in the tables that are named here;
+on the command line as `--set table.key=value`.
+"""
+    parts = (f"# {verb}\n\n{describe_settings(kind)}" for verb, kind in KINDS.items())
+    return start + "\n" + "\n".join(parts)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

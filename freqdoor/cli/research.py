@@ -10,13 +10,13 @@ import typer
 import freqdoor
 from freqdoor.cli.options import Out, Overrides, Planted, TriggerName, VanillaName, Weights, load_torch, verb
 from freqdoor.cli.terminal import live, note, say
-from freqdoor.paper import RECIPES, recipe_settings
+from freqdoor.paper.settings import recipe_names, recipe_settings
 from freqdoor.settings import load_settings
 
 
 @verb()
 def reproduce(
-    recipe: Annotated[str, typer.Argument(help=f"One of {', '.join(sorted(RECIPES))}.")],
+    recipe: Annotated[str, typer.Argument(help=f"One of {', '.join(recipe_names())}.")],
     config: Annotated[Path | None, typer.Argument(help="Settings as for plant; rows change theirs.")] = None,
     images: Annotated[Path | None, typer.Option(help="Measured on; by default six bundled Kodak images.")] = None,
     codec: Annotated[

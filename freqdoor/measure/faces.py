@@ -22,7 +22,7 @@ from freqdoor.measure.records import Note, poisoned, through
 from freqdoor.measure.testsets import DownstreamMeasurement, FaceTest, mean, number, read_results, results_text
 from freqdoor.metrics import MS_SSIM_MIN_SIDE, ms_ssim, mse, psnr_8bit
 from freqdoor.training.run import environment
-from freqdoor.triggers import Trigger
+from freqdoor.triggers.base import Trigger
 from freqdoor.types import Images, to_uint8
 
 RESULT, PAGE = "faces.json", "faces.md"

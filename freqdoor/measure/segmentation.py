@@ -23,7 +23,7 @@ from freqdoor.measure.report import AMPLIFY
 from freqdoor.measure.testsets import DownstreamMeasurement, SegmentationTest, mean, number, read_results, results_text
 from freqdoor.metrics import class_scores, mse, pixel_asr, psnr_8bit
 from freqdoor.training.run import environment
-from freqdoor.triggers import Trigger
+from freqdoor.triggers.base import Trigger
 from freqdoor.types import Images, Masks
 
 RESULT, PAGE, PICTURES = "segmentation.json", "segmentation.md", "segmentation.png"
@@ -114,7 +114,10 @@ class Setup(NamedTuple):
     def sight(self, x: Images) -> Sight:
         """What the network that says where the source class is sees in an image."""
         victim = TargetedSegmentation(self.masks, self.source, self.target)
-        return Sight(victim.mask(x), victim.seen(x), victim.goal(x)[0])
+        scene = victim.scene(x)
+        assert scene.mask is not None
+        classes = self.masks.predict(x) if scene.classes is None else scene.classes
+        return Sight(scene.mask, classes, victim.goal(scene)[0])
 
 
 def open_test(test: SegmentationTest, objective: ObjectiveSettings, trigger: str) -> Setup:

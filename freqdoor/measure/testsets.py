@@ -11,7 +11,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic_core import to_json
 
 from freqdoor.errors import FreqdoorError
-from freqdoor.settings import Settings, load_settings
+from freqdoor.files import name_and_file
+from freqdoor.settings import PrivatePath, Settings, file_name, load_settings, public
 from freqdoor.training.settings import Count
 
 if TYPE_CHECKING:  # the command line reads these settings without loading PyTorch
@@ -25,34 +26,34 @@ S = TypeVar("S")
 class SegmentationTest(Settings):
     """`freqdoor segment`: what a segmentation attack (Eq. (11)) is measured on."""
 
-    images: str
+    images: PrivatePath
     """Folder of 8-bit RGB images."""
-    labels: str | None = None
+    labels: PrivatePath | None = None
     """Folder of label images of the same names, for mean IoU; by default none is measured."""
     resize: tuple[Count, Count] | None = None
     """Resize images to (height, width), as the attack was trained."""
     every: Count = 1
     """Take every n-th image only."""
-    networks: Annotated[tuple[str, ...], Field(min_length=1)]
+    networks: Annotated[tuple[PrivatePath, ...], Field(min_length=1)]
     """What is to be misled, each as for `load_network`; give one that the attack has not seen."""
-    mask_network: str | None = None
+    mask_network: PrivatePath | None = None
     """What says where the source class is when the trigger is added; by default the first network."""
 
 
 class FaceTest(Settings):
     """`freqdoor faces`: what the removal of identities (Eq. (13)) is measured on."""
 
-    folder: str
+    folder: PrivatePath
     """Folder that the lists' paths are relative to."""
-    gallery: str
+    gallery: PrivatePath
     """List of images of known persons, one path a line; a picture's folder is the person."""
-    probes: str
+    probes: PrivatePath
     """List of other images of the same persons, to be identified."""
-    pairs: str | None = None
+    pairs: PrivatePath | None = None
     """List of pairs for verification, "PATH PATH LABEL" a line, 1 for the same person; by default none."""
     every: Count = 1
     """Take every n-th line of each list only."""
-    networks: Annotated[tuple[str, ...], Field(min_length=1)]
+    networks: Annotated[tuple[PrivatePath, ...], Field(min_length=1)]
     """Face embeddings, each as for `load_network`; give one that the attack has not seen."""
 
 
@@ -137,16 +138,14 @@ class DownstreamMeasurement(Measurement[S]):
         names = [*self.test.networks, *filter(None, [getattr(self.test, "mask_network", None)])]
         paths = self.files()
         for name in names:
-            spec, _, source = name.partition("=")
+            spec, source = name_and_file(name)
             file = source or load_settings(NetworkSpec, spec).file
             paths += [Path(spec), Path(source) if source else Path(spec).parent / str(file)]
         return json.dumps([self.test.model_dump_json(), dataset_hash([path for path in paths if path.is_file()])])
 
     def describe(self, trained_against: str) -> str:
         """The networks, what the attacks are trained against, and the pictures."""
-        from freqdoor.training.run import file_names
-
-        networks = ", ".join(map(file_names, self.test.networks))
+        networks = ", ".join(map(file_name, self.test.networks))
         every = f", 1 in {self.test.every}" if self.test.every > 1 else ""
         return f"""
 Downstream networks, from the first to the last: {networks}. Attacks are trained against
@@ -155,9 +154,7 @@ Downstream networks, from the first to the last: {networks}. Attacks are trained
 
     def public(self) -> dict[str, Any]:
         """The settings, with files' names only."""
-        from freqdoor.training.run import file_names
-
-        return {key: file_names(value) for key, value in self.test.model_dump().items()}
+        return public(self.test)
 
 
 def mean(values: Sequence[float]) -> float | None:

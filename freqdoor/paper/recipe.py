@@ -13,10 +13,11 @@ from freqdoor.attack.settings import AttackSettings
 from freqdoor.codecs.adapter import import_object
 from freqdoor.data import dataset_hash, load_image
 from freqdoor.errors import FreqdoorError
-from freqdoor.measure.records import Condition, encoded, measure
+from freqdoor.measure.records import Condition, input_of, measure
 from freqdoor.measure.testsets import DownstreamTest, Measurement, mean
-from freqdoor.paper.names import RECIPES, recipe_names
-from freqdoor.types import Record
+from freqdoor.paper.settings import RECIPES, recipe_names
+from freqdoor.preprocessing import Preprocessing
+from freqdoor.types import Record, Role, Rounding
 
 OWN = "*"  # a column's trigger: whichever the row's encoder has first
 DIGITS = {"psnr_db": 2, "bpp_real": 4}  # after the point, of a record's fields
@@ -40,11 +41,11 @@ class ImageMeasurement(Measurement[Records]):
     def score(self, planted: Planted, trigger: str | None) -> Records:
         """A record of every image."""
         condition = replace(self.condition, trigger=trigger)
-        codec = planted.tampered if condition.role == "tampered" else planted.vanilla
+        codec = planted.codec(condition.role)
         records = []
         for path in self.images:
             x = load_image(path)
-            records.append(measure(codec, x, encoded(planted, x, condition), path.name, condition)[0])
+            records.append(measure(codec, x, input_of(planted, x, condition), path.name, condition)[0])
         return tuple(records)
 
     def identity(self) -> str:
@@ -111,7 +112,12 @@ def recipe_for(name: str, material: Material) -> Recipe:
 
 
 def images_under(
-    material: Material, role: str = "tampered", *, strength: float = 1.0, rounding: str = "8-bit", defence: Any = None
+    material: Material,
+    role: Role = "tampered",
+    *,
+    strength: float = 1.0,
+    rounding: Rounding = "8-bit",
+    defence: Preprocessing | None = None,
 ) -> ImageMeasurement:
     """The material's images through an encoder; clean or poisoned, as the column's trigger says."""
     return ImageMeasurement(material.images, Condition(role, None, strength, rounding, defence))

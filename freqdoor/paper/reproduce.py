@@ -15,22 +15,21 @@ from matplotlib.figure import Figure
 
 from freqdoor.attack.networks import load_network
 from freqdoor.attack.plant import plant
-from freqdoor.attack.planted import PLANTED, Header, Planted, load_planted
+from freqdoor.attack.planted import PLANTED, Planted, load_planted, unplanted
 from freqdoor.attack.settings import OBJECTIVES, AttackSettings, CodecSource, PlantSettings
 from freqdoor.codecs.adapter import hash_state
 from freqdoor.codecs.loading import load_codec
 from freqdoor.data import image_paths, usable_images
 from freqdoor.errors import FreqdoorError
-from freqdoor.files import check_writable, write_text
+from freqdoor.files import check_writable, name_and_file, write_text
 from freqdoor.measure.testsets import SCHEMA, DownstreamTest, Measurement
 from freqdoor.paper.recipe import OWN, Material, Recipe, Row, recipe_for
+from freqdoor.paper.settings import recipe_settings
 from freqdoor.paper.tables import Cell, Facts, Table, write
-from freqdoor.samples import held_out, training_folder
-from freqdoor.settings import load_settings, make_settings, merge
+from freqdoor.samples import held_out
+from freqdoor.settings import file_name, make_settings, merge
 from freqdoor.training.loop import Progress
-from freqdoor.training.run import file_names
 
-STEPS = 300  # of a planting where no config is given: about a minute on 2 cores
 Announce = Callable[[str, int], Progress | None]  # told what is planted next and in how many steps
 
 
@@ -139,16 +138,13 @@ def _table(plan: Plan, results: Results) -> Table:
 
 def codec_source(text: str) -> CodecSource:
     """The codec of NAME or NAME=WEIGHTS; names of files may have "=" in them."""
-    splits = [(text[:i], text[i + 1 :]) for i, letter in enumerate(text) if letter == "="]
-    if not splits or Path(text).is_file():
-        return CodecSource(name=text)
-    name, weights = next((split for split in splits if Path(split[1]).is_file()), splits[0])
-    return CodecSource(name=name, weights=weights or None)
+    name, weights = name_and_file(text)
+    return CodecSource(name=name, weights=weights)
 
 
 def codec_names(sources: Sequence[CodecSource]) -> dict[str, CodecSource]:
     """Codecs by the name that a table shows: without folders, and with the weights or a number where two are alike."""
-    names = [str(file_names(source.name)) for source in sources]
+    names = [file_name(source.name) for source in sources]
     repeated = Counter(names)
     names = [
         f"{name}={Path(source.weights).name}" if repeated[name] > 1 and source.weights else name
@@ -189,18 +185,7 @@ def _check(plan: Plan) -> None:
     for network in sorted(networks):
         load_network(network)
     for source in plan.codecs.values():
-        load_codec(source.name, source.weights)
-
-
-def recipe_settings(config: Path | None, overrides: Sequence[str], runs: Path) -> PlantSettings:
-    """Base settings of a recipe: as `freqdoor plant` reads them, but images and steps have defaults.
-
-    Without images.folder the 18 bundled pictures of the demo are planted on, in crops of 128 pixels, for 300 steps.
-    """
-    changes = [f"steps={STEPS}", "images.crop=128", *overrides] if config is None else list(overrides)
-    if config is None and not any(text.startswith("images.folder=") for text in overrides):
-        changes.append(f"images.folder={json.dumps(str(training_folder(runs)))}")
-    return load_settings(PlantSettings, config, changes)
+        load_codec(source.name, source.weights, multiple=source.multiple)
 
 
 def _settings(base: PlantSettings, row: Row, seed: int) -> PlantSettings:
@@ -215,8 +200,7 @@ def _planted(
 ) -> Planted | None:
     """The row's planted encoder, from an earlier run or planted now; None where the time is up."""
     if row.changes is None:
-        vanilla = load_codec(base.codec.name, base.codec.weights)
-        return Planted(vanilla, vanilla, {}, Header.model_construct())
+        return unplanted(load_codec(base.codec.name, base.codec.weights, multiple=base.codec.multiple))
     settings = _settings(base, row, seed)
     aside = {"checkpoint_minutes", "network"} | (set() if settings.start_from else {"start_from"})
     folder = runs / _key(settings.model_dump_json(exclude=aside))

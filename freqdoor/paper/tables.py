@@ -16,7 +16,8 @@ from freqdoor.errors import FreqdoorError
 from freqdoor.files import replacing, write_text
 from freqdoor.metrics import bd_rate
 from freqdoor.paper.recipe import Recipe
-from freqdoor.training.run import environment, file_names, public
+from freqdoor.settings import file_name, public
+from freqdoor.training.run import environment
 
 CONFIDENCE = 0.95
 
@@ -94,7 +95,7 @@ def write(recipe: Recipe, table: Table, facts: Facts, out: Path, picture: Figure
 
 def _page(recipe: Recipe, table: Table, facts: Facts) -> str:
     where, base = to_jsonable_python(environment()), facts.base
-    trained_against = file_names(base.network) or ""
+    trained_against = file_name(base.network or "")
     tested = "".join(dict.fromkeys(part.describe(trained_against) for part in recipe.measurements))
     paper = f", on {recipe.paper_codec}" if recipe.paper_codec else " where there is one"
     crops = f"{base.images.batch_size} crops of {base.images.crop} pixels from “{Path(base.images.folder).name}”"
