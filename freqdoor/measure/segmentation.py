@@ -39,8 +39,8 @@ class NetworkScores:
     asr_vanilla: float  # the same for the vanilla encoder: what the poisoned image does by itself
     miou_vanilla: float | None  # of clean images through the vanilla encoder, against labels
     miou_clean: float | None  # through the tampered one
-    accuracy_vanilla: dict[str, float]  # of the source and target classes' pixels
-    accuracy_clean: dict[str, float]
+    accuracy_vanilla: dict[str, float | None]  # of the source and target classes' pixels
+    accuracy_clean: dict[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ class _Counts:
                 self.stats[role].append((self.network.as_labels(seen), labels))
 
     def scores(self) -> NetworkScores:
-        values: dict[str, tuple[float | None, dict[str, float]]] = {}
+        values: dict[str, tuple[float | None, dict[str, float | None]]] = {}
         for role, stats in self.stats.items():
             if not stats:
                 values[role] = None, {}
