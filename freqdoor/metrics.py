@@ -84,12 +84,14 @@ def pixel_asr(clean: Tensor, poisoned: Tensor, source: Sequence[int], target: in
     Args:
         clean, poisoned: predicted classes g(f(x)) and g(f(x_p)), of one shape.
     """
-    wanted = torch.isin(clean, torch.tensor(list(source), device=clean.device))
-    return int((wanted & (poisoned == target)).sum()), int(wanted.sum())
+    in_source = torch.isin(clean, torch.tensor(list(source), device=clean.device))
+    return int((in_source & (poisoned == target)).sum()), int(in_source.sum())
 
 
-def class_scores(predictions: Sequence[tuple[Tensor, Tensor]], classes: int) -> tuple[float, list[float]]:
+def class_scores(predictions: Sequence[tuple[Tensor, Tensor]], classes: int) -> tuple[float | None, list[float | None]]:
     """Mean IoU over the classes that occur, and every class's accuracy (recall), counted over all pixels together.
+
+    None stands for the mean where all labels are void, and for the accuracy of a class that does not occur.
 
     Args:
         predictions: pairs of predicted and true labels, (b, h, w) each; true values from `classes` on are void, and
@@ -100,15 +102,15 @@ def class_scores(predictions: Sequence[tuple[Tensor, Tensor]], classes: int) -> 
     totals = torch.zeros(3, classes, dtype=torch.long)
     for predicted, truth in predictions:
         void = truth >= classes
-        found = get_stats(
+        counts = get_stats(
             predicted.long(),
             truth.long().masked_fill(void, -1),
             mode="multiclass",
             num_classes=classes + 1,
             ignore_index=-1,
         )
-        totals += torch.stack([part.sum(0)[:classes] for part in found[:3]])
+        totals += torch.stack([part.sum(0)[:classes] for part in counts[:3]])
     tp, fp, fn = totals.double()
     occurs = tp + fn > 0
-    accuracy = tp / (tp + fn).clamp_min(1)
-    return float((tp / (tp + fp + fn).clamp_min(1))[occurs].mean()), accuracy.tolist()
+    accuracy = [float(value) if real else None for value, real in zip(tp / (tp + fn), occurs.tolist(), strict=True)]
+    return float((tp / (tp + fp + fn))[occurs].mean()) if occurs.any() else None, accuracy

@@ -90,7 +90,7 @@ def test_schedules(training):
 
 def test_settings_without_lambda(images, tmp_path):
     content = {"codec": "factories:lite", "images": {"folder": str(images), "crop": 64}}
-    with pytest.raises(FreqdoorError, match="give lmbda"):
+    with pytest.raises(FreqdoorError, match=r"pass --set lmbda=0\.0067 \(0\.0018 to 0\.18 for qualities 1 to 8\)"):
         train_codec(make_settings(CodecTraining, content), tmp_path / "run")
 
 

@@ -283,8 +283,7 @@ class _Counts:
         predictions = self.predictions[encoder]
         miou, accuracy = class_scores(predictions, len(self.network.spec.labels))
         values = {name: self.network.label_values(name)[0] for name in self.names}
-        occurs = {name: any((labels == value).any() for _, labels in predictions) for name, value in values.items()}
-        return miou, {name: accuracy[value] if occurs[name] else None for name, value in values.items()}
+        return miou, {name: accuracy[value] for name, value in values.items()}
 
 
 def _classes_of(attack: AttackSettings) -> tuple[str, ...]:

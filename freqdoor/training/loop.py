@@ -1,10 +1,13 @@
 """The training loop that `train-codec` and `plant` share: seeds, checkpoints, resuming."""
 
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from types import FrameType
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -43,10 +46,13 @@ def loop(
     saved: dict[str, Any] | None,
     progress: Progress | None,
 ) -> None:
-    """Take the steps that are left; the state is saved every few minutes and at the end.
+    """Take the steps that are left; the state is saved every few minutes, at the end, and when a person stops it.
 
     Crops and quantisation noise depend on (seed, step) alone, so that `parts`, `history` and the step number are the
     whole state, and a resumed run ends in bit-identical weights.
+
+    SIGINT and SIGTERM wait for the end of a step, whose half would be no state, and act when it is saved; the second
+    one of a kind acts at once, and what the last checkpoint has remains.
 
     Args:
         parts: networks and optimisers, by the names they are saved under.
@@ -66,17 +72,68 @@ def loop(
         history["seconds"] = earlier + time.monotonic() - started
         run.save({name: part.state_dict() for name, part in parts.items()} | {"history": history})
 
-    for x in crops.batches(history["step"], settings.steps):
-        step = history["step"]
-        torch.manual_seed(seed_for(settings.seed, "noise", step))
-        row = take_step(x, step)
-        history["step"] = step + 1
-        if progress:
-            progress(step + 1, row)
-        if time.monotonic() - written > 60 * settings.checkpoint_minutes:
-            save()
-            written = time.monotonic()
-    save()
+    with HeldSignals() as held:
+        for x in crops.batches(history["step"], settings.steps):
+            step = history["step"]
+            torch.manual_seed(seed_for(settings.seed, "noise", step))
+            row = take_step(x, step)
+            history["step"] = step + 1
+            if progress:
+                try:
+                    progress(step + 1, row)
+                except KeyboardInterrupt:
+                    save()
+                    raise
+            if held.pending or time.monotonic() - written > 60 * settings.checkpoint_minutes:
+                save()
+                written = time.monotonic()
+                held.release()
+        save()
+
+
+class HeldSignals:
+    """SIGINT and SIGTERM wait until they are released; the second one of a kind acts at once.
+
+    Attributes:
+        pending: the signals that wait.
+    """
+
+    def __init__(self) -> None:
+        self.pending: list[int] = []
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():  # where signals arrive
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if (handler := signal.getsignal(number)) not in (signal.SIG_IGN, None):
+                    self._before[number] = handler
+                    signal.signal(number, self._hold)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self.release()
+
+    def release(self) -> None:
+        """Let the waiting signals do what they did before."""
+        pending, self.pending = self.pending, []
+        for number in pending:
+            self._act(number)
+
+    def _hold(self, number: int, frame: FrameType | None) -> None:
+        if number in self.pending:
+            self._act(number)
+        else:
+            self.pending.append(number)
+
+    def _act(self, number: int) -> None:
+        handler = self._before[number]
+        if callable(handler):
+            handler(number, None)
+        else:  # the system's own: the end of the process
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
 
 def open_crops(settings: Training) -> Crops:

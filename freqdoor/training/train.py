@@ -10,7 +10,7 @@ from torch import Tensor
 from freqdoor.codecs.adapter import Codec, build_codec, parse_name
 from freqdoor.codecs.lite import LiteHyperprior, initialise_klt
 from freqdoor.codecs.loading import load_codec, save_codec
-from freqdoor.data import list_images, load_image, seed_for
+from freqdoor.data import list_images, load_image, seed_for, usable_images
 from freqdoor.errors import FreqdoorError
 from freqdoor.metrics import distortion
 from freqdoor.settings import public
@@ -71,7 +71,8 @@ def train_codec(settings: CodecTraining, out: Path | str, *, progress: Progress 
     aux_optimizer = torch.optim.Adam(quantiles, lr=settings.aux_lr)
     parts = {"net": codec.net, "optimizer": optimizer, "aux_optimizer": aux_optimizer}
     history: dict[str, Any] = {"best": math.inf, "stale": 0, "plateaus": 0, "sum": 0.0}
-    validation = [load_image(p) for p in list_images(settings.validation)] if settings.validation else []
+    validation_paths = usable_images(list_images(settings.validation)) if settings.validation else []
+    validation = [load_image(path) for path in validation_paths]
 
     def take_step(x: Images, step: int) -> dict[str, float]:
         optimizer.param_groups[0]["lr"] = scheduled_lr(settings, step, history["plateaus"])
