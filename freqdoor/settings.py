@@ -3,9 +3,9 @@
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from freqdoor.errors import FreqdoorError
 
@@ -25,14 +25,12 @@ class Arguments(Settings):
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
-    @model_validator(mode="wrap")
-    @classmethod
-    def _in_one_sentence(cls, content: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+    def __init__(self, **values: Any) -> None:
         try:
-            return handler(content)
+            super().__init__(**values)
         except ValidationError as error:
             unknown = any(problem["type"] == "extra_forbidden" for problem in error.errors())
-            known = f" (there are {', '.join(cls.model_fields)})" if unknown else ""
+            known = f" (there are {', '.join(type(self).model_fields)})" if unknown else ""
             raise FreqdoorError("; ".join(mistakes(error)) + known) from None
 
 

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 
@@ -51,6 +53,16 @@ def test_three_and_three_steps_equal_six(training, tmp_path, precision):
     assert load_codec(str(tmp_path / "parts/codec.safetensors")).module_hashes() == parts.module_hashes()
 
 
+def test_the_precision_that_was_chosen_is_a_fact_of_the_run(training, tmp_path, monkeypatch):
+    monkeypatch.setattr("freqdoor.training.train.dtype_of", lambda precision, device: torch.bfloat16)
+    codec = train_codec(training(steps=2), tmp_path / "run")
+    assert json.loads((tmp_path / "run/environment.json").read_text())["precision"] == "bf16"
+    assert codec.precision == torch.float32
+    monkeypatch.setattr("freqdoor.training.train.dtype_of", lambda precision, device: torch.float32)
+    with pytest.raises(FreqdoorError, match="precision: the run has 'bf16', now 'fp32'"):
+        train_codec(training(steps=2), tmp_path / "run")
+
+
 def test_training_lowers_the_loss(training, tmp_path, images):
     losses: list[float] = []
     train_codec(
@@ -90,7 +102,7 @@ def test_schedules(training):
 
 def test_settings_without_lambda(images, tmp_path):
     content = {"codec": "factories:lite", "images": {"folder": str(images), "crop": 64}}
-    with pytest.raises(FreqdoorError, match="give lmbda"):
+    with pytest.raises(FreqdoorError, match=r"pass --set lmbda=0.0067 .0.0018 to 0.18"):
         train_codec(make_settings(CodecTraining, content), tmp_path / "run")
 
 

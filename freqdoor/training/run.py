@@ -83,7 +83,7 @@ def public(settings: Settings) -> dict[str, Any]:
     if "network" in content:
         content["network"] = file_names(content["network"])
     if isinstance(content["codec"], dict):
-        content["codec"] = {key: value and Path(value).name for key, value in content["codec"].items()}
+        content["codec"] = {key: file_names(value) for key, value in content["codec"].items()}
     return content
 
 
