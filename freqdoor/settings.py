@@ -31,7 +31,8 @@ class Arguments(Settings):
         except ValidationError as error:
             unknown = any(problem["type"] == "extra_forbidden" for problem in error.errors())
             known = f" (there are {', '.join(type(self).model_fields)})" if unknown else ""
-            raise FreqdoorError("; ".join(mistakes(error)) + known) from None
+            reasons = (line.removeprefix("as a whole: ") for line in mistakes(error))
+            raise FreqdoorError("; ".join(reasons) + known) from None
 
 
 def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
