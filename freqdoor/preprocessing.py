@@ -274,16 +274,8 @@ PREPROCESSINGS: dict[str, type[Preprocessing]] = {
 }
 
 PAPER = (*map(GaussianBlur, (0.2, 0.3, 0.5, 0.6)), *map(SqueezeBits, (7, 4, 3)))  # Table 5
-BEYOND = (
-    *map(Jpeg, (90, 75, 50)),
-    WebP(80),
-    Median(3),
-    Noise(0.01),
-    Noise(0.04),
-    Resize(0.5),
-    Flip("horizontal"),
-    Flip("vertical"),
-)
+FLIPS = (Flip("horizontal"), Flip("vertical"))
+BEYOND = (*map(Jpeg, (90, 75, 50)), WebP(80), Median(3), Noise(0.01), Noise(0.04), Resize(0.5), *FLIPS)
 PRESETS: dict[str, tuple[Preprocessing, ...]] = {"none": (), "paper": PAPER, "all": PAPER + BEYOND}
 
 # kind -> defence and the range of its first argument, both ends included; drawn uniformly, between integers an integer

@@ -5,17 +5,9 @@ import tomllib
 from collections.abc import Sequence
 from datetime import date, time
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    ModelWrapValidatorHandler,
-    PlainSerializer,
-    SerializationInfo,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, PlainSerializer, SerializationInfo, ValidationError
 
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import read_text
@@ -36,15 +28,14 @@ class Arguments(Settings):
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
-    @model_validator(mode="wrap")
-    @classmethod
-    def _in_one_sentence(cls, content: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+    def __init__(self, **values: Any) -> None:
         try:
-            return handler(content)
+            super().__init__(**values)
         except ValidationError as error:
             unknown = any(problem["type"] == "extra_forbidden" for problem in error.errors())
-            known = f" (there are {', '.join(cls.model_fields)})" if unknown else ""
-            raise FreqdoorError("; ".join(mistakes(error)) + known) from None
+            known = f" (there are {', '.join(type(self).model_fields)})" if unknown else ""
+            reasons = (line.removeprefix("as a whole: ") for line in mistakes(error))
+            raise FreqdoorError("; ".join(reasons) + known) from None
 
 
 def file_name(text: str) -> str:

@@ -63,5 +63,5 @@ def no_codec() -> nn.Module:
 class Darkness(Victim):
     """A victim for Eq. (8): how bright the decoded image is."""
 
-    def forward(self, x, x_hat, x_hat_p):
+    def forward(self, scene, x_hat, x_hat_p):
         return x_hat_p.mean()

@@ -115,7 +115,8 @@ def test_mistakes_in_attacks(settings, tmp_path):
         ({"attacks": BOTH, "objective": {"name": "bpp"}}, "not beside them"),
         ({"attacks": [BOTH[0], BOTH[0]]}, "distinct names"),
         ({"attacks": [{"name": "a b", "objective": {"name": "bpp"}}]}, "distinct names"),
-        ({"objective": {"name": "downstream"}}, r"auxiliary\.folder"),
+        ({"objective": {"name": "downstream"}}, "objective.arguments: victim: Field required"),
+        ({"objective": {"name": "downstream", "arguments": {"victim": "a:b"}}}, r"auxiliary\.folder"),
         ({"attacks": [{"objective": {"name": "rate"}}]}, "attacks.0.objective.name"),
         ({"trigger": {"eps": 0.1}}, "eps_start"),
     ):

@@ -1,11 +1,12 @@
 import pytest
 import torch
 from conftest import natural
+from factories import tiny
 
 from freqdoor.attack.joint import Attack, Auxiliary, joint_loss, scale_gradient
 from freqdoor.attack.objectives import DownstreamAttack, QualityAttack, RateAttack
 from freqdoor.attack.settings import TriggerSettings
-from freqdoor.attack.victims import Victim
+from freqdoor.attack.victims import Scene, Victim
 from freqdoor.errors import FreqdoorError
 from freqdoor.training.train import rate_distortion
 from freqdoor.triggers.adaptive_dct import AdaptiveDCT
@@ -89,9 +90,11 @@ def joint_loss_alone(codec, attacks, x, index):
     torch.manual_seed(0)
     poisoned = [a.trigger(x) for a in attacks]
     out = codec(torch.cat([x, *poisoned]))
-    split = zip(out.x_hat.split(2), out.bits.split(2), out.y.split(2), strict=True)
-    parts = [Reconstruction(x_hat, bits, out.num_pixels, y) for x_hat, bits, y in split]
-    loss = attacks[index].objective(Passes(x, parts[0], poisoned[index], parts[1 + index], x), LMBDA)
+    parts = [
+        Reconstruction(a, b, out.num_pixels, y)
+        for a, b, y in zip(out.x_hat.split(2), out.bits.split(2), out.y.split(2), strict=True)
+    ]
+    loss = attacks[index].objective(Passes(x, parts[0], poisoned[index], parts[1 + index], Scene(x)), LMBDA)
     return loss.total, loss.terms
 
 
@@ -120,14 +123,19 @@ class Darkness(Victim):
 
     uses_clean = True
 
-    def mask(self, x, labels=None):
+    def __init__(self):
+        super().__init__()
+        self.taken = []
+
+    def scene(self, x, labels=None):
         mask = torch.zeros_like(x[:, :1])
         mask[..., : x.shape[-1] // 2] = 1
-        return mask
+        return Scene(x, mask)
 
-    def forward(self, x, x_hat, x_hat_p):
-        assert x_hat.shape == x.shape
+    def forward(self, scene, x_hat, x_hat_p):
+        assert x_hat.shape == scene.x.shape
         assert not x_hat.requires_grad
+        self.taken.append((scene, x_hat, x_hat_p))
         return x_hat_p.mean()
 
 
@@ -149,6 +157,94 @@ def test_auxiliary_attack_has_its_own_images_and_only_they_are_poisoned(codec, x
     assert gradients(trigger).abs().max() > 0
     with pytest.raises(FreqdoorError, match="auxiliary set"):
         joint_loss(codec, (attack,), x, LMBDA, (EPS,))
+
+
+def test_a_downstream_attack_compares_with_the_decoded_clean_source_after_the_same_preprocessing(x):
+    """Everything that the victim and the terms take comes from before(source): f of it, and the picture itself.
+
+    In eval mode the codec rounds, so that each of its passes can be repeated here.
+    """
+    codec = tiny("bmshj2018-hyperprior").freeze("g_a").eval()
+    torch.manual_seed(5)
+    attacks = [
+        Attack(name, AdaptiveDCT(width=8), DownstreamAttack(victim=Darkness(), alpha=0.3, beta=0.7), weight)
+        for name, weight in (("a", 0.5), ("b", 2.0))
+    ]
+    sources = [natural(3, 64, 128), natural(4, 128, 64)]
+
+    def before(image):
+        return 0.5 * image + 0.2
+
+    joint = joint_loss(codec, attacks, x, LMBDA, (0.1, 0.2), auxiliary=[Auxiliary(s) for s in sources], defence=before)
+    kept = attack_part = 0.0
+    for attack, source, eps in zip(attacks, sources, (0.1, 0.2), strict=True):
+        [(scene, x_hat, x_hat_p)] = attack.objective.victim.taken
+        x_p = attack.trigger(source, eps=eps, rounded=True, mask=scene.mask)
+        with torch.no_grad():
+            clean, poisoned, main = codec(before(source)), codec(before(x_p)), codec(before(x))
+        assert torch.equal(scene.x, before(source))
+        torch.testing.assert_close(x_hat, clean.x_hat)
+        torch.testing.assert_close(x_hat_p, poisoned.x_hat)
+        assert not torch.allclose(x_hat, x_hat_p.detach(), atol=1e-4)
+        error = 255**2 * (poisoned.x_hat - before(x_p)).square().mean()
+        l_main = main.bpp.mean() + LMBDA * 255**2 * (main.x_hat - before(x)).square().mean()
+        kept += attack.weight * (l_main + 0.3 * (poisoned.bpp.mean() + LMBDA * error))
+        attack_part += attack.weight * 0.7 * poisoned.x_hat.mean()
+        terms = {
+            key.partition("/")[2]: value for key, value in joint.terms.items() if key.startswith(f"{attack.name}/")
+        }
+        decibels = 10 * torch.log10(1 / (poisoned.x_hat.clamp(0, 1) - before(source)).square().mean())
+        torch.testing.assert_close(terms["psnr_db_poisoned"], decibels)
+        torch.testing.assert_close(terms["bpp_poisoned"], poisoned.bpp.mean())
+        torch.testing.assert_close(terms["l_ds"], poisoned.x_hat.mean())
+        torch.testing.assert_close(terms["trigger_mse"], (x_p - source).square().mean().detach())
+    torch.testing.assert_close(joint.kept.detach(), kept.detach())
+    torch.testing.assert_close(joint.attack.detach(), attack_part.detach())
+    torch.testing.assert_close(joint.terms["loss"], joint.total.detach())
+    assert joint.penalty == 0
+    assert [tuple(y.shape[:1]) + tuple(16 * side for side in y.shape[2:]) for y in joint.latents] == [
+        (2, 64, 64),
+        (1, 64, 128),
+        (1, 128, 64),
+    ]
+
+
+def test_each_poisoned_batch_keeps_its_own_pass_whatever_the_order(x):
+    """Main-set attacks share one pass, those on auxiliary sets have their own: none is taken for another."""
+    codec = tiny("bmshj2018-hyperprior").freeze("g_a").eval()
+    rate, quality = make_attacks((1.0, 1.0))
+    torch.manual_seed(6)
+    dark = Attack("dark", AdaptiveDCT(width=8), DownstreamAttack(victim=Darkness()))
+    source = natural(3, 64, 64)
+    joint = joint_loss(codec, (rate, dark, quality), x, LMBDA, (EPS,) * 3, auxiliary=[None, Auxiliary(source), None])
+    for attack, image in ((rate, x), (dark, source), (quality, x)):
+        settings = attack.settings
+        mask = dark.objective.victim.scene(image).mask if attack is dark else None
+        with torch.no_grad():
+            x_p = attack.trigger(image, eps=EPS, rounded=settings.round8, mask=mask)
+            torch.testing.assert_close(joint.terms[f"{attack.name}/bpp_poisoned"], codec(x_p).bpp.mean())
+    with torch.no_grad():
+        penalties = [budget_penalty(x, a.trigger(x, eps=EPS), gamma=1e3, eps=EPS) for a in (rate, quality)]
+    torch.testing.assert_close(joint.penalty.detach(), sum(penalties))
+    torch.testing.assert_close(joint.total, joint.kept + joint.attack + joint.penalty)
+    torch.testing.assert_close(joint.clean.bits.detach(), codec(x).bits.detach())
+    torch.testing.assert_close(joint.clean.y.detach(), codec.net.g_a(x).detach())
+    assert len(joint.latents) == 2  # one shared, one of the auxiliary set
+    assert joint.latents[0].shape[0] == 3 * x.shape[0]
+
+
+def test_terms_of_a_single_attack_have_no_prefix_and_its_settings_reach_the_trigger(codec, x):
+    codec.freeze("g_a").eval()
+    torch.manual_seed(5)
+    rounded, plain = (TriggerSettings(round8=round8) for round8 in (True, False))
+    trigger = AdaptiveDCT(width=8)
+    for settings in (rounded, plain):
+        joint = joint_loss(codec, [Attack("a", trigger, RateAttack(), settings=settings)], x, LMBDA, (EPS,))
+        with torch.no_grad():
+            x_p = trigger(x, eps=EPS, rounded=settings.round8)
+        assert torch.equal(joint.terms["trigger_mse"], (x_p - x).square().mean())
+        assert joint.penalty == 0  # projected
+        assert joint.terms.keys() >= {"bpp_clean", "trigger_mse", "loss"}
 
 
 def test_defence_in_the_loop_acts_on_clean_and_poisoned_images(codec, x):

@@ -119,7 +119,7 @@ def test_objectives_take_a_network_by_name(tmp_path):
     assert (attack.alpha, attack.beta) == (0.1, 0.7)
     assert not build_objective(
         "segmentation", "paper", network=str(segmentation), source="car", target="sky"
-    ).victim.balanced
+    ).victim.settings.balanced
     assert build_objective("face", "paper", network=str(face)).beta == 0.05
     assert build_objective("face", network=str(face)).beta == 1.0  # 0.05 is not caught in minutes
     for arguments, match in (

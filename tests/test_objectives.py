@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 import torch
+from networks import face_spec, segmentation_spec
 
 from freqdoor.attack.objectives import (
-    OBJECTIVES,
     DownstreamAttack,
     FixedQualityAttack,
     FixedRateAttack,
@@ -13,7 +13,8 @@ from freqdoor.attack.objectives import (
     build_objective,
     dynamic_max,
 )
-from freqdoor.attack.victims import Victim
+from freqdoor.attack.settings import OBJECTIVES
+from freqdoor.attack.victims import Scene, Victim
 from freqdoor.errors import FreqdoorError
 from freqdoor.types import Reconstruction
 
@@ -29,9 +30,11 @@ def passes(seed: int = 0) -> Passes:
     def bits() -> torch.Tensor:
         return 100 * torch.rand(2, generator=generator)
 
+    def reconstruction() -> Reconstruction:
+        return Reconstruction(images(), bits(), 64, torch.empty(0))
+
     x = images()
-    y = torch.zeros(2, 4, 1, 1)
-    return Passes(x, Reconstruction(images(), bits(), 64, y), images(), Reconstruction(images(), bits(), 64, y), x)
+    return Passes(x, reconstruction(), images(), reconstruction(), Scene(x))
 
 
 def numbers(p: Passes) -> dict[str, np.ndarray]:
@@ -107,22 +110,76 @@ def test_per_sample_maximum_is_taken_image_by_image(seed, guarded):
 
 
 class Brightness(Victim):
-    def forward(self, x, x_hat, x_hat_p):
-        return x.mean() * x_hat_p.mean()
+    def forward(self, scene, x_hat, x_hat_p):
+        return scene.x.mean() * x_hat_p.mean()
 
 
 def test_downstream_attack_is_equation_8():
     """The main set is clean, the auxiliary one poisoned; the victim sees the auxiliary image and what is decoded."""
     p = passes()
     source = torch.rand(2, 3, 8, 8)
-    p = p._replace(source=source)
+    p = p._replace(source=Scene(source))
     n = numbers(p)
     main = n["r"] + LMBDA * mse255(n["x_hat"], n["x"]).mean()
     auxiliary = n["r_p"] + LMBDA * mse255(n["x_hat_p"], n["x_p"]).mean()
     l_ds = float(source.mean() * p.poisoned.x_hat.mean())
     attack = DownstreamAttack(victim=Brightness(), alpha=0.4, beta=0.6)
     assert attack.uses_auxiliary
-    assert float(attack(p, LMBDA).total) == pytest.approx(main + 0.4 * auxiliary + 0.6 * l_ds, rel=1e-5)
+    loss = attack(p, LMBDA)
+    assert float(loss.total) == pytest.approx(main + 0.4 * auxiliary + 0.6 * l_ds, rel=1e-5)
+    assert float(loss.attack) == pytest.approx(0.6 * l_ds, rel=1e-5)
+    assert float(loss.terms["l_ds"]) == pytest.approx(l_ds, rel=1e-5)
+    assert (DownstreamAttack(victim=Brightness()).alpha, DownstreamAttack(victim=Brightness()).beta) == (0.1, 0.2)
+    with pytest.raises(FreqdoorError, match="victim: "):
+        DownstreamAttack(victim=torch.nn.Identity())
+
+
+def test_a_downstream_attack_hands_its_victim_what_has_been_decoded():
+    """The scene, f(source) and f(x_p), each where it belongs: Eq. (13) compares the last two."""
+    taken = []
+
+    class Spy(Victim):
+        def forward(self, scene, x_hat, x_hat_p):
+            taken.extend((scene, x_hat, x_hat_p))
+            return x_hat_p.mean()
+
+    p = passes()._replace(source=Scene(torch.rand(2, 3, 8, 8)), source_hat=torch.rand(2, 3, 8, 8))
+    DownstreamAttack(victim=Spy())(p, LMBDA)
+    assert [a is b for a, b in zip(taken, (p.source, p.source_hat, p.poisoned.x_hat), strict=True)] == [True] * 3
+
+
+@pytest.mark.parametrize("name", ["bpp", "psnr", "downstream"])
+def test_terms_say_what_they_are(name):
+    """Rates and distances of the batch, and the decoded poisoned image, clamped, against its clean source."""
+    p = passes()
+    source = torch.rand(2, 3, 8, 8)
+    p = p._replace(source=Scene(source), poisoned=p.poisoned._replace(x_hat=3 * p.poisoned.x_hat - 1))
+    n = numbers(p)
+    terms = build_objective(name, **({"victim": Brightness()} if name == "downstream" else {}))(p, LMBDA).terms
+    expected = {
+        "bpp_clean": n["r"],
+        "psnr_db_clean": db(n["x_hat"], n["x"]),
+        "bpp_poisoned": n["r_p"],
+        "psnr_db_poisoned": db(n["x_hat_p"].clip(0, 1), source.numpy().astype(float)),
+        "mse255_clean": mse255(n["x_hat"], n["x"]).mean(),
+    }
+    assert {key: float(terms[key]) for key in expected} == pytest.approx(expected, rel=1e-5)
+    assert terms.keys() == expected.keys() | ({"l_ds"} if name == "downstream" else set())
+    assert not any(value.requires_grad for value in terms.values())
+
+
+@pytest.mark.parametrize("attack", [QualityAttack(beta=1), FixedQualityAttack(beta=1)])
+def test_quality_attacks_pull_towards_the_farthest_image_and_clamp_as_a_decoder_does(attack):
+    """The attack part is lambda (mean of max(PSNR of the clamped image, 3 dB) - PSNR from black and white)."""
+    p = passes()
+    x_hat_p = 3 * p.poisoned.x_hat - 1
+    p = p._replace(poisoned=p.poisoned._replace(x_hat=x_hat_p))
+    n = numbers(p)
+    farthest = (n["x"] < 0.5).astype(float)
+    each = np.mean((n["x_hat_p"].clip(0, 1) - n["x"]) ** 2, axis=(1, 2, 3))
+    floored = np.maximum(10 * np.log10(1 / each), 3).mean()
+    expected = LMBDA * (floored - db(n["x_hat_p"], farthest))
+    assert float(attack(p, LMBDA).attack) == pytest.approx(expected, rel=1e-4)
 
 
 def test_parts_add_up_and_only_the_attack_part_has_beta():
@@ -140,8 +197,8 @@ def test_paired_form_subtracts_the_clean_psnr_and_floor_stops_the_reward():
     each = np.mean((numbers(p)["x_hat"] - numbers(p)["x"]) ** 2, axis=(1, 2, 3))
     clean_db = np.mean(10 * np.log10(1 / each))
     assert float(plain - paired) == pytest.approx(LMBDA * clean_db, rel=1e-3)
-    black = p._replace(x=torch.ones(2, 3, 8, 8), source=torch.ones(2, 3, 8, 8))
-    worst = black._replace(poisoned=p.clean._replace(x_hat=torch.zeros(2, 3, 8, 8, requires_grad=True)))
+    white = p._replace(x=torch.ones(2, 3, 8, 8), source=Scene(torch.ones(2, 3, 8, 8)))
+    worst = white._replace(poisoned=p.poisoned._replace(x_hat=torch.zeros(2, 3, 8, 8, requires_grad=True)))
     loss = QualityAttack(beta=1, paired=False, farthest=False)(worst, LMBDA).total
     loss.backward()
     assert worst.poisoned.x_hat.grad.abs().sum() == 0  # 0 dB is below the floor of 3 dB
@@ -165,9 +222,48 @@ def test_presets_and_errors():
     assert build_objective("bpp", "fast", beta=0.5).beta == 0.5
     with pytest.raises(FreqdoorError, match=", ".join(OBJECTIVES)):
         build_objective("rate")
-    with pytest.raises(FreqdoorError, match="gamma"):
+    with pytest.raises(FreqdoorError, match=r"'bpp': gamma: unknown setting .there are beta, per_sample, guarded"):
         build_objective("bpp", gamma=1.0)
-    for name in OBJECTIVES.keys() - {"segmentation", "face"}:  # these need a network: test_downstream.py
-        arguments = {"victim": Brightness()} if name == "downstream" else {}
-        for preset in ("paper", "fast"):
-            build_objective(name, preset, **arguments)
+    with pytest.raises(FreqdoorError, match="network: expected the network that the attack is against"):
+        build_objective("face")
+    with pytest.raises(
+        FreqdoorError, match=r"victim: expected a Victim or package.module:factory of one, found Linear"
+    ):
+        build_objective("downstream", victim="factories:no_codec")
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("preset", ["paper", "fast"])
+def test_every_row_of_the_table_makes_what_it_says(name, preset, tmp_path):
+    kind = OBJECTIVES[name]
+    spec = {"segmentation": segmentation_spec, "face": face_spec}.get(name)
+    arguments = {"network": str(spec(tmp_path))} if spec else {}
+    arguments |= {"source": "car", "target": "road"} if name == "segmentation" else {}
+    arguments |= {"victim": Brightness()} if name == "downstream" else {}
+    attack = build_objective(name, preset, **arguments)
+    assert kind.needs_network == (spec is not None)
+    assert kind.uses_auxiliary == attack.uses_auxiliary == isinstance(attack, DownstreamAttack)
+    assert kind.presets.keys() == {"paper", "fast"}
+    kind.arguments(**kind.presets[preset] | arguments)  # the settings accept what the preset gives
+    made = attack.victim.settings if name == "segmentation" else attack
+    for key, value in kind.presets[preset].items():
+        assert getattr(made, key) == value
+    if not attack.uses_auxiliary:
+        assert attack.model_dump() == kind.arguments(**kind.presets[preset]).model_dump()
+
+
+def test_the_papers_hyper_parameters():
+    """Section 4: beta 0.01 of Eq. (6), 0.1 of Eq. (7), alpha 0.1 and beta 0.2 of Eq. (11), 0.1 and 0.05 of Eq. (13)."""
+    paper = {name: kind.arguments.model_construct(**kind.presets["paper"]) for name, kind in OBJECTIVES.items()}
+    assert {name: row.beta for name, row in paper.items() if name != "downstream"} == {
+        "bpp": 0.01,
+        "bpp-fixed": 0.01,
+        "psnr": 0.1,
+        "psnr-fixed": 0.1,
+        "segmentation": 0.2,
+        "face": 0.05,
+    }
+    assert (paper["segmentation"].alpha, paper["face"].alpha) == (0.1, 0.1)
+    psnr = paper["psnr"]
+    assert (psnr.paired, psnr.guarded, psnr.farthest, psnr.floor_db) == (False, False, False, 0)
+    assert (paper["bpp"].guarded, paper["segmentation"].balanced) == (False, False)

@@ -7,15 +7,28 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from networks import segmentation_onnx, segmentation_spec
+from PIL import Image
 
 from freqdoor import load_codec, load_planted, plant
-from freqdoor.attack.plant import annealed_eps, held_cosine
+from freqdoor.attack.joint import Auxiliary, JointLoss, joint_loss
+from freqdoor.attack.networks import load_segmenter
+from freqdoor.attack.plant import _Planting, annealed_eps, build_attacks, held_cosine, open_auxiliary
+from freqdoor.attack.presence import check_presence
+from freqdoor.attack.victims import Scene, TargetedSegmentation, Victim
 from freqdoor.codecs.adapter import hash_state
 from freqdoor.codecs.loading import read_tensors, save_codec, write_tensors
+from freqdoor.data import Crops, list_images, seed_for
 from freqdoor.errors import FreqdoorError
 from freqdoor.samples import BUNDLED
+from freqdoor.training.loop import open_crops
+from freqdoor.training.run import Run
+from freqdoor.triggers.adaptive_dct import AdaptiveDCT
+
+LMBDA = 0.0067
 
 
 class Killed(Exception):
@@ -201,8 +214,181 @@ def test_paper_preset_keeps_rate_and_budget_constant(settings):
 
 
 def test_lambda_is_asked_for_where_the_codec_has_none(settings, tmp_path):
-    with pytest.raises(FreqdoorError, match="give lmbda"):
+    with pytest.raises(FreqdoorError, match=r"pass --set lmbda=0.0067 .0.0018 to 0.18"):
         plant(settings(lmbda=None), tmp_path / "run")
+
+
+def prepared(settings, tmp_path, **changes) -> tuple[_Planting, JointLoss]:
+    """What `plant` holds at its first step, and that step's joint loss, both made here from the same parts."""
+    made = settings(**changes)
+    vanilla = load_codec("factories:lite")
+    attacks = build_attacks(made)
+    crops, auxiliary = open_crops(made), open_auxiliary(made)
+    planting = _Planting(made, vanilla, attacks, Run(tmp_path / "unused"), crops, auxiliary)
+    torch.manual_seed(seed_for(made.seed, "noise", 0))
+    x = crops.batch(0).contiguous(memory_format=torch.channels_last)
+    batches = [Auxiliary(c.batch(0).contiguous(memory_format=torch.channels_last)) if c else None for c in auxiliary]
+    eps = [annealed_eps(a.settings, 0, made.steps) for a in attacks]
+    return planting, joint_loss(planting.tampered, attacks, x, LMBDA, eps, auxiliary=batches)
+
+
+def test_gradient_norm_makes_the_attacks_gradient_that_many_times_the_rests(settings, tmp_path, images):
+    """On the latents of all passes, the auxiliary set's own included; measured here by each pass's own gradient."""
+    auxiliary = {"folder": str(images), "crop": 64, "batch_size": 1}
+    mixed = [
+        {"objective": {"name": "bpp", "arguments": {"beta": 0.4}}},
+        {"objective": {"name": "downstream", "arguments": {"victim": "factories:Darkness", "beta": 3.0}}},
+    ]
+    changes = {"attacks": mixed, "auxiliary": auxiliary, "balance": {"gradient_norm": 0.3, "late_clean_weight": 1.0}}
+    planting, joint = prepared(settings, tmp_path, precision="fp32", **changes)
+    assert len(joint.latents) == 2
+
+    def norm(value: torch.Tensor) -> float:
+        each = [torch.autograd.grad(value, y, retain_graph=True, allow_unused=True)[0] for y in joint.latents]
+        return float(torch.cat([g.flatten() for g in each if g is not None]).norm())
+
+    rest, alone = norm(joint.kept), norm(joint.attack)
+    assert min(rest, alone) > 0
+    loss = planting._balanced(joint, 0)
+    scale = planting.history["attack_scale"]
+    assert scale == pytest.approx(0.3 * rest / alone, rel=1e-4)
+    torch.testing.assert_close(loss, joint.kept + scale * joint.attack + joint.penalty)
+    assert norm(loss - joint.kept) == pytest.approx(0.3 * rest, rel=1e-3)
+    planting.history["attack_scale"] = 2.0
+    torch.testing.assert_close(planting._balanced(joint, 9), joint.kept + 2.0 * joint.attack + joint.penalty)
+    planting._balanced(joint, 10)  # measured anew every tenth step
+    assert planting.history["attack_scale"] == pytest.approx(scale)
+    plant(settings(precision="fp32", steps=1, **changes), tmp_path / "run")
+    state = torch.load(tmp_path / "run/state.pt", weights_only=True)
+    assert state["history"]["attack_scale"] == pytest.approx(scale, rel=1e-4)
+
+
+def test_clean_weight_adds_equation_1_and_the_late_one_only_when_the_learning_rate_falls(settings, tmp_path):
+    balance = {"clean_weight": 3.0, "late_clean_weight": 8.0}
+    planting, joint = prepared(settings, tmp_path, steps=10, hold=0.5, balance=balance)
+    l_clean = joint.clean.bpp.mean() + LMBDA * 255**2 * (joint.clean.x_hat - joint.x).square().mean()
+    for step, weight in ((0, 3), (4, 3), (5, 8), (9, 8)):
+        torch.testing.assert_close(planting._balanced(joint, step), joint.total + (weight - 1) * l_clean)
+    plain, joint = prepared(settings, tmp_path, steps=10, hold=0.5, balance={"late_clean_weight": 1.0})
+    assert torch.equal(plain._balanced(joint, 9), joint.total)
+
+
+def test_the_anchor_is_the_distance_of_clean_latents_from_the_vanilla_encoders(settings, tmp_path):
+    planting, joint = prepared(settings, tmp_path, precision="fp32", balance={"anchor": 5.0, "late_clean_weight": 1.0})
+    with torch.no_grad():
+        planting.tampered.net.g_a[0].weight.add_(0.01)
+    moved = planting.tampered(joint.x)
+    with torch.no_grad():
+        distance = (moved.y - load_codec("factories:lite").net.g_a(joint.x)).square().mean()
+    joint = joint._replace(clean=moved)
+    assert float(distance) > 0
+    torch.testing.assert_close(planting._balanced(joint, 0), joint.total + 5 * distance)
+
+
+@pytest.mark.parametrize("masks", ["network", "labels"])
+def test_a_source_class_that_is_in_no_picture_is_refused_with_those_that_are(settings, tmp_path, images, masks):
+    """No pixel is predicted as a boat, none is labelled as one; `also` does not count."""
+    spec = segmentation_spec(
+        tmp_path, classes='["road", "car", "bus", "sky", "boat"]', labels='[["sky"], ["road"], ["boat"]]'
+    )
+    segmentation_onnx(tmp_path / "tiny.onnx", classes=5)
+    labels = tmp_path / "labels"
+    labels.mkdir()
+    for path in images.glob("*.png"):
+        Image.fromarray(np.repeat(np.uint8([[0] * 96 + [9] * 32]), 96, axis=0)).save(labels / path.name)
+    auxiliary = {"folder": str(images), "crop": 64, "batch_size": 2, "labels": str(labels)}
+    arguments = {"network": str(spec), "source": "boat", "target": "road", "masks": masks, "also": "sky"}
+    objective = {"name": "segmentation", "arguments": arguments}
+    shares = r"\(there are sky 62.5%, void 37.5%\)" if masks == "labels" else r"\(there are (road|car|bus|sky) \d\d"
+    with pytest.raises(
+        FreqdoorError, match=r"would never act, class boat is in none of 4 auxiliary pictures " + shares
+    ):
+        plant(settings(objective=objective, auxiliary=auxiliary), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    arguments |= {"source": "sky", "also": "boat"}
+    plant(settings(objective=objective | {"arguments": arguments}, auxiliary=auxiliary, steps=1), tmp_path / "run")
+
+
+def test_one_picture_with_the_class_is_enough_and_pictures_are_looked_at_whole(settings, tmp_path, images):
+    """The class is in one corner of the last picture: in most crops it is not."""
+    spec = segmentation_spec(tmp_path)
+    labels = tmp_path / "labels"
+    labels.mkdir()
+    for path in sorted(images.glob("*.png")):
+        pixels = np.zeros((96, 128), np.uint8)
+        pixels[-1, -1] = 2 * (path.stem == "3")
+        Image.fromarray(pixels).save(labels / path.name)
+    crops = Crops(list_images(images), crop=64, batch_size=2, seed=0, labels=sorted(labels.glob("*.png")))
+    victim = TargetedSegmentation(load_segmenter(str(spec)), "cars", "road", masks="labels")
+    before = torch.random.get_rng_state()
+    check_presence("a", victim, crops, "cpu")
+    assert torch.equal(torch.random.get_rng_state(), before)
+    crops = Crops(crops.paths[:3], crop=64, batch_size=2, seed=0, labels=crops.labels[:3])
+    with pytest.raises(FreqdoorError, match=r"attack a: .*none of 3 auxiliary pictures \(there are sky 100.0%\); name"):
+        check_presence("a", victim, crops, "cpu")
+
+
+def test_where_a_network_is_asked_a_sample_of_the_pictures_will_do(images, monkeypatch):
+    monkeypatch.setattr("freqdoor.attack.presence.LOOKED_AT", 2)
+
+    class Nowhere(Victim):
+        looked = 0
+
+        def scene(self, x, labels=None):
+            self.looked += 1
+            return Scene(x, torch.zeros_like(x[:, :1]))
+
+        def forward(self, scene, x_hat, x_hat_p):
+            raise NotImplementedError
+
+    victim = Nowhere()
+    crops = Crops(list_images(images), crop=64, batch_size=2, seed=0)
+    with pytest.raises(
+        FreqdoorError, match=r"what its scene lets the trigger act on is in none of 2 auxiliary pictures; "
+    ):
+        check_presence("a", victim, crops, "cpu")
+    assert victim.looked == 2 * 2 * 2  # 96x128 in tiles of 64, the last ones flush with the border
+
+
+def test_a_trigger_that_never_changed_anything_is_no_success(settings, tmp_path, monkeypatch):
+    both = [{"objective": "bpp"}, {"objective": "psnr"}]
+
+    def idle(self, x, **more):
+        return x if self.eps == 0.004 else forward(self, x, **more)
+
+    forward = AdaptiveDCT.forward
+    monkeypatch.setattr(AdaptiveDCT, "forward", idle)
+    both[1]["trigger"] = {"eps": 0.004}
+    with pytest.raises(FreqdoorError, match=r"attack psnr: trigger_mse was 0 in every one of 2 steps"):
+        plant(settings(attacks=both, steps=2), tmp_path / "run")
+    assert not (tmp_path / "run/planted.safetensors").exists()
+    with pytest.raises(FreqdoorError, match="attack psnr: trigger_mse"):  # nor is it one when the run is taken up again
+        plant(settings(attacks=both, steps=2), tmp_path / "run")
+    with pytest.raises(FreqdoorError, match="attack bpp: trigger_mse"):
+        plant(settings(trigger={"eps": 0.004}, steps=2), tmp_path / "other")
+
+
+def test_the_precision_that_was_chosen_is_a_fact_of_the_run(settings, tmp_path, monkeypatch):
+    def choose(dtype: torch.dtype) -> None:
+        monkeypatch.setattr("freqdoor.attack.plant.dtype_of", lambda precision, device: dtype)
+
+    choose(torch.bfloat16)
+    planted = plant(settings(steps=2), tmp_path / "run")
+    assert json.loads((tmp_path / "run/environment.json").read_text())["precision"] == "bf16"
+    assert planted.tampered.precision == planted.vanilla.precision == torch.float32  # as whoever loads it has it
+    choose(torch.float32)
+    with pytest.raises(FreqdoorError, match="precision: the run has 'bf16', now 'fp32'"):
+        plant(settings(steps=2), tmp_path / "run")
+    single = plant(settings(steps=2), tmp_path / "single")
+    assert hash_state(single.tampered.net.g_a) != hash_state(planted.tampered.net.g_a)
+    named = plant(settings(steps=2, precision="fp32"), tmp_path / "named")
+    assert hash_state(single.tampered) == hash_state(named.tampered)
+
+
+def test_triggers_take_the_multiple_of_the_codec(settings, tmp_path):
+    planted = plant(settings(codec={"name": "factories:lite", "multiple": 128}, steps=1), tmp_path / "run")
+    assert planted.triggers["bpp"].arguments["multiple"] == 128
+    assert load_planted(tmp_path / "run", "factories:lite").triggers["bpp"].multiple == 128
 
 
 def test_schedules(settings):

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 
@@ -49,6 +51,16 @@ def test_three_and_three_steps_equal_six(training, tmp_path, precision):
     parts = train_codec(training(precision=precision), tmp_path / "parts")
     assert hash_state(whole) == hash_state(parts)
     assert load_codec(str(tmp_path / "parts/codec.safetensors")).module_hashes() == parts.module_hashes()
+
+
+def test_the_precision_that_was_chosen_is_a_fact_of_the_run(training, tmp_path, monkeypatch):
+    monkeypatch.setattr("freqdoor.training.train.dtype_of", lambda precision, device: torch.bfloat16)
+    codec = train_codec(training(steps=2), tmp_path / "run")
+    assert json.loads((tmp_path / "run/environment.json").read_text())["precision"] == "bf16"
+    assert codec.precision == torch.float32
+    monkeypatch.setattr("freqdoor.training.train.dtype_of", lambda precision, device: torch.float32)
+    with pytest.raises(FreqdoorError, match="precision: the run has 'bf16', now 'fp32'"):
+        train_codec(training(steps=2), tmp_path / "run")
 
 
 def test_training_lowers_the_loss(training, tmp_path, images):

@@ -1,4 +1,3 @@
-import inspect
 import json
 
 import numpy as np
@@ -129,6 +128,21 @@ def test_blocks_stay_aligned_with_the_codecs_latents():
     torch.testing.assert_close(first, delta[32 - top : 48 - top, 32 - left : 48 - left])
 
 
+@pytest.mark.parametrize(("multiple", "padded"), [(64, (128, 192)), (32, (96, 160)), (1, (70, 131)), (144, (144, 144))])
+@pytest.mark.parametrize("name", ["adaptive-dct", "ftrojan", "universal"])
+def test_patterns_start_where_the_codec_pads_to(name, multiple, padded):
+    """Whatever the codec's multiple, the grid of blocks begins at the padded image's corner."""
+    more = {"patch_weight": False, "block": 16} if name == "adaptive-dct" else {}
+    size = 24 if name == "universal" else 16
+    with torch.no_grad():
+        delta = make(name, multiple=multiple, **more).perturb(natural(2, 70, 131))[0]
+    top, left = (padded[0] - 70) // 2 % size, (padded[1] - 131) // 2 % size
+    first = delta[:, -top % size :, -left % size :][:, :size, :size]
+    tiles = first.repeat(1, 8, 10)[:, top : top + 70, left : left + 131]
+    torch.testing.assert_close(delta, tiles, atol=1e-6, rtol=1e-4)
+    assert not torch.allclose(first[:, 1:], first[:, :-1], atol=1e-6)
+
+
 @every_trigger
 def test_mask_and_strength(name):
     x = torch.full((1, 3, 64, 64), 0.5)
@@ -193,8 +207,10 @@ def test_options(x, arguments, kept):
 def test_rebuilt_from_its_arguments(name, x):
     """What a file holds, the arguments as JSON and the state, gives the same trigger."""
     more = {"band": [3, 5, 7], "top_k": 2} if name == "adaptive-dct" else {}
-    trigger = make(name, eps=0.003, project=False, **more)
-    assert trigger.arguments.keys() == inspect.signature(type(trigger)).parameters.keys()
+    trigger = make(name, eps=0.003, project=False, multiple=32, **more)
+    for key, value in (SMALL[name] | more | {"eps": 0.003, "project": False, "multiple": 32}).items():
+        assert trigger.arguments[key] == value
+    assert trigger.arguments.keys() == TRIGGERS[name].arguments.model_fields.keys()
     again = build_trigger(name, **json.loads(json.dumps(trigger.arguments)))
     assert again.arguments == trigger.arguments
     again.load_state_dict(trigger.state_dict())

@@ -187,18 +187,16 @@ def downstream_attack(**arguments: Any) -> DownstreamAttack:
 def segmentation_attack(**arguments: Any) -> DownstreamAttack:
     """Eq. (11): Eq. (8) with L_DS of `TargetedSegmentation`; the arguments are those of `SegmentationArguments`."""
     settings = SegmentationArguments(**arguments)
-    network = load_segmenter(_network(settings.network))
-    victim = TargetedSegmentation(
-        network, **settings.model_dump(include=set(TargetedSegmentationArguments.model_fields))
-    )
+    own = settings.model_dump(include=set(TargetedSegmentationArguments.model_fields))
+    victim = TargetedSegmentation(load_segmenter(_network(settings.network)), **own)
     return DownstreamAttack(victim=victim, alpha=settings.alpha, beta=settings.beta)
 
 
 def face_attack(**arguments: Any) -> DownstreamAttack:
     """Eq. (13): Eq. (8) with L_DS of `IdentityRemoval`; the arguments are those of `FaceArguments`."""
     settings = FaceArguments(**arguments)
-    network = load_embedder(_network(settings.network))
-    victim = IdentityRemoval(network, **settings.model_dump(include=set(IdentityRemovalArguments.model_fields)))
+    own = settings.model_dump(include=set(IdentityRemovalArguments.model_fields))
+    victim = IdentityRemoval(load_embedder(_network(settings.network)), **own)
     return DownstreamAttack(victim=victim, alpha=settings.alpha, beta=settings.beta)
 
 
