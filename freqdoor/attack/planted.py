@@ -152,6 +152,7 @@ def export(
     for name, trigger in named.items():
         tensors |= {f"trigger.{name}.{key}": value for key, value in trigger.state_dict().items()}
     content = json.loads(header.model_dump_json())
+    header = Header.model_validate(content)  # as whoever reads the file has it: a tuple comes back as a list
     write_tensors(folder / PLANTED, tensors, {"kind": KIND, **content})
     save_codec(tampered, folder / "codec.safetensors", tampered=True, attacks=content["attacks"])
     write_text(folder / MANIFEST, json.dumps({"before": before, "after": after, "changed": changed}, indent=2))
