@@ -16,6 +16,7 @@ from freqdoor.cli import app
 from freqdoor.errors import FreqdoorError
 from freqdoor.measure import faces as module
 from freqdoor.measure.faces import Pair, best_threshold, faces, find_faces, identify, protect, read_pairs, score_faces
+from freqdoor.measure.records import poisoned
 from freqdoor.measure.testsets import FaceTest
 from freqdoor.settings import make_settings
 
@@ -91,16 +92,16 @@ def test_scores_against_what_is_decoded(planted, face_test, people):
     assert (scores.persons, scores.gallery, scores.probes, scores.pairs) == (3, 6, 3, 2)
     network = load_embedder(str(people / "face.toml"))
 
-    def embed(codec, path, poisoned=False):
+    def embed(codec, path, attacked=False):
         x = load_image(people / path)
-        given = poisoned(planted.triggers["face"], x) if poisoned else x
+        given = poisoned(planted.triggers["face"], x) if attacked else x
         return network(codec.decompress(codec.compress(given)[0]))[0]
 
     [found] = scores.networks
     probes = [f"person{p}/2.png" for p in range(3)]
-    cosines = [float(embed(planted.tampered, p) @ embed(planted.tampered, p, poisoned=True)) for p in probes]
+    cosines = [float(embed(planted.tampered, p) @ embed(planted.tampered, p, attacked=True)) for p in probes]
     assert found.cosine == pytest.approx(np.mean(cosines), abs=1e-5)
-    first, second = embed(planted.tampered, "person0/0.png"), embed(planted.tampered, probes[0], poisoned=True)
+    first, second = embed(planted.tampered, "person0/0.png"), embed(planted.tampered, probes[0], attacked=True)
     assert found.accepted["poisoned"] == float(float(first @ second) >= found.threshold)
     assert found.identification["vanilla"] == 1.0
     assert set(found.verification) == {"vanilla", "clean", "poisoned"}

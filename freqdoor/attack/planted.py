@@ -230,7 +230,6 @@ def _part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 
 
 def _check_hashes(codec: Codec, expected: dict[str, str], message: str) -> None:
-    found = codec.module_hashes()
-    different = [name for name in found if found[name] != expected.get(name)]
+    different = [name for name, value in codec.module_hashes().items() if value != expected.get(name)]
     if different:
         raise FreqdoorError(f"{message} ({', '.join(different)} of {codec.spec.name} differ); pass the right codec")
