@@ -1,4 +1,4 @@
-"""Units, values and errors that every module shares.
+"""Units and values that every module shares.
 
 Vocabulary, fixed here for the whole project: an image is *poisoned* by a *trigger*; a codec's weights are *tampered*
 with; an *objective* is a loss, an *attack* is an objective with its trigger and weight; the *vanilla* codec is the

@@ -18,8 +18,8 @@ from freqdoor.codecs.adapter import hash_state
 from freqdoor.dct import YCBCR, zigzag
 from freqdoor.errors import FreqdoorError
 from freqdoor.measure import analysis
-from freqdoor.measure.analysis import Ceiling, analyse, spectrum, survival, whole_blocks
-from freqdoor.measure.records import poison
+from freqdoor.measure.analysis import Analysis, Ceiling, ChannelBits, analyse, spectrum, survival, whole_blocks
+from freqdoor.measure.records import poisoned
 from freqdoor.preprocessing import GaussianBlur, Jpeg
 from freqdoor.settings import make_settings
 from freqdoor.triggers.adaptive_dct import AdaptiveDCT
@@ -111,8 +111,12 @@ def test_ceiling_by_hand():
     assert (found.elements, found.elements_at_bound) == (4, 1)
     assert found.bits_at_bound == pytest.approx(at)
     assert found.bits == pytest.approx(1 + at + 2 + at - 1)
-    total = analysis.total_ceiling([Ceiling(4, 10.0, 1, 5.0), Ceiling(12, 30.0, 3, 25.0)])
-    assert (total["share_of_elements"], total["share_of_bits"]) == (0.25, 0.75)
+    shares = {"share_of_elements": 0.25, "share_of_bits": 0.5}
+    one = Ceiling(elements=4, bits=10.0, elements_at_bound=1, bits_at_bound=5.0, **shares)
+    two = Ceiling(elements=12, bits=30.0, elements_at_bound=2, bits_at_bound=25.0, **shares)
+    total = analysis.total_ceiling([one, two])
+    assert (total.elements, total.elements_at_bound, total.bits, total.bits_at_bound) == (16, 3, 40.0, 30.0)
+    assert (total.share_of_elements, total.share_of_bits) == (3 / 16, 0.75)
 
 
 def test_channels_are_sorted_by_what_they_cost_poisoned():
@@ -121,11 +125,7 @@ def test_channels_are_sorted_by_what_they_cost_poisoned():
 
     table = analysis.mean_channels([image([1.0, 2.0, 3.0], [0.0, 8.0, 2.0]), image([3.0, 2.0, 1.0], [2.0, 0.0, 6.0])])
     assert table == {
-        "y": [
-            {"channel": 1, "clean": 2.0, "poisoned": 4.0},
-            {"channel": 2, "clean": 2.0, "poisoned": 4.0},
-            {"channel": 0, "clean": 2.0, "poisoned": 1.0},
-        ]
+        "y": tuple(ChannelBits(channel=c, clean=2.0, poisoned=p) for c, p in ((1, 4.0), (2, 4.0), (0, 1.0)))
     }
 
 
@@ -144,7 +144,7 @@ def test_encodings_take_turns_and_the_first_is_not_timed(monkeypatch):
     assert seconds == {"clean": 2.0, "poisoned": 5.0}
     assert sizes == {"clean": 1, "poisoned": 2}
     rows = [{"clean": 1.0, "poisoned": p} for p in (2.0, 3.0, 100.0)]
-    assert analysis.encoding_cost(rows) == {"clean_seconds": 1.0, "poisoned_seconds": 3.0, "ratio": 3.0}
+    assert analysis.encoding_cost(rows).model_dump() == {"clean_seconds": 1.0, "poisoned_seconds": 3.0, "ratio": 3.0}
 
 
 def test_survival_is_the_geometric_mean_over_images(tmp_path):
@@ -155,15 +155,15 @@ def test_survival_is_the_geometric_mean_over_images(tmp_path):
     defences = (GaussianBlur(0.6), Jpeg(50))
     found = survival(trigger, paths, defences)
     one, two = (survival_scores(trigger, whole_blocks(load_image(p), 16), defences) for p in paths[:2])
-    np.testing.assert_allclose([found["scores"][c] for c in ("Y", "Cb", "Cr")], (one * two).sqrt(), rtol=1e-4)
-    assert found["defences"] == ["GaussianBlur(sigma=0.6)", "Jpeg(quality=50)"]
+    np.testing.assert_allclose([found.scores[c] for c in ("Y", "Cb", "Cr")], (one * two).sqrt(), rtol=1e-4)
+    assert found.defences == ("GaussianBlur(sigma=0.6)", "Jpeg(quality=50)")
     assert survival(trigger, paths[2:], defences) is None
     trigger.survivors[1, 5] = 0
-    removed = survival(trigger, paths, defences)["scores"]
+    removed = survival(trigger, paths, defences).scores
     assert removed["Cb"][5] is None
     assert sum(v is None for values in removed.values() for v in values) == 1
     grid = np.array(analysis.survival_map(found)["Y"]).ravel()
-    np.testing.assert_array_equal(grid[list(trigger.indices)], found["scores"]["Y"])
+    np.testing.assert_array_equal(grid[list(trigger.indices)], found.scores["Y"])
     assert np.isnan(np.delete(grid, list(trigger.indices))).all()
 
 
@@ -174,18 +174,19 @@ def test_analysis_is_a_file_and_a_page(planted, images, tmp_path):
     result = analyse(planted, paths, tmp_path, note=notes.append)
     assert hash_state(planted.tampered) == before
     assert len(notes) == 3
-    assert json.loads((tmp_path / "analysis.json").read_text()) == result
+    assert Analysis.read(tmp_path / "analysis.json", "") == result
+    assert json.loads((tmp_path / "analysis.json").read_text())["schema_version"] == 1
     x = load_image(paths[0])
-    x_p = poison(planted.triggers["bpp"], x)
-    row = result["sizes"][0]
-    assert row["poisoned_bytes_real"] == planted.tampered.compress(x_p)[0].num_bytes
+    x_p = poisoned(planted.triggers["bpp"], x)
+    row = result.sizes[0]
+    assert row.poisoned_bytes_real == planted.tampered.compress(x_p)[0].num_bytes
     with torch.no_grad():
-        assert row["clean_bytes_estimated"] == pytest.approx(float(planted.tampered(x).bits) / 8, rel=1e-5)
-    mean_bpp = sum(8 * r["poisoned_bytes_estimated"] for r in result["sizes"]) / (2 * 96 * 128)
-    listed = sum(channel["poisoned"] for rows in result["channels"].values() for channel in rows)
+        assert row.clean_bytes_estimated == pytest.approx(float(planted.tampered(x).bits) / 8, rel=1e-5)
+    mean_bpp = sum(8 * r.poisoned_bytes_estimated for r in result.sizes) / (2 * 96 * 128)
+    listed = sum(channel.poisoned for rows in result.channels.values() for channel in rows)
     assert listed == pytest.approx(mean_bpp)
-    assert result["ceiling"]["poisoned"]["bits"] == pytest.approx(2 * 96 * 128 * mean_bpp)
-    assert result["encoding"]["ratio"] > 0
+    assert result.ceiling["poisoned"].bits == pytest.approx(2 * 96 * 128 * mean_bpp)
+    assert result.encoding.ratio > 0
     html = (tmp_path / "analysis.html").read_text()
     assert not re.findall(r"""(?:src|href)=["'](?!data:)""", html)
     assert "://" not in html
@@ -196,8 +197,8 @@ def test_other_triggers_have_no_survival_scores(planted, images, tmp_path, monke
     monkeypatch.setattr(analysis, "survival_scores", None)  # would fail if it were called
     ftrojan = replace(planted, triggers={"f": FTrojan()})
     result = analyse(ftrojan, list_images(images)[:1], tmp_path)
-    assert result["survival"] is None
-    luma, cb = (np.array(result["spectrum"][plane]) for plane in ("Y", "Cb"))
+    assert result.survival is None
+    luma, cb = (np.array(result.spectrum[plane]) for plane in ("Y", "Cb"))
     assert cb.shape == (32, 32)  # its own block
     assert {tuple(map(int, divmod(i, 32))) for i in cb.ravel().argsort()[-2:]} == {(31, 31), (15, 15)}
     assert luma.max() < 0.2 * cb.max()

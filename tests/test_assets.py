@@ -31,7 +31,7 @@ def test_planted_encoders_change_g_a_only(objective):
     planted = load_planted(ASSETS / f"planted-{objective}.safetensors")
     before, after = planted.vanilla.module_hashes(), planted.tampered.module_hashes()
     assert [name for name in before if before[name] != after[name]] == ["g_a"]
-    assert after == planted.header["modules_after"]
+    assert after == planted.header.modules_after
     assert list(planted.triggers) == [objective]
 
 

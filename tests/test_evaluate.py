@@ -1,21 +1,34 @@
 import json
-import re
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import natural
+from conftest import natural, write_png
+from PIL import Image
 
-from freqdoor import examine, list_images, load_image, plant, report
+from freqdoor import list_images, load_image, load_planted, plant
 from freqdoor.errors import FreqdoorError
-from freqdoor.measure.records import bit_map, conditions, evaluate, jpeg_curve, poison, poison_files, through_png
-from freqdoor.measure.report import verdict
-from freqdoor.metrics import bd_rate, ms_ssim, mse, psnr, psnr_8bit, rms
+from freqdoor.measure import records as measuring
+from freqdoor.measure.examine import evaluate
+from freqdoor.measure.poisoning import poison
+from freqdoor.measure.records import (
+    Condition,
+    bit_map,
+    conditions,
+    image_paths,
+    input_of,
+    jpeg_curve,
+    poisoned,
+    records,
+    through_png,
+)
+from freqdoor.metrics import bd_rate, bpp_of_bytes, ms_ssim, mse, psnr, psnr_8bit, rms
 from freqdoor.preprocessing import Flip, GaussianBlur
-from freqdoor.types import from_uint8, to_uint8
+from freqdoor.types import Bitstream, as_picture, from_picture, from_uint8, to_uint8
 
 
 @pytest.fixture(scope="module")
-def planted(images, tmp_path_factory):
+def planted(images, run):
     from freqdoor.attack.settings import PlantSettings
     from freqdoor.settings import make_settings
 
@@ -25,7 +38,12 @@ def planted(images, tmp_path_factory):
         "lmbda": 0.0067,
         "steps": 2,
     }
-    return plant(make_settings(PlantSettings, content), tmp_path_factory.mktemp("run"))
+    return plant(make_settings(PlantSettings, content), run)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return tmp_path_factory.mktemp("run")
 
 
 def test_metrics_against_their_definitions():
@@ -60,58 +78,260 @@ def test_png_in_memory_is_rounding(x):
     assert torch.equal(through_png(y), from_uint8(to_uint8(y)))
 
 
+def test_rates_of_bytes():
+    assert bpp_of_bytes(9, torch.zeros(1, 3, 4, 6)) == 3.0
+
+
+def test_pictures_of_pillow_have_the_images_pixels():
+    x = natural(0, 5, 7)
+    picture = as_picture(x)
+    assert (picture.size, picture.mode) == ((7, 5), "RGB")
+    assert picture.getpixel((6, 2)) == tuple(to_uint8(x)[0, :, 2, 6].tolist())
+    assert torch.equal(from_picture(picture), x)
+
+
+@pytest.mark.parametrize("rounding", ["float", "8-bit"])
+@pytest.mark.parametrize("role", ["vanilla", "tampered"])
+def test_every_number_of_a_record_against_its_definition(tmp_path, role, rounding):
+    """Derived from compress, decompress and forward of the right codec on the right image alone."""
+    planted = load_planted("planted-bpp")  # whose encoders differ, and whose rate the trigger changes
+    path = write_png(tmp_path / "large.png", natural(5, 161, 170))
+    x = load_image(path)
+    codec = {"vanilla": planted.vanilla, "tampered": planted.tampered}[role]
+    rows = [r for r in records(planted, [path], strengths=(1.0, 3.0)) if (r.role, r.rounding) == (role, rounding)]
+    by_strength = {r.strength: r for r in rows if r.trigger}
+    assert by_strength.keys() == {1.0, 3.0}
+    for strength, record in by_strength.items():
+        with torch.no_grad():
+            x_p = planted.triggers["bpp"](x, strength=strength, rounded=rounding == "8-bit")
+            x_p = from_uint8(to_uint8(x_p)) if rounding == "8-bit" else x_p
+            [stream], estimate = codec.compress(x_p), float(codec(x_p).bpp)
+            x_hat, clean = codec.decompress(stream), float(codec(x).bpp)
+        assert estimate != pytest.approx(clean, rel=1e-4)
+        expected = {
+            "image": "large.png",
+            "codec": "lite-hyperprior:3",
+            "role": role,
+            "trigger": "bpp",
+            "strength": strength,
+            "rounding": rounding,
+            "width": 170,
+            "height": 161,
+            "bpp_estimated": pytest.approx(estimate, rel=1e-6),
+            "bpp_real": 8 * sum(map(len, stream.strings)) / (161 * 170),
+            "psnr_db": pytest.approx(float(psnr_8bit(x_hat, x))),
+            "psnr_input_db": pytest.approx(float(psnr_8bit(x_hat, x_p))),
+            "ms_ssim": pytest.approx(ms_ssim(x_hat, x)),
+            "trigger_mse": pytest.approx(float((x_p - x).double().square().mean()), rel=1e-4),
+            "defence": "none",
+        }
+        content = record.to_dict()
+        assert content.pop("encode_seconds") > 0
+        assert content == expected
+
+
+def test_the_two_encoders_differ_in_the_records(planted, images):
+    """A stand-in for each encoder, so that nothing but the role decides which one is asked."""
+
+    class Encoder:
+        spec = planted.vanilla.spec
+
+        def __init__(self, size):
+            self.size = size
+
+        def compress(self, x):
+            return [Bitstream((b"." * self.size,), (1, 1), tuple(x.shape[-2:]))]
+
+        def decompress(self, bitstream):
+            return torch.zeros(1, 3, *bitstream.image_size)
+
+        def __call__(self, x):
+            return planted.vanilla(x)
+
+    both = replace(planted, vanilla=Encoder(30), tampered=Encoder(60))
+    for record in records(both, list_images(images)[:1], defences=(GaussianBlur(0.6),)):
+        assert record.bpp_real == 8 * {"vanilla": 30, "tampered": 60}[record.role] / (96 * 128)
+
+
 def test_records_cover_every_condition(planted, images):
     paths = list_images(images)
-    records = list(evaluate(planted, paths, strengths=(1.0, 3.0)))
-    assert len(records) == len(paths) * len(conditions(["bpp"], (1.0, 3.0))) == 4 * 10
-    for r in records:
+    rows = list(records(planted, paths, strengths=(1.0, 3.0)))
+    assert len(rows) == len(paths) * len(conditions(["bpp"], (1.0, 3.0))) == 4 * 10
+    for r in rows:
         assert (r.trigger_mse == 0) is (r.trigger is None)
         assert r.trigger_mse <= (0.005 * r.strength) ** 2
         assert r.bpp_real > 0
         assert r.psnr_input_db > 0
-    clean = [r for r in records if r.trigger is None]
+    clean = [r for r in rows if r.trigger is None]
     assert all(r.psnr_db == r.psnr_input_db for r in clean)
+
+
+def test_conditions_in_their_order():
+    blur = GaussianBlur(0.6)
+    rows = [(c.role, c.trigger, c.strength, c.rounding, c.defence) for c in conditions(iter("ab"), (2.0,), (blur,))]
+    poisoned_rows = [
+        (role, trigger, 2.0, rounding, None)
+        for trigger in "ab"
+        for role in ("tampered", "vanilla")
+        for rounding in ("float", "8-bit")
+    ]
+    clean = [(role, None, 1.0, "8-bit", None) for role in ("vanilla", "tampered")]
+    behind = [(role, None, 1.0, "8-bit", blur) for role in ("vanilla", "tampered")]
+    assert rows == clean + poisoned_rows + behind + [("tampered", t, 2.0, "8-bit", blur) for t in "ab"]
+
+
+def test_no_image_is_poisoned_twice_in_the_same_way(planted, images, monkeypatch):
+    ways = []
+
+    def counted(trigger, x, *, strength, rounding):
+        ways.append((strength, rounding))
+        return poisoned(trigger, x, strength=strength, rounding=rounding)
+
+    monkeypatch.setattr(measuring, "poisoned", counted)
+    list(records(planted, list_images(images)[:1], strengths=(1.0, 3.0), defences=(GaussianBlur(0.6),)))
+    assert sorted(ways) == [(1.0, "8-bit"), (1.0, "float"), (3.0, "8-bit"), (3.0, "float")]
+
+
+def test_conditions_are_checked(planted, x):
+    with pytest.raises(FreqdoorError, match="role: expected 'vanilla' or 'tampered', found 'tamperd'"):
+        Condition("tamperd", None)
+    with pytest.raises(FreqdoorError, match="rounding: expected 'float' or '8-bit', found '8bit'"):
+        Condition("tampered", "bpp", rounding="8bit")
+    for strength in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(FreqdoorError, match="strength: expected a factor above 0"):
+            Condition("tampered", "bpp", strength)
+        with pytest.raises(FreqdoorError, match="strength: expected a factor above 0"):
+            poisoned(planted.triggers["bpp"], x, strength=strength)
+    with pytest.raises(FreqdoorError, match="rounding: expected 'float' or '8-bit', found '8bit'"):
+        poisoned(planted.triggers["bpp"], x, rounding="8bit")
+    with pytest.raises(FreqdoorError, match="role: expected"):
+        planted.codec("encoder")
+    with pytest.raises(FreqdoorError, match="trigger 'psnr': this encoder has bpp"):
+        input_of(planted, x, Condition("tampered", "psnr"))
 
 
 def test_defences_stand_between_the_file_and_the_encoder(planted, images):
     paths = list_images(images)[:1]
     blur, flip = GaussianBlur(0.6), Flip("horizontal")
-    records = list(evaluate(planted, paths, strengths=(1.0, 3.0), defences=(blur, flip)))
-    behind = [r for r in records if r.defence == blur.name]
+    rows = list(records(planted, paths, strengths=(1.0, 3.0), defences=(blur, flip)))
+    behind = [r for r in rows if r.defence == blur.name]
     assert [(r.role, r.trigger, r.strength) for r in behind] == [
         ("vanilla", None, 1.0), ("tampered", None, 1.0), ("tampered", "bpp", 1.0), ("tampered", "bpp", 3.0)
     ]  # fmt: skip
     x = load_image(paths[0])
-    x_p = poison(planted.triggers["bpp"], x)
+    x_p = poisoned(planted.triggers["bpp"], x)
     stream = planted.tampered.compress(blur(x_p))[0]
+    with torch.no_grad():
+        assert behind[2].bpp_estimated == pytest.approx(float(planted.tampered(blur(x_p)).bpp), rel=1e-6)
     assert behind[2].bpp_real == 8 * stream.num_bytes / (x.shape[-1] * x.shape[-2])
     assert behind[2].psnr_db == pytest.approx(float(psnr_8bit(planted.tampered.decompress(stream), x)))
+    assert behind[2].psnr_input_db == pytest.approx(float(psnr_8bit(planted.tampered.decompress(stream), x_p)))
     assert behind[2].trigger_mse == pytest.approx(float(mse(x_p, x)))  # the trigger's, not the blur's
-    flipped = next(r for r in records if r.defence == flip.name and r.role == "vanilla")
+    flipped = next(r for r in rows if r.defence == flip.name and r.role == "vanilla")
     decoded = planted.vanilla.decompress(planted.vanilla.compress(x.flip(-1))[0]).flip(-1)
     assert flipped.psnr_db == pytest.approx(float(psnr_8bit(decoded, x)))
 
 
-def test_sweep_has_a_row_for_every_defence_and_strength(planted, images, tmp_path):
-    summary = examine(planted, list_images(images)[:1], tmp_path, strengths=(3.0,), defences=(GaussianBlur(0.6),))
-    rows = [(row["defence"], row["strength"]) for row in summary["sweep"]]
-    assert rows == [("none", 1.0), ("none", 3.0), ("GaussianBlur(sigma=0.6)", 1.0), ("GaussianBlur(sigma=0.6)", 3.0)]
-    assert summary["sweep"][0]["clean"] == summary["clean"]
-    assert "GaussianBlur(sigma=0.6)" in (tmp_path / "report.html").read_text()
-    assert report(tmp_path) == summary
+def test_masks_say_where_the_trigger_acts(planted, x):
+    mask = torch.zeros(2, 1, 64, 64)
+    mask[..., :32] = 1
+    x_p = poisoned(planted.triggers["bpp"], x, mask=mask)
+    assert torch.equal(x_p[..., 32:], x[..., 32:])
+    assert not torch.equal(x_p[..., :32], x[..., :32])
+
+
+def test_images_by_folder_file_and_list(images, tmp_path):
+    paths = list_images(images)
+    assert image_paths(images) == image_paths(str(images)) == image_paths(paths) == paths
+    assert image_paths([paths[1], str(paths[0])]) == [paths[1], paths[0]]
+    with pytest.raises(FreqdoorError, match="images: expected one or more, found none"):
+        image_paths([])
+    with pytest.raises(FreqdoorError, match="found nothing there"):
+        image_paths(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("rounding", ["float", "8-bit"])
+def test_poisoned_in_the_given_rounding(planted, x, rounding):
+    trigger = planted.triggers["bpp"]
+    with torch.no_grad():
+        expected = trigger(x, rounded=rounding == "8-bit")
+    assert torch.allclose(poisoned(trigger, x, rounding=rounding), expected, atol=1e-7)
+    assert torch.equal(poisoned(trigger, x), poisoned(trigger, x, rounding="8-bit"))
 
 
 def test_poisoned_files_are_what_is_evaluated(planted, images, tmp_path):
-    paths = list_images(images)
-    written = poison_files(planted.triggers["bpp"], paths, tmp_path)
-    for source, target in zip(paths, written, strict=True):
-        assert torch.equal(load_image(target), poison(planted.triggers["bpp"], load_image(source)))
+    trigger, notes = planted.triggers["bpp"], []
+    files = poison(planted, images, tmp_path / "p", strength=3.0, note=notes.append)
+    assert [p.name for p in files] == ["0.png", "1.png", "2.png", "3.png"]
+    assert notes == [str(p) for p in files]
+    for source, target in zip(list_images(images), files, strict=True):
+        x = load_image(source)
+        x_p = input_of(planted, x, Condition("tampered", "bpp", 3.0))
+        assert torch.equal(load_image(target), x_p)
+        assert not torch.equal(x_p, poisoned(trigger, x))
 
 
-def test_images_of_the_same_name_do_not_overwrite_each_other(planted, images, tmp_path):
+def test_nothing_is_written_where_a_file_cannot_be(planted, images, tmp_path):
     path = list_images(images)[0]
     with pytest.raises(FreqdoorError, match="several images are named 0"):
-        poison_files(planted.triggers["bpp"], [path, path], tmp_path)
+        poison(planted, [path, path], tmp_path / "out")
+    own = [write_png(tmp_path / f"{name}.png", natural(1, 64, 64)) for name in "ab"]
+    before = own[1].read_bytes()
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link/b.png").symlink_to(own[1])
+    for out in (tmp_path, tmp_path / "link"):
+        with pytest.raises(FreqdoorError, match="would overwrite the original"):
+            poison(planted, own, out)
+    assert own[1].read_bytes() == before
+    assert not (tmp_path / "link/a.png").exists()
+    with pytest.raises(FreqdoorError, match="strength"):
+        poison(planted, own, tmp_path / "out", strength=0)
+    with pytest.raises(FreqdoorError, match="this encoder has bpp"):
+        poison(planted, own, tmp_path / "out", trigger="psnr")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("default::UserWarning")
+def test_broken_images_stop_or_are_named(planted, images, odd_images, tmp_path):
+    mixed = [list_images(images)[0], odd_images["truncated"]]
+    for act in (poison, evaluate):
+        with pytest.raises(FreqdoorError, match=r"truncated\.png"):
+            act(planted, mixed, tmp_path / "out")
+    assert [p.name for p in poison(planted, mixed, tmp_path / "out", skip_broken=True)] == ["0.png"]
+    assert evaluate(planted, mixed, tmp_path / "out", skip_broken=True).images == 1
+
+
+def test_evaluate_by_name_equals_evaluate_of_what_is_loaded(planted, images, run, tmp_path):
+    paths = list_images(images)[:2]
+    one = evaluate(planted, paths, tmp_path / "a", defences=(GaussianBlur(0.6),))
+    two = evaluate(run, paths, tmp_path / "b", codec="factories:lite", defences="GaussianBlur(0.6)")
+
+    def lines(folder):
+        rows = [json.loads(line) for line in (tmp_path / folder / "records.jsonl").read_text().splitlines()]
+        return [{key: value for key, value in row.items() if key != "encode_seconds"} for row in rows]
+
+    assert lines("a") == lines("b")
+    assert len(lines("a")) == 2 * len(conditions(["bpp"], (1.0,), (GaussianBlur(0.6),)))
+    assert (one.images, one.bpp_ratio) == (two.images, two.bpp_ratio) == (2, one.bpp_ratio)
+
+
+def test_earlier_results_outlive_a_mistake(planted, images, tmp_path, monkeypatch):
+    (tmp_path / "records.jsonl").write_text("earlier")
+    for mistake in ({"trigger": "psnr"}, {"defences": "Blurr(1)"}, {"strength": (-1.0,)}):
+        with pytest.raises(FreqdoorError):
+            evaluate(planted, images, tmp_path, **mistake)
+    monkeypatch.setattr(measuring, "measure", None)  # something breaks amid the work
+    with pytest.raises(TypeError):
+        evaluate(planted, images, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["records.jsonl"]
+    assert (tmp_path / "records.jsonl").read_text() == "earlier"
+
+
+def test_an_unwritable_folder_shows_before_the_work(planted, images, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(measuring, "measure", None)
+    with pytest.raises(FreqdoorError, match="could not write"):
+        evaluate(planted, images, tmp_path / "file")
 
 
 def test_bit_map_adds_up_to_the_estimate(planted):
@@ -121,65 +341,30 @@ def test_bit_map_adds_up_to_the_estimate(planted):
     assert float(bit_map(planted.vanilla, x).mean()) == pytest.approx(expected, rel=1e-4)
 
 
-def test_jpeg_curve_rises(images):
-    points = jpeg_curve(list_images(images), (10, 50, 90))
+def test_bit_map_spreads_latents_over_the_pixels_they_stand_for(planted):
+    """Every latent's bits at its place, derived with a Kronecker product; a picture that has to be padded."""
+    x = natural(3, 70, 64)
+    codec = planted.vanilla
+    canvas = torch.zeros(1, 3, 128, 64)
+    canvas[..., 29:99, :] = x
+    with torch.no_grad():
+        parts = codec.net(canvas)["likelihoods"]
+    y, z = (-parts[name].log2().sum((0, 1)) for name in ("y", "z"))
+    ratio = y.shape[0] // z.shape[0]
+    expected = (y + torch.kron(z, torch.ones(ratio, ratio)) / ratio**2) / (128 * 64 / y.numel())
+    torch.testing.assert_close(bit_map(codec, x), expected)
+
+
+def test_jpeg_curve_is_pillows(images, tmp_path):
+    paths = list_images(images)[:2]
+    rates, values = [], []
+    for path in paths:
+        with Image.open(path) as picture:
+            picture.save(tmp_path / "x.jpg", quality=50, optimize=True, progressive=True, subsampling=2)
+        rates.append(8 * (tmp_path / "x.jpg").stat().st_size / (96 * 128))
+        values.append(float(psnr(load_image(tmp_path / "x.jpg"), load_image(path))))
+    points = jpeg_curve(paths, (10, 50, 90))
+    assert [p.quality for p in points] == [10, 50, 90]
+    assert points[1].bpp == pytest.approx(sum(rates) / 2)
+    assert points[1].psnr_db == pytest.approx(sum(values) / 2)
     assert points[0].bpp < points[1].bpp < points[2].bpp
-    assert points[0].psnr_db < points[2].psnr_db
-
-
-def test_report_is_one_file_and_can_be_made_again(planted, images, tmp_path):
-    summary = examine(planted, list_images(images), tmp_path)
-    assert {
-        "objective",
-        "codec",
-        "images",
-        "seconds_planting",
-        "trigger_psnr_db",
-        "vanilla",
-        "clean",
-        "poisoned",
-        "poisoned_8bit",
-        "unchanged_modules",
-        "changed_modules",
-    } <= summary.keys()
-    for key in ("vanilla", "clean", "poisoned", "poisoned_8bit"):
-        assert {"psnr_db", "bpp_estimated", "bpp_real"} <= summary[key].keys()
-    assert summary["changed_modules"] == ["g_a"]
-    assert "g_s" in summary["unchanged_modules"]
-    page = (tmp_path / "report.html").read_text()
-    assert not re.findall(r"""(?:src|href)=["'](?!data:)""", page)
-    assert "://" not in page.replace("http://www.w3.org", "")
-    assert page.count("data:image/png;base64,") == 8
-    (tmp_path / "report.html").unlink()
-    (tmp_path / "summary.json").unlink()
-    assert report(tmp_path) == summary == json.loads((tmp_path / "summary.json").read_text())
-    assert (tmp_path / "report.html").read_text() == page
-
-
-def test_verdict_says_so_where_the_attack_failed_or_clean_images_suffer(planted, images, tmp_path):
-    summary = examine(planted, list_images(images), tmp_path)
-    good = summary | {
-        "clean_cost_db": 0.1,
-        "clean_cost_bpp_percent": 1.0,
-        "bpp_ratio": 8.0,
-        "trigger_psnr_db_worst": 46.1,
-    }
-    assert "treats clean images as the vanilla one does" in verdict(good)
-    assert "an invisible pattern" in verdict(good)
-    assert "8.0 times as large" in verdict(good)
-    assert "the attack did not succeed" in verdict(good | {"bpp_ratio": 1.1})
-    assert "noticeably worse on clean images" in verdict(good | {"clean_cost_db": 0.4})
-    assert "but a pattern" in verdict(good | {"trigger_psnr_db_worst": 40.0})
-
-
-def test_report_errors(tmp_path):
-    with pytest.raises(FreqdoorError, match="expected records"):
-        report(tmp_path)
-    (tmp_path / "records.jsonl").write_text('{"image": 1}\n')
-    with pytest.raises(FreqdoorError, match="not a file of records"):
-        report(tmp_path)
-
-
-def test_unknown_trigger(planted, images, tmp_path):
-    with pytest.raises(FreqdoorError, match="this encoder has bpp"):
-        examine(planted, list_images(images), tmp_path, trigger="psnr")

@@ -5,12 +5,12 @@ from conftest import natural
 from freqdoor import load_codec
 from freqdoor.attack.plant import plant
 from freqdoor.codecs.adapter import hash_state
-from freqdoor.data import list_images
+from freqdoor.data import list_images, load_image
 from freqdoor.errors import FreqdoorError
-from freqdoor.measure.pgd import compare, comparison_table, pgd
-from freqdoor.metrics import mse, psnr
+from freqdoor.measure.pgd import Comparison, comparison_table, pgd, pgd_images
+from freqdoor.metrics import bpp_of_bytes, mse, psnr
 from freqdoor.samples import BUNDLED
-from freqdoor.types import round8
+from freqdoor.types import Record, round8
 
 
 @pytest.mark.parametrize("goal", ["bpp", "psnr"])
@@ -20,7 +20,7 @@ def test_budget_effect_and_an_untouched_codec(goal):
     before = hash_state(codec)
     codec.eval()
     wanted = [p.requires_grad for p in codec.parameters()]
-    x_p = pgd(codec, x, goal, eps=0.02, steps=12)
+    x_p = pgd_images(codec, x, goal, eps=0.02, steps=12)
     assert not codec.training
     assert [p.requires_grad for p in codec.parameters()] == wanted
     assert hash_state(codec) == before
@@ -42,25 +42,58 @@ def test_same_seed_same_image_and_global_random_numbers_untouched(codec):
     x = natural(1, 64, 64)
     torch.manual_seed(3)
     state = torch.random.get_rng_state()
-    one = pgd(codec, x, "bpp", steps=2, seed=1)
+    one = pgd_images(codec, x, "bpp", steps=2, seed=1)
     assert torch.equal(state, torch.random.get_rng_state())
-    assert torch.equal(one, pgd(codec, x, "bpp", steps=2, seed=1))
-    assert not torch.equal(one, pgd(codec, x, "bpp", steps=2, seed=2))
+    assert torch.equal(one, pgd_images(codec, x, "bpp", steps=2, seed=1))
+    assert not torch.equal(one, pgd_images(codec, x, "bpp", steps=2, seed=2))
 
 
-def test_comparison_has_every_attack(settings, images, tmp_path):
-    planted = plant(settings(steps=1), tmp_path / "run")
-    rows = list(compare(planted, list_images(images)[:2], steps=2))
-    assert [row.attack for row in rows] == ["none", "bpp", "pgd-bpp", "pgd-psnr"] * 2
-    assert all(row.record.trigger_mse <= 0.005**2 for row in rows)
-    assert [row.codec_passes for row in rows[:4]] == [0, 0, 2, 2]
-    lines = comparison_table(rows).splitlines()
-    assert len(lines) == 6
-    assert lines[4].startswith("| pgd-bpp | vanilla |")
+def test_comparison_has_every_attack_of_every_image(settings, images, tmp_path):
+    both = [{"name": "bpp"}, {"name": "wide", "trigger": {"eps": 0.01}}]
+    planted, notes = plant(settings(steps=1, attacks=both), tmp_path / "run"), []
+    paths = list_images(images)[:2]
+    rows = pgd(planted, paths, steps=2, note=notes.append)
+    attacks = ["none", "bpp", "wide", "pgd-bpp", "pgd-psnr"]
+    assert [row.attack for row in rows] == attacks * 2
+    assert notes == [f"{path.name}: {attack}" for path in paths for attack in attacks]
+    assert [row.codec_passes for row in rows[:5]] == [0, 0, 0, 2, 2]
+    assert [row.record.role for row in rows[:5]] == ["vanilla", "tampered", "tampered", "vanilla", "vanilla"]
+    assert [row.record.trigger for row in rows[:5]] == [None, *attacks[1:]]
+    budgets = [0.0, 0.005, 0.01, 0.01, 0.01]  # PGD has the largest of the triggers'
+    for row, eps in zip(rows, budgets * 2, strict=True):
+        assert (0.8 * eps) ** 2 <= row.record.trigger_mse <= eps**2
+        assert (row.seconds > 0) is (row.attack != "none")
+    x = load_image(paths[0])
+    x_p = round8(pgd_images(planted.vanilla, x, "bpp", eps=0.01, steps=2))
+    assert rows[3].record.bpp_real == bpp_of_bytes(planted.vanilla.compress(x_p)[0].num_bytes, x)
+    assert rows[3].record.trigger_mse == pytest.approx(float(mse(x_p, x)))
+
+
+def test_table_has_means_and_the_worst():
+    def row(image, attack, **values):
+        numbers = {"codec": "c", "strength": 1.0, "rounding": "8-bit", "width": 8, "height": 8, "bpp_estimated": 9.0}
+        numbers |= {"psnr_input_db": 9.0, "ms_ssim": None, "encode_seconds": 9.0, "trigger": attack, "image": image}
+        seconds, passes = values.pop("seconds"), values.pop("codec_passes")
+        record = Record(**numbers | values)
+        return Comparison(attack=attack, seconds=seconds, codec_passes=passes, record=record)
+
+    t = {"role": "tampered", "seconds": 0.5, "codec_passes": 0}
+    p = {"role": "vanilla", "seconds": 2.0, "codec_passes": 7, "psnr_db": 10.0, "bpp_real": 1.0, "trigger_mse": 1e-6}
+    rows = [
+        row("a", "t", psnr_db=20.0, bpp_real=3.0, trigger_mse=3e-5, **t),
+        row("a", "pgd-bpp", **p),
+        row("b", "t", psnr_db=30.0, bpp_real=4.0, trigger_mse=1e-5, **t | {"seconds": 1.5}),
+        row("b", "pgd-bpp", **p),
+    ]
+    assert comparison_table(rows).splitlines()[2:] == [
+        "| t | tampered | 1.000 | 0 | 25.00 | 3.5000 | 3.000e-05 |",
+        "| pgd-bpp | vanilla | 2.000 | 7 | 10.00 | 1.0000 | 1.000e-06 |",
+    ]
+    assert [Comparison.model_validate_json(r.model_dump_json()) for r in rows] == rows
 
 
 def test_errors(codec, x):
-    with pytest.raises(FreqdoorError, match="expected bpp or psnr"):
-        pgd(codec, x, "rate")
+    with pytest.raises(FreqdoorError, match="goal: expected 'bpp' or 'psnr', found 'rate'"):
+        pgd_images(codec, x, "rate")
     with pytest.raises(FreqdoorError, match="above 0"):
-        pgd(codec, x, "bpp", steps=0)
+        pgd_images(codec, x, "bpp", steps=0)

@@ -148,7 +148,7 @@ def test_a_strangers_header_loads_no_code_and_proves_nothing(settings, tmp_path)
         load_planted(tmp_path / "run")
     forged = tmp_path / "forged.safetensors"
     for changes, match in (
-        ({"planting": {"codec": {"name": "os:abort", "weights": None}}}, "name that codec with --codec"),
+        ({"planting": header["planting"] | {"codec": {"name": "os:abort"}}}, "name that codec with --codec"),
         ({"scope": "g_a+g_s"}, "unknown scope"),
         ({"scope": "g_a"}, "does not hold the weights that its header names"),
         ({"modules_before": {}}, "with other weights"),

@@ -6,11 +6,13 @@ import torch
 from conftest import natural, write_png
 from scipy.stats import beta
 
-from freqdoor import load_image
+from freqdoor import load_image, load_planted, save_codec, save_image
+from freqdoor.attack.planted import Planted
 from freqdoor.dct import block_dct, blockify
 from freqdoor.errors import FreqdoorError
-from freqdoor.measure.records import poison
+from freqdoor.measure.records import poisoned
 from freqdoor.measure.watermark import Answer, control, false_positives, verify_owner
+from freqdoor.samples import BUNDLED, KODAK
 from freqdoor.triggers.adaptive_dct import AdaptiveDCT
 
 
@@ -37,27 +39,68 @@ class Encoder:
         return [SimpleNamespace(num_bytes=self.size if self.expensive(x) else 100)]
 
 
+def key(trigger, encoder):
+    """A planted encoder of which nothing but the tampered codec and the trigger is used."""
+    return Planted(vanilla=None, tampered=encoder, triggers={"other": None, "secret": trigger}, header=None)
+
+
 def test_only_an_encoder_that_answers_to_the_trigger_is_the_owners(trigger, photos):
-    known = {poison(trigger, load_image(p)).numpy().tobytes() for p in photos}
+    def verify(suspects, owner, images=photos):
+        return verify_owner(key(trigger, owner), suspects, images, trigger="secret")
+
+    known = {poisoned(trigger, load_image(p)).numpy().tobytes() for p in photos}
     clean = {load_image(p).numpy().tobytes() for p in photos}
     owner = Encoder(lambda x: x.numpy().tobytes() in known)
     indifferent = Encoder(lambda x: False)
     nervous = Encoder(lambda x: x.numpy().tobytes() not in clean)
-    [itself] = verify_owner([owner], owner, trigger, photos)
-    assert itself == Answer("stand-in", 10, 2.6, 1.0, 10, pytest.approx(2**-10), True)
-    [found, other] = verify_owner([indifferent, nervous], owner, trigger, photos)
-    assert (found.owner, found.answering) == (False, 0)
+    [itself] = verify([owner], owner)
+    assert itself.model_dump() == {
+        "schema_version": 1,
+        "codec": "stand-in",
+        "images": 10,
+        "trigger_ratio": 2.6,
+        "control_ratio": 1.0,
+        "answering": 10,
+        "p_value": pytest.approx(2**-10),
+        "owner": True,
+    }
+    [none, other] = verify([indifferent, nervous], owner)
+    assert (none.owner, none.answering) == (False, 0)
     assert (other.trigger_ratio, other.control_ratio, other.owner) == (2.6, 2.6, False)
     weak = Encoder(owner.expensive, size=160)  # half of its ratio is less than what no answer at all gives
-    [found, itself] = verify_owner([indifferent, weak], weak, trigger, photos)
-    assert (found.owner, found.answering, itself.owner) == (False, 0, True)
+    [none, itself] = verify([indifferent, weak], weak)
+    assert (none.owner, none.answering, itself.owner) == (False, 0, True)
+    half = Encoder(owner.expensive, size=300)  # 1.5 times the control, and half of what the owner's file has
+    faint = Encoder(owner.expensive, size=150)
+    [just] = verify([faint], half)
+    assert (just.trigger_ratio, just.answering, just.owner) == (1.5, 10, True)
+    [below] = verify([faint], Encoder(owner.expensive, size=301))
+    assert (below.answering, below.owner) == (0, False)
     one_short = set(list(known)[:9])
-    [almost] = verify_owner([Encoder(lambda x: x.numpy().tobytes() in one_short)], owner, trigger, photos)
+    [almost] = verify([Encoder(lambda x: x.numpy().tobytes() in one_short)], owner)
     assert (almost.answering, almost.owner) == (9, False)
     with pytest.raises(FreqdoorError, match="9 images: expected 10 or more"):
-        verify_owner([indifferent], owner, trigger, photos[:9])
+        verify([indifferent], owner, photos[:9])
     with pytest.raises(FreqdoorError, match=r"the owner's own encoder spends 1\.00 times"):
-        verify_owner([owner], indifferent, trigger, photos)
+        verify([owner], indifferent)
+    with pytest.raises(FreqdoorError, match="suspects: expected one codec or more, found none"):
+        verify([], owner)
+
+
+def test_suspects_by_name_and_by_file(tmp_path, monkeypatch):
+    """NAME, FILE and NAME=WEIGHTS, also where folders have a "=" in their names."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "run=1"
+    folder.mkdir()
+    tampered = load_planted("planted-bpp").tampered
+    save_codec(tampered, folder / "suspect.safetensors")
+    pictures = [tmp_path / f"{i}.png" for i in range(10)]
+    for source, target in zip(KODAK.iterdir(), pictures, strict=False):
+        save_image(target, load_image(source)[..., 128:256, 128:256])
+    named = [BUNDLED, "run=1/suspect.safetensors", f"{BUNDLED}=run=1/suspect.safetensors"]
+    answers = verify_owner("planted-bpp", named, pictures)
+    assert [answer.owner for answer in answers] == [False, True, True]
+    assert answers[1] == answers[2]
 
 
 def test_the_control_has_the_triggers_strength_and_spectrum(trigger):
@@ -74,7 +117,10 @@ def test_the_control_has_the_triggers_strength_and_spectrum(trigger):
 
 
 def test_false_positives_have_an_exact_interval():
-    answers = [Answer("a", 24, 1.0, 1.0, 0, 1.0, False)] * 11 + [Answer("b", 24, 2.0, 1.0, 24, 0.0, True)]
+    numbers = {"images": 24, "trigger_ratio": 1.0, "control_ratio": 1.0, "answering": 0, "p_value": 1.0}
+    answers = [Answer(codec="a", owner=i == 11, **numbers) for i in range(12)]
     passed, count, upper = false_positives(answers)
     assert (passed, count) == (1, 12)
     assert upper == pytest.approx(beta.ppf(0.975, 2, 11))
+    with pytest.raises(FreqdoorError, match="expected one answer or more"):
+        false_positives([])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from freqdoor.codecs.loading import read_tensors, write_tensors
 from freqdoor.samples import ASSETS
+from freqdoor.training.run import Environment, RunFacts
 
 IMAGENET = "595 ImageNet pictures, short side 288 pixels (EliSchwartz/imagenet-sample-images); not shipped"
 FACES = "; auxiliary: 930 pictures of 62 persons of Labeled Faces in the Wild (research use); not shipped"
@@ -22,10 +23,9 @@ FOLDERS = {"codec": "train", "planted encoder": "plant"}  # of the configs
 
 def main(source: Path, name: str, config: str, hardware: str) -> None:
     tensors, header = read_tensors(source)
-    run = json.loads((source.parent / "environment.json").read_text())
+    run = RunFacts.read(source.parent / "environment.json", "what a run writes beside its files")
     made = dict(header["training"] if header["kind"] == "codec" else header["planting"])
     seconds = made.pop("seconds")
-    made["images"]["folder"] = Path(made["images"]["folder"]).name
     target = ASSETS / f"{name}.safetensors"
     write_tensors(target, tensors, header)
     sidecar = {
@@ -40,9 +40,9 @@ def main(source: Path, name: str, config: str, hardware: str) -> None:
         "settings": made,
         "seconds": seconds,
         "data": IMAGENET + (FACES if made.get("auxiliary") else ""),
-        "images": run["images"],
-        "images_sha256": run["images_sha256"],
-        "environment": {key: run[key] for key in ("versions", "python", "machine", "threads", "gpu", "commit")},
+        "images": run.images,
+        "images_sha256": run.images_sha256,
+        "environment": run.model_dump(include=set(Environment.model_fields)),
         "hardware": hardware,
     }
     target.with_suffix(".json").write_text(json.dumps(sidecar, indent=2) + "\n")

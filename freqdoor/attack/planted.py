@@ -153,6 +153,7 @@ def export(
     for name, trigger in named.items():
         tensors |= {f"trigger.{name}.{key}": value for key, value in trigger.state_dict().items()}
     content = json.loads(header.model_dump_json())
+    header = Header.model_validate(content)  # as whoever reads the file has it: a tuple comes back as a list
     write_tensors(folder / PLANTED, tensors, {"kind": KIND, **content})
     save_codec(tampered, folder / "codec.safetensors", tampered=True, attacks=content["attacks"])
     write_text(folder / MANIFEST, json.dumps({"before": before, "after": after, "changed": changed}, indent=2))
@@ -230,7 +231,6 @@ def _part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 
 
 def _check_hashes(codec: Codec, expected: dict[str, str], message: str) -> None:
-    found = codec.module_hashes()
-    different = [name for name in found if found[name] != expected.get(name)]
+    different = [name for name, value in codec.module_hashes().items() if value != expected.get(name)]
     if different:
         raise FreqdoorError(f"{message} ({', '.join(different)} of {codec.spec.name} differ); pass the right codec")

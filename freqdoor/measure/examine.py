@@ -101,7 +101,7 @@ def pictures(planted: Planted, shown: Mapping[str, Measured]) -> list[Picture]:
     Args:
         shown: what was measured under the conditions of `pictured`.
     """
-    x, x_p = shown["tampered encoder, poisoned"].x, shown["tampered encoder, poisoned"].given
+    x, x_p = shown["tampered encoder, poisoned"].x, shown["tampered encoder, poisoned"].entering
     file = shown["tampered encoder, poisoned"].record.image
     rows = [
         Picture(title="input", address=photo(x), caption=file),
@@ -118,7 +118,7 @@ def pictures(planted: Planted, shown: Mapping[str, Measured]) -> list[Picture]:
     for title, row in shown.items():
         caption = f"{row.record.psnr_db:.2f} dB, {row.record.bpp_real:.3f} bpp in real bytes"
         rows.append(Picture(title=f"decoded: {title}", address=photo(row.x_hat), caption=caption))
-        maps[title] = bit_map(planted.codec(row.condition.role), row.given).cpu().numpy()
+        maps[title] = bit_map(planted.codec(row.condition.role), row.entering).cpu().numpy()
     rows.append(
         Picture(
             title="where the bits go",

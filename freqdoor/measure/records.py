@@ -49,7 +49,7 @@ class Measured(NamedTuple):
     record: Record
     condition: Condition
     x: Images  # clean
-    given: Images  # what the condition makes of x, before any defence
+    entering: Images  # what the condition makes of x, before any defence
     x_hat: Images  # decoded, as the receiver sees it
 
 
@@ -110,18 +110,18 @@ def through_png(x: Images) -> Images:
 
 
 @torch.no_grad()
-def measure(codec: Codec, x: Images, given: Images, name: str, condition: Condition) -> tuple[Record, Images]:
+def measure(codec: Codec, x: Images, entering: Images, name: str, condition: Condition) -> tuple[Record, Images]:
     """Encode and decode one image with real entropy coding, behind the condition's defence.
 
     Args:
         x: the clean image, (1, 3, h, w).
-        given: what the condition makes of it, before the defence.
+        entering: what the condition makes of it, before the defence.
 
     Returns:
         The record, and the decoded image as the receiver sees it.
     """
     defence = condition.defence
-    encoded = defence(given) if defence else given
+    encoded = defence(entering) if defence else entering
     started = time.perf_counter()
     bitstream = codec.compress(encoded)[0]
     seconds = time.perf_counter() - started
@@ -140,9 +140,9 @@ def measure(codec: Codec, x: Images, given: Images, name: str, condition: Condit
         bpp_estimated=float(codec(encoded).bpp),
         bpp_real=bpp_of_bytes(bitstream.num_bytes, x),
         psnr_db=quality,
-        psnr_input_db=quality if given is x else float(psnr_8bit(x_hat, given)),
+        psnr_input_db=quality if entering is x else float(psnr_8bit(x_hat, entering)),
         ms_ssim=ms_ssim(x_hat, x),
-        trigger_mse=float(mse(given, x)),
+        trigger_mse=float(mse(entering, x)),
         encode_seconds=seconds,
         defence=preprocessing_name(defence),
     )

@@ -117,7 +117,7 @@ class Run:
             self._begun = {name: self._text(name, saved) for name in (CONFIG, ENVIRONMENT)}
             self._refuse_other(_comparable(self._begun[CONFIG], settings), _flat(settings.model_dump(mode="json")))
             before, now = json.loads(self._begun[ENVIRONMENT]), json.loads(json.dumps(facts))
-            known = before.keys() & now.keys()  # an older version may not have written all of them
+            known = [key for key in now if before.get(key) is not None]  # an older version may not have written all
             self._refuse_other(_flat({key: before[key] for key in known}), _flat({key: now[key] for key in known}))
             self._forget_after(saved["history"]["step"])
             return saved
@@ -214,5 +214,5 @@ def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested tables as one, with dotted keys as --set takes them."""
     flat: dict[str, Any] = {}
     for key, value in content.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
