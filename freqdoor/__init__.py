@@ -11,7 +11,7 @@ from freqdoor.attack.plant import plant
 from freqdoor.attack.planted import Planted, load_planted
 from freqdoor.attack.settings import ObjectiveSettings, PlantSettings, TriggerSettings
 from freqdoor.codecs.adapter import Codec, CodecSpec
-from freqdoor.codecs.container import compress_file, decompress_file
+from freqdoor.codecs.container import compress, decompress
 from freqdoor.codecs.loading import load_codec, save_codec
 from freqdoor.data import list_images, load_image, save_image
 from freqdoor.demonstration import demo
@@ -42,8 +42,8 @@ __all__ = [
     "Record",
     "Trigger",
     "TriggerSettings",
-    "compress_file",
-    "decompress_file",
+    "compress",
+    "decompress",
     "demo",
     "evaluate",
     "examine",

@@ -91,7 +91,7 @@ def plant(settings: PlantSettings, out: Path | str, *, progress: Progress | None
         FreqdoorError: unusable images or settings, a loss that is not finite, a full disk.
     """
     check_device(settings.device)
-    vanilla = load_codec(settings.codec.name, settings.codec.weights)
+    vanilla = load_codec(settings.codec.name, settings.codec.weights, multiple=settings.codec.multiple)
     lmbda = lambda_of(settings, vanilla.spec)
     if vanilla.tampered:
         raise FreqdoorError(f"{settings.codec.name}: this codec says that it is tampered already; plant in a clean one")

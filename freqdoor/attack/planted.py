@@ -117,7 +117,7 @@ def load_planted(path: Path | str, codec: str | None = None, weights: Path | str
             raise FreqdoorError(f"{path}: was planted in {base['name']}; name that codec with --codec (and --weights)")
         if scope not in SCOPES:
             raise FreqdoorError(f"{path}: malformed header: unknown scope {scope!r}")
-        vanilla = load_codec(codec or base["name"], weights)
+        vanilla = load_codec(codec or base["name"], weights, multiple=base.get("multiple"))
         _check_hashes(vanilla, header["modules_before"], f"{path}: was planted in {base['name']} with other weights")
         tampered = copy.deepcopy(vanilla)
         for module in scope.split("+"):

@@ -19,6 +19,8 @@ class CodecSource(Settings):
     """A name that `load_codec` understands."""
     weights: str | None = None
     """A file to take the weights from; the name then gives the architecture."""
+    multiple: Count | None = None
+    """Pixels that the sides of pictures have to be a multiple of; by default it is found by trying."""
 
 
 class TriggerSettings(Settings):

@@ -45,7 +45,7 @@ def compress(
     planted: Annotated[Path | None, typer.Option(help="Encode with this planted encoder.")] = None,
 ) -> None:
     """Compress one image into a file."""
-    bitstream = container.compress_file(load(codec, weights, planted), image, out)
+    bitstream = container.compress(image, out, load(codec, weights, planted))
     height, width = bitstream.image_size
     rate = 8 * bitstream.num_bytes / (height * width)
     say(f"{out}: {out.stat().st_size} bytes, {rate:.4f} bpp")
@@ -59,4 +59,4 @@ def decompress(
     weights: Weights = None,
 ) -> None:
     """Decode a compressed file; the decoder does not depend on who encoded it."""
-    container.decompress_file(load(codec, weights, None), file, out)
+    container.decompress(file, out, load(codec, weights, None))
