@@ -1,5 +1,5 @@
 from .attack.encoding import compress as compress
-from .attack.encoding import decompress as decompress
+from .codecs.container import decompress as decompress
 from .attack.networks import Embedder as Embedder
 from .attack.networks import NetworkSpec as NetworkSpec
 from .attack.networks import Segmenter as Segmenter

@@ -7,7 +7,7 @@ import pytest
 from conftest import natural, write_png
 from factories import tiny
 
-from freqdoor import compress_file, decompress_file, load_codec, load_image
+from freqdoor import compress, decompress, load_codec, load_image
 from freqdoor.codecs.adapter import ARCHITECTURES
 from freqdoor.codecs.container import pack, unpack
 from freqdoor.errors import FreqdoorError
@@ -21,9 +21,9 @@ def content(codec):
 
 def test_file_round_trip(tmp_path, codec):
     source = write_png(tmp_path / "x.png", natural(1, 70, 90))
-    bitstream = compress_file(codec, source, tmp_path / "x.fqd")
+    bitstream = compress(source, tmp_path / "x.fqd", codec)
     assert unpack((tmp_path / "x.fqd").read_bytes(), codec) == bitstream
-    decompress_file(codec, tmp_path / "x.fqd", tmp_path / "back.png")
+    decompress(tmp_path / "x.fqd", tmp_path / "back.png", codec)
     expected = to_uint8(codec.decompress(bitstream))
     assert (to_uint8(load_image(tmp_path / "back.png")) == expected).all()
     assert (tmp_path / "x.fqd").stat().st_size - bitstream.num_bytes < 60

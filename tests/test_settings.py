@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import Field
 
+from settings_page import PAGE, describe_settings, page
 from freqdoor.attack.settings import PlantSettings
 from freqdoor.errors import FreqdoorError
 from freqdoor.settings import Settings, load_settings, parse_override
@@ -146,3 +147,8 @@ def test_every_setting_of_a_verb_is_described(kind):
     assert {name for name, *_ in rows} >= set(kind.model_fields)
     assert all(meaning.rstrip().endswith((".", ")")) for *_, meaning in rows)
     assert len(set(re.findall(r"^## (.+)$", text, re.MULTILINE))) == text.count("\n## ") + 1
+
+
+def test_the_page_of_settings_is_up_to_date():
+    """`python tools/settings_page.py` makes it."""
+    assert PAGE.read_text(encoding="utf-8") == page()

@@ -188,7 +188,7 @@ def load_planted(path: Path | str, codec: Codec | str | None = None, weights: Pa
     base = header.planting.codec
     if codec is None and (base.weights or base.name.partition(":")[0] not in ARCHITECTURES):
         raise FreqdoorError(f"{path}: was planted in {base.name}; name that codec with --codec (and --weights)")
-    vanilla = codec if isinstance(codec, Codec) else load_codec(codec or base.name, weights)
+    vanilla = codec if isinstance(codec, Codec) else load_codec(codec or base.name, weights, multiple=base.multiple)
     _check_hashes(vanilla, header.modules_before, f"{path}: was planted in {base.name} with other weights")
     tampered = copy.deepcopy(vanilla)
     triggers = {}

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from freqdoor.codecs.lite import LiteHyperprior
 from freqdoor.codecs.protocol import (
+    SHORTEST,
     Compressed,
     call,
     check_network,
@@ -216,6 +217,11 @@ class Codec(nn.Module):
         return bool(self.metadata.get("tampered"))
 
     @property
+    def known(self) -> bool:
+        """Whether the network is of an architecture known by name, and not a stranger's code."""
+        return self.spec.architecture in ARCHITECTURES
+
+    @property
     def precision(self) -> torch.dtype:
         """What g_a and g_s run in: torch.bfloat16 under autocast; entropy models stay in float32, where likelihoods
         do not underflow."""
@@ -228,7 +234,7 @@ class Codec(nn.Module):
     @cached_property
     def sides(self) -> Sides:
         """What images are padded to: 64 for architectures known by name, for others what their network takes."""
-        if self.spec.architecture in ARCHITECTURES and self.stated_multiple is None:
+        if self.known and self.stated_multiple is None:
             return Sides()
         return find_sides(self.net, self.spec.name, self.stated_multiple)
 
@@ -323,7 +329,7 @@ class Codec(nn.Module):
         self.prepare()
         black = next(self.parameters()).new_zeros(1, 3, self.least, self.least)
         strings, nesting, shape = self.compressed(black)
-        return Tile(self.least, len(strings), nesting, tuple(len(string) < 4 for string in strings), shape)
+        return Tile(self.least, len(strings), nesting, tuple(len(string) < SHORTEST for string in strings), shape)
 
     def shapes(self, image_size: tuple[int, int]) -> Any:
         """The latents of an image of (height, width), nested as the network nests them.
@@ -407,7 +413,7 @@ class Codec(nn.Module):
     def _answer(self, part: str, *arguments: Any) -> Any:
         """What the network returns; what a stranger's raises becomes a sentence, what a known one's raises does not."""
         function = self.net if part == "forward" else getattr(self.net, part)
-        if self.spec.architecture in ARCHITECTURES:
+        if self.known:
             return function(*arguments)
         return call(self.spec.name, part, function, *arguments)
 

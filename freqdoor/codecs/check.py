@@ -26,9 +26,8 @@ def checked(codec: Codec) -> Codec:
     """
     codec.prepare()
     with evaluating(codec.net):
-        _settle(codec)
-        least, width = codec.least, codec.least + codec.multiple
-        x = waves_picture(codec.net, least, width)
+        size = _settle(codec)
+        x = waves_picture(codec.net, *size)
         y, bitstream = _watch(codec, "g_a", lambda: codec.compress(x)[0])
         y_decoded, decoded = _watch(codec, "g_s", lambda: codec.decompress(bitstream))
         y_forward, expected = _watch(codec, "g_s", lambda: codec(x).x_hat.clamp(0, 1))
@@ -48,17 +47,18 @@ def checked(codec: Codec) -> Codec:
     return codec
 
 
-def _settle(codec: Codec) -> None:
-    """Pad to more where latents are a whole number of rows and columns only then: convolutions round up."""
+def _settle(codec: Codec) -> tuple[int, int]:
+    """The size to check the codec at, once it pads to where latents are a whole number: convolutions round up."""
+    if codec.known and codec.stated_multiple is None:
+        return codec.tile.side, codec.tile.side
     multiple, least = codec.sides
-    grids = (multiple,) if codec.stated_multiple else (multiple, 2 * multiple, 4 * multiple)
-    for grid in grids:
+    for grid in (multiple,) if codec.stated_multiple else (multiple, 2 * multiple, 4 * multiple):
         codec.pad_to(Sides(grid, -(-least // grid) * grid))
         size = (codec.least, codec.least + codec.multiple)
         shape = codec.compressed(waves_picture(codec.net, *size)).shape
         try:
             if shape == codec.shapes(size):
-                return
+                return size
         except ValueError:
             continue
     raise FreqdoorError(
@@ -78,7 +78,7 @@ def _watch(codec: Codec, part: str, run: Callable[[], Any]) -> tuple[Tensor | No
         else:
             hooks.enter_context(module.register_forward_pre_hook(lambda module, inputs: latents.extend(inputs[:1])))
         answer = run()
-    return (latents[0] if len(latents) == 1 and isinstance(latents[0], Tensor) else None), answer
+    return (latents[0] if latents and isinstance(latents[0], Tensor) else None), answer
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

@@ -4,17 +4,21 @@ Little-endian: magic "FQDR", version (u16), the first 16 bytes of the codec's de
 height and width of the coarsest latents (u32), number of strings (u16), their lengths (u32 each), the strings, and
 the CRC-32 of everything before it. The decoder hash leaves out g_a and h_a: a file decodes with every codec that has
 the same decoder, which is what lets a tampered encoder go unnoticed. How the strings and the finer latents nest in a
-codec like ELIC is not stored, it follows from the codec (`Codec.tile`).
+codec like ELIC, and what the picture was padded to, is not stored: it follows from the codec (`Codec.tile`, `sides`).
 """
 
 import struct
+import warnings
 import zlib
 from pathlib import Path
 
 from freqdoor.codecs.adapter import Codec
+from freqdoor.codecs.loading import load_codec
+from freqdoor.codecs.protocol import SHORTEST
 from freqdoor.data import MAX_PIXELS, load_image, save_image
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import refuse_overwriting, replacing
+from freqdoor.samples import BUNDLED
 from freqdoor.types import Bitstream
 
 MAGIC = b"FQDR"
@@ -57,10 +61,16 @@ def unpack(content: bytes, codec: Codec) -> Bitstream:
         or (latent_height, latent_width) != codec.latent_shape((height, width))
         or count != codec.tile.strings
     ):
-        raise FreqdoorError("damaged: the sizes in the header do not belong together")
+        raise FreqdoorError(
+            f"damaged, or written with pictures padded to another multiple than {codec.multiple} pixels: the sizes in "
+            "the header do not belong together"
+        )
     start = HEADER.size + 4 * count
-    lengths = struct.unpack_from(f"<{count}I", body, HEADER.size) if start <= len(body) else ()
-    if start + sum(lengths) != len(body) or any(length < 4 for length in lengths):
+    if start > len(body):
+        raise FreqdoorError("damaged: the sizes in the header do not add up")
+    lengths = struct.unpack_from(f"<{count}I", body, HEADER.size)
+    short = any(n < SHORTEST and not may_be for n, may_be in zip(lengths, codec.tile.short, strict=True))
+    if start + sum(lengths) != len(body) or short:
         raise FreqdoorError("damaged: the sizes in the header do not add up")
     strings = []
     for length in lengths:
@@ -69,11 +79,24 @@ def unpack(content: bytes, codec: Codec) -> Bitstream:
     return Bitstream(tuple(strings), (latent_height, latent_width), (height, width))
 
 
-def compress_file(codec: Codec, image: Path, out: Path) -> Bitstream:
-    """Compress one image file into `out`."""
-    refuse_overwriting(image, out)
-    bitstream = codec.compress(load_image(image))[0]
-    write_file(codec, bitstream, out)
+def compress(
+    image: Path | str,
+    out: Path | str,
+    codec: Codec | str = BUNDLED,
+    weights: Path | str | None = None,
+) -> Bitstream:
+    """Compress one image file into the file `out`.
+
+    Args:
+        codec, weights: as for `load_codec`, or a loaded codec.
+
+    Raises:
+        FreqdoorError: an unreadable image, a codec that is none, or a place that cannot be written to.
+    """
+    refuse_overwriting(Path(image), Path(out))
+    codec = _opened(codec, weights)
+    bitstream = codec.compress(load_image(Path(image)))[0]
+    write_file(codec, bitstream, Path(out))
     return bitstream
 
 
@@ -83,14 +106,33 @@ def write_file(codec: Codec, bitstream: Bitstream, out: Path) -> None:
         partial.write_bytes(pack(bitstream, codec))
 
 
-def decompress_file(codec: Codec, file: Path, out: Path) -> None:
-    """Decode a file that `compress_file` wrote into an 8-bit image file."""
+def decompress(
+    file: Path | str, out: Path | str, codec: Codec | str = BUNDLED, weights: Path | str | None = None
+) -> None:
+    """Decode a file that `compress` wrote into an 8-bit image file; the decoder does not depend on who encoded it.
+
+    Args:
+        codec, weights: as for `load_codec`, or a loaded codec.
+
+    Raises:
+        FreqdoorError: a file of another format, version or codec, a damaged one, or a place that cannot be written to.
+    """
     try:
-        content = file.read_bytes()
+        content = Path(file).read_bytes()
     except OSError as error:
         raise FreqdoorError(f"{file}: could not read ({error.strerror})") from None
+    codec = _opened(codec, weights)
     try:
         bitstream = unpack(content, codec)
     except FreqdoorError as error:
         raise FreqdoorError(f"{file}: {error}") from None
-    save_image(out, codec.decompress(bitstream))
+    save_image(Path(out), codec.decompress(bitstream))
+
+
+def _opened(codec: Codec | str, weights: Path | str | None) -> Codec:
+    if isinstance(codec, Codec):
+        return codec
+    loaded = load_codec(codec, weights)
+    if loaded.tampered:
+        warnings.warn(f"{codec} says of itself that its encoder was tampered with", stacklevel=3)
+    return loaded

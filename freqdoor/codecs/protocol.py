@@ -26,6 +26,7 @@ OURS = (
     "<frozen",
 )
 LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
+SHORTEST = 4  # bytes that CompressAI's entropy coder writes at least
 ANSWERS = {
     "factory": "a function that needs no arguments and returns a network (write one that fills them in)",
     "forward": 'forward(x) that needs images (b, 3, h, w) alone and returns {"x_hat": ..., "likelihoods": {...}}',

@@ -102,7 +102,7 @@ def train_codec(settings: CodecTraining, out: Path | str, *, progress: Progress 
     loop(run, settings, parts, history, crops, take_step, saved=saved, progress=progress)
     codec.precision = torch.float32
     codec.to("cpu").to(memory_format=torch.contiguous_format).eval()
-    codec.net.update(force=True)
+    codec.update(force=True)
     training = public(settings) | {"seconds": round(history["seconds"]), "images_used": len(crops.paths)}
     save_codec(codec, run.folder / EXPORT, training=training)
     return codec
