@@ -1,5 +1,4 @@
 from .attack.encoding import compress as compress
-from .codecs.container import decompress as decompress
 from .attack.networks import Embedder as Embedder
 from .attack.networks import NetworkSpec as NetworkSpec
 from .attack.networks import Segmenter as Segmenter
@@ -27,6 +26,7 @@ from .attack.victims import TargetedSegmentation as TargetedSegmentation
 from .attack.victims import Victim as Victim
 from .codecs.adapter import Codec as Codec
 from .codecs.adapter import CodecSpec as CodecSpec
+from .codecs.container import decompress as decompress
 from .codecs.loading import load_codec as load_codec
 from .codecs.loading import save_codec as save_codec
 from .data import list_images as list_images

@@ -5,8 +5,8 @@ from typing import Annotated, Any, Literal
 
 import pytest
 from pydantic import Field
-
 from settings_page import PAGE, describe_settings, page
+
 from freqdoor.attack.settings import PlantSettings
 from freqdoor.errors import FreqdoorError
 from freqdoor.settings import Settings, load_settings, parse_override

@@ -122,8 +122,8 @@ def page() -> str:
     """The whole page."""
     start = """# Every setting
 
-Made by `python tools/settings_page.py` from the settings themselves. In a file they stand in the tables named here; on the
-command line as `--set table.key=value`.
+Made by `python tools/settings_page.py` from the settings themselves. In a file they stand in the tables named here; on
+the command line as `--set table.key=value`.
 """
     parts = (f"# {verb}\n\n{describe_settings(kind)}" for verb, kind in KINDS.items())
     return start + "\n" + "\n".join(parts)

@@ -80,10 +80,7 @@ def unpack(content: bytes, codec: Codec) -> Bitstream:
 
 
 def compress(
-    image: Path | str,
-    out: Path | str,
-    codec: Codec | str = BUNDLED,
-    weights: Path | str | None = None,
+    image: Path | str, out: Path | str, codec: Codec | str = BUNDLED, weights: Path | str | None = None
 ) -> Bitstream:
     """Compress one image file into the file `out`.
 
