@@ -11,10 +11,11 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from freqdoor.attack.settings import PlantSettings
+from freqdoor.attack.settings import OBJECTIVES, PlantSettings
 from freqdoor.measure.testsets import FaceTest, SegmentationTest
 from freqdoor.settings import Settings
 from freqdoor.training.settings import CodecTraining
+from freqdoor.triggers.arguments import TRIGGERS
 
 
 def describe_settings(kind: type[Settings]) -> str:
@@ -126,7 +127,12 @@ Made by `python tools/settings_page.py` from the settings themselves. In a file 
 the command line as `--set table.key=value`.
 """
     parts = (f"# {verb}\n\n{describe_settings(kind)}" for verb, kind in KINDS.items())
-    return start + "\n" + "\n".join(parts)
+    arguments = [
+        f"# {table}.arguments of {name}\n\n{describe_settings(kind.arguments)}"
+        for table, kinds in (("objective", OBJECTIVES), ("trigger", TRIGGERS))
+        for name, kind in kinds.items()
+    ]
+    return start + "\n" + "\n".join([*parts, *arguments])
 
 
 if __name__ == "__main__":
