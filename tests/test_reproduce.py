@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from scipy.stats import t as student_t
 from typer.testing import CliRunner
 
@@ -567,6 +568,112 @@ def test_bd_rate_of_every_planted_row_over_four_qualities():
     assert bd_rates(SMALL, table, codecs[:3]) == []
     del table["ours, q2"]["poisoned bpp"]
     assert bd_rates(SMALL, table, codecs) == lines[:1]
+
+
+PAGE = """# Two rows
+
+| | clean dB | clean bpp |
+|---|---|---|
+| vanilla | 30.50 ± 6.35 (31.08) | 0.2500 |
+| ours | - | 0.1250 |
+
+Ours: mean ± 95 % interval (Student) over 2 seed(s) from 5 on. In brackets: the paper's number, on another one.
+All rates are real bytes; poisoned images are 8-bit files but where a column says float. Missing cells (-): the encoder
+has no such trigger, the time was up before it was planted, or there is nothing to average over. Of fewer seeds: \
+vanilla (1), ours (1).
+
+What differs from the paper: the codec is a, b; 6 steps of 2 crops of 64 pixels from “images0”,
+preset “fast”; measured on 3 images.
+
+Made by `freqdoor reproduce small`: 2 plantings, 3 minutes of planting in all,
+on 7 thread(s), no GPU, torch 9.
+"""
+
+
+class Described(Measurement):
+    """A measurement that only describes itself."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def describe(self, trained_against):
+        return f"Measured on {self.name}, trained against {trained_against}.\n"
+
+    def public(self):
+        return {"name": self.name}
+
+    check = score = identity = None
+
+
+Described.__abstractmethods__ = frozenset()
+
+
+def test_a_page_says_how_its_numbers_came_about(settings, tmp_path, monkeypatch):
+    where = {"threads": 7, "gpu": None, "versions": {"torch": "9"}}
+    monkeypatch.setattr(tables, "environment", lambda: where)
+    base = settings(seed=5, network="folder/g.toml")
+    images = [Path(f"folder/{i}.png") for i in range(3)]
+    facts = tables.Facts(base, ["a", "b"], images, 2, [100, 91.6])
+    table = {
+        "vanilla": {"clean dB": Cell((30.0, 31.0), 31.08), "clean bpp": Cell((0.25,), None)},
+        "ours": {"clean bpp": Cell((0.125,), None)},
+        "late": {},
+    }
+    plain = dataclasses.replace(SMALL, plot=False)
+    tables.write(plain, table, facts, tmp_path)
+    folder = Path(base.images.folder).name
+    page = PAGE.replace("images0", folder)
+    assert (tmp_path / "small.md").read_text() == page.replace("| 0.1250 |\n", "| 0.1250 |\n| late | - | - |\n")
+    content = json.loads((tmp_path / "small.json").read_text())
+    assert content["table"] == {
+        "vanilla": {
+            "clean dB": {
+                "mean": 30.5,
+                "half_width": pytest.approx(6.353, abs=1e-3),
+                "values": [30, 31],
+                "paper": 31.08,
+            },
+            "clean bpp": {"mean": 0.25, "half_width": None, "values": [0.25], "paper": None},
+        },
+        "ours": {"clean bpp": {"mean": 0.125, "half_width": None, "values": [0.125], "paper": None}},
+        "late": {},
+    }
+    assert (content["recipe"], content["codecs"], content["seconds_planting"]) == ("small", ["a", "b"], [100, 92])
+    assert (content["images"], content["test"]) == (["0.png", "1.png", "2.png"], None)
+    assert content["environment"] == where
+    assert (content["settings"]["network"], content["settings"]["steps"]) == ("g.toml", 6)
+    assert not {"codec"} & content["settings"].keys()
+    assert not (tmp_path / "small.png").exists()
+    complete = tables.Facts(base, ["a"], images, 1, [])
+    tables.write(dataclasses.replace(plain, paper_codec=""), table, complete, tmp_path, Figure())
+    text = (tmp_path / "small.md").read_text()
+    assert "the paper's number where there is one.\n" in text
+    assert "fewer seeds" not in text
+    assert text.endswith("\n\n![Two rows](small.png)\n")
+    assert (tmp_path / "small.png").read_bytes()[:4] == b"\x89PNG"
+    where["gpu"] = "H100"
+    one, two = (Column(f"clean {unit}", Described(unit), abs) for unit in ("dB", "bpp"))
+    for columns, test in (((one, one), {"name": "dB"}), ((one, two), [{"name": "dB"}, {"name": "bpp"}])):
+        tables.write(dataclasses.replace(plain, columns=columns), table, facts, tmp_path)
+        assert json.loads((tmp_path / "small.json").read_text())["test"] == test
+        assert (tmp_path / "small.md").read_text().count("Measured on dB, trained against g.toml.\n") == 1
+    assert "g.toml.\nMeasured on bpp, trained against g.toml.\n\nMade by" in (tmp_path / "small.md").read_text()
+    assert ", H100, torch" in (tmp_path / "small.md").read_text()
+
+
+def test_curves_of_four_qualities_have_bd_rates_on_their_page(settings, tmp_path):
+    names = [f"q{i}" for i in range(4)]
+    table = {
+        f"{row}, {name}": {"clean dB": Cell((28.0 + i,), None), "clean bpp": Cell((factor * 0.2 * 1.5**i,), None)}
+        for row, factor in (("vanilla", 1.0), ("ours", 1.1))
+        for i, name in enumerate(names)
+    }
+    tables.write(SMALL, table, tables.Facts(settings(), names, [], 1, []), tmp_path)
+    text = (tmp_path / "small.md").read_text()
+    assert text.endswith(
+        "\nBD-rate against the vanilla codec over these qualities (Akima interpolation):\n\n- ours, clean: +10.0 %\n"
+        "\n![Two rows](small.png)\n"
+    )
 
 
 def test_curves_have_a_line_for_every_row_and_kind():

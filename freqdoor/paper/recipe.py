@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from matplotlib.figure import Figure
 
@@ -16,6 +16,7 @@ from freqdoor.errors import FreqdoorError
 from freqdoor.measure.records import Condition, encoded, measure
 from freqdoor.measure.testsets import DownstreamTest, Measurement, mean
 from freqdoor.paper.names import RECIPES, recipe_names
+from freqdoor.preprocessing import Preprocessing
 from freqdoor.types import Record
 
 OWN = "*"  # a column's trigger: whichever the row's encoder has first
@@ -111,7 +112,12 @@ def recipe_for(name: str, material: Material) -> Recipe:
 
 
 def images_under(
-    material: Material, role: str = "tampered", *, strength: float = 1.0, rounding: str = "8-bit", defence: Any = None
+    material: Material,
+    role: Literal["vanilla", "tampered"] = "tampered",
+    *,
+    strength: float = 1.0,
+    rounding: Literal["float", "8-bit"] = "8-bit",
+    defence: Preprocessing | None = None,
 ) -> ImageMeasurement:
     """The material's images through an encoder; clean or poisoned, as the column's trigger says."""
     return ImageMeasurement(material.images, Condition(role, None, strength, rounding, defence))
