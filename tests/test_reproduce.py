@@ -280,6 +280,8 @@ def test_markdown_shows_interval_paper_and_gap():
     lines = markdown(SMALL, table).splitlines()
     assert re.fullmatch(r"\| ours \| 30\.50 ± 6\.35 \(30\.5\) \|", lines[2])
     assert lines[3] == "| none | - |"
+    for values, text in (((0.1, 0.2), "0.1500 ± 0.6353"), ((0.5, 0.5), "0.5000"), ((0.25,), "0.2500")):
+        assert markdown(SMALL, {"ours": {"clean bpp": Cell(values, None)}}).endswith(f"| ours | {text} |")
 
 
 def record(**changes):
