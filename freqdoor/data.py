@@ -50,11 +50,6 @@ def list_images(path: Path | str) -> list[Path]:
     return found
 
 
-def image_paths(images: Path | str | Sequence[Path]) -> list[Path]:
-    """The images of a folder or file, as `list_images`, or those that are given one by one."""
-    return list_images(images) if isinstance(images, Path | str) else list(images)
-
-
 def read_list(path: Path | str, every: int = 1) -> list[str]:
     """The lines of a list of pictures; FreqdoorError if there are none."""
     try:

@@ -43,11 +43,23 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def refuse_unwritable(folder: Path) -> None:
-    """Raise if nothing can be written into a folder: before the work, and without touching what is in it."""
+def check_writable(path: Path) -> None:
+    """Raise now, not after hours of work, if `path` could not be written; what is there stays as it is."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise FreqdoorError(f"{folder}: could not write ({error.strerror or error})") from None
+        raise FreqdoorError(f"{path}: could not write ({error.strerror})") from None
+
+
+def name_and_file(text: str) -> tuple[str, str | None]:
+    """("NAME", "FILE") of "NAME=FILE"; a text that has no "=", or is a file as a whole, is a name alone.
+
+    Where folders have a "=" in their names, the cut is the one behind which a file is.
+    """
+    cuts = [] if Path(text).is_file() else [i for i, letter in enumerate(text) if letter == "="]
+    if not cuts:
+        return text, None
+    cut = next((i for i in cuts if Path(text[i + 1 :]).is_file()), cuts[0])
+    return text[:cut], text[cut + 1 :] or None

@@ -43,6 +43,11 @@ def ms_ssim(decoded: Images, reference: Images) -> float | None:
     return float(_ms_ssim(a, b, data_range=1.0))
 
 
+def bpp_of_bytes(num_bytes: int, x: Images) -> float:
+    """Bits per pixel of a file of `num_bytes` that holds one image x, (..., h, w)."""
+    return 8 * num_bytes / (x.shape[-1] * x.shape[-2])
+
+
 def bd_rate(
     rates: Sequence[float], psnrs_db: Sequence[float], other_rates: Sequence[float], other_psnrs_db: Sequence[float]
 ) -> float:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -39,11 +39,6 @@ class Header(dict[str, Any]):
         """How it was planted."""
         return Planting(self["planting"]["seconds"], self["planting"]["steps"])
 
-    @classmethod
-    def model_construct(cls) -> Self:
-        """A header that says nothing."""
-        return cls()
-
 
 @dataclass(frozen=True)
 class Planted:
@@ -53,6 +48,10 @@ class Planted:
     tampered: Codec
     triggers: dict[str, Trigger]
     header: Header
+
+    def codec(self, role: str) -> Codec:
+        """The codec with the encoder of this role."""
+        return self.tampered if role == "tampered" else self.vanilla
 
     def named(self, name: str | None = None) -> str:
         """The name of a trigger, by default the first; FreqdoorError lists those there are."""
@@ -64,6 +63,11 @@ class Planted:
     def objective(self, name: str) -> ObjectiveSettings:
         """The settings of the objective that a trigger was trained for."""
         return ObjectiveSettings(**next(a["objective"] for a in self.header["attacks"] if a["name"] == name))
+
+
+def unplanted(vanilla: Codec) -> Planted:
+    """A codec that nothing was planted in, where one with triggers is expected: a table's first row."""
+    return Planted(vanilla, vanilla, {}, Header())
 
 
 def opened(planted: Planted | Path | str, codec: str | None = None, weights: Path | str | None = None) -> Planted:

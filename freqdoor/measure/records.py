@@ -17,7 +17,7 @@ from torch import Tensor
 
 from freqdoor.attack.planted import Planted
 from freqdoor.codecs.adapter import STRIDE, Codec
-from freqdoor.data import load_image, save_image
+from freqdoor.data import list_images, load_image, save_image
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import refuse_overwriting, write_text
 from freqdoor.metrics import ms_ssim, mse, psnr, psnr_8bit
@@ -27,6 +27,11 @@ from freqdoor.types import Images, JpegPoint, Masks, Record, from_uint8, to_uint
 
 JPEG_QUALITIES = (5, 10, 15, 20, 25, 30, 40, 50, 60)
 Note = Callable[[str], None]
+
+
+def image_paths(images: Path | str | Sequence[Path]) -> list[Path]:
+    """The images of a folder or file, as `list_images`, or those that are given one by one."""
+    return list_images(images) if isinstance(images, Path | str) else list(images)
 
 
 @dataclass(frozen=True)
@@ -159,6 +164,9 @@ def encoded(planted: Planted, x: Images, condition: Condition) -> Images:
         return x
     trigger = planted.triggers[condition.trigger]
     return poison(trigger, x, strength=condition.strength, rounding=condition.rounding)
+
+
+input_of = encoded
 
 
 def poison_files(

@@ -17,13 +17,13 @@ from freqdoor.attack.settings import AttackSettings, ObjectiveSettings
 from freqdoor.attack.victims import TargetedSegmentation
 from freqdoor.data import check_image, label_paths, list_images, load_image, load_labels, usable_images
 from freqdoor.errors import FreqdoorError
-from freqdoor.files import refuse_unwritable, replacing, write_text
+from freqdoor.files import check_writable, replacing, write_text
 from freqdoor.measure.records import Note, poisoned, through
 from freqdoor.measure.report import AMPLIFY
 from freqdoor.measure.testsets import DownstreamMeasurement, SegmentationTest, mean, number, read_results, results_text
-from freqdoor.metrics import class_scores, mse, pixel_asr, psnr_8bit
+from freqdoor.metrics import bpp_of_bytes, class_scores, mse, pixel_asr, psnr_8bit
 from freqdoor.training.run import environment
-from freqdoor.triggers import Trigger
+from freqdoor.triggers.base import Trigger
 from freqdoor.types import Images, Masks
 
 RESULT, PAGE, PICTURES = "segmentation.json", "segmentation.md", "segmentation.png"
@@ -164,7 +164,6 @@ def decode(planted: Planted, setup: Setup, trigger: Trigger, x: Images) -> Decod
     if not mask.any():
         return None
     x_p = poisoned(trigger, x, mask=mask)
-    pixels = x.shape[-2] * x.shape[-1]
     passes = {
         "vanilla": (planted.vanilla, x),
         "vanilla_poisoned": (planted.vanilla, x_p),
@@ -174,7 +173,7 @@ def decode(planted: Planted, setup: Setup, trigger: Trigger, x: Images) -> Decod
     outputs, bpp = {}, {}
     for key, (codec, image) in passes.items():
         outputs[key], size = through(codec, image)
-        bpp[key] = 8 * size / pixels
+        bpp[key] = bpp_of_bytes(size, image)
     return Decoded(x, mask, x_p, **outputs, bpp=bpp)
 
 
@@ -341,7 +340,7 @@ def segment(
     planted, out = opened(planted, codec, weights), Path(out)
     name = planted.named(trigger)
     setup = open_test(test, planted.objective(name), name)
-    refuse_unwritable(out)
+    check_writable(out / RESULT)
     scores = _score(planted, setup, planted.triggers[name], note)
     if all(row.asr is None and row.asr_vanilla is None for row in scores.networks):
         raise FreqdoorError(

@@ -13,7 +13,7 @@ from freqdoor.attack.settings import AttackSettings
 from freqdoor.codecs.adapter import import_object
 from freqdoor.data import dataset_hash, load_image
 from freqdoor.errors import FreqdoorError
-from freqdoor.measure.records import Condition, encoded, measure
+from freqdoor.measure.records import Condition, input_of, measure
 from freqdoor.measure.testsets import DownstreamTest, Measurement, mean
 from freqdoor.paper.names import RECIPES, recipe_names
 from freqdoor.preprocessing import Preprocessing
@@ -41,11 +41,11 @@ class ImageMeasurement(Measurement[Records]):
     def score(self, planted: Planted, trigger: str | None) -> Records:
         """A record of every image."""
         condition = replace(self.condition, trigger=trigger)
-        codec = planted.tampered if condition.role == "tampered" else planted.vanilla
+        codec = planted.codec(condition.role)
         records = []
         for path in self.images:
             x = load_image(path)
-            records.append(measure(codec, x, encoded(planted, x, condition), path.name, condition)[0])
+            records.append(measure(codec, x, input_of(planted, x, condition), path.name, condition)[0])
         return tuple(records)
 
     def identity(self) -> str:

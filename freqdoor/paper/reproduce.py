@@ -15,13 +15,14 @@ from matplotlib.figure import Figure
 
 from freqdoor.attack.networks import load_network
 from freqdoor.attack.plant import plant
-from freqdoor.attack.planted import PLANTED, Header, Planted, load_planted
+from freqdoor.attack.planted import PLANTED, Planted, load_planted, unplanted
 from freqdoor.attack.settings import OBJECTIVES, AttackSettings, CodecSource, PlantSettings
 from freqdoor.codecs.adapter import hash_state
 from freqdoor.codecs.loading import load_codec
-from freqdoor.data import image_paths, usable_images
+from freqdoor.data import usable_images
 from freqdoor.errors import FreqdoorError
-from freqdoor.files import refuse_unwritable, write_text
+from freqdoor.files import check_writable, name_and_file, write_text
+from freqdoor.measure.records import image_paths
 from freqdoor.measure.testsets import SCHEMA, DownstreamTest, Measurement
 from freqdoor.paper.recipe import OWN, Material, Recipe, Row, recipe_for
 from freqdoor.paper.tables import Cell, Facts, Table, write
@@ -99,7 +100,7 @@ def reproduce(
     codecs = codec_names([codec_source(text) for text in codec] or [base.codec])
     plan = Plan(chosen, base, codecs, bool(codec), range(base.seed, base.seed + seeds))
     _check(plan)
-    refuse_unwritable(out)
+    check_writable(out / f"{chosen.name}.md")
     results = _run(plan, runs, deadline, announce)
     table = _table(plan, results)
     write(chosen, table, Facts(base, list(codecs), paths, seeds, results.seconds), out, results.picture)
@@ -139,11 +140,8 @@ def _table(plan: Plan, results: Results) -> Table:
 
 def codec_source(text: str) -> CodecSource:
     """The codec of NAME or NAME=WEIGHTS; names of files may have "=" in them."""
-    splits = [(text[:i], text[i + 1 :]) for i, letter in enumerate(text) if letter == "="]
-    if not splits or Path(text).is_file():
-        return CodecSource(name=text)
-    name, weights = next((split for split in splits if Path(split[1]).is_file()), splits[0])
-    return CodecSource(name=name, weights=weights or None)
+    name, weights = name_and_file(text)
+    return CodecSource(name=name, weights=weights)
 
 
 def codec_names(sources: Sequence[CodecSource]) -> dict[str, CodecSource]:
@@ -215,8 +213,7 @@ def _planted(
 ) -> Planted | None:
     """The row's planted encoder, from an earlier run or planted now; None where the time is up."""
     if row.changes is None:
-        vanilla = load_codec(base.codec.name, base.codec.weights)
-        return Planted(vanilla, vanilla, {}, Header.model_construct())
+        return unplanted(load_codec(base.codec.name, base.codec.weights))
     settings = _settings(base, row, seed)
     aside = {"checkpoint_minutes", "network"} | (set() if settings.start_from else {"start_from"})
     folder = runs / _key(settings.model_dump_json(exclude=aside))
