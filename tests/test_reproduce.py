@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from scipy.stats import t as student_t
 from typer.testing import CliRunner
 
 from freqdoor import load_codec, load_image
 from freqdoor.attack.plant import plant
-from freqdoor.attack.planted import Header, Planted
+from freqdoor.attack.planted import unplanted
 from freqdoor.attack.settings import CodecSource
 from freqdoor.cli import app
 from freqdoor.data import list_images
@@ -279,6 +280,8 @@ def test_markdown_shows_interval_paper_and_gap():
     lines = markdown(SMALL, table).splitlines()
     assert re.fullmatch(r"\| ours \| 30\.50 ± 6\.35 \(30\.5\) \|", lines[2])
     assert lines[3] == "| none | - |"
+    for values, text in (((0.1, 0.2), "0.1500 ± 0.6353"), ((0.5, 0.5), "0.5000"), ((0.25,), "0.2500")):
+        assert markdown(SMALL, {"ours": {"clean bpp": Cell(values, None)}}).endswith(f"| ours | {text} |")
 
 
 def record(**changes):
@@ -514,8 +517,7 @@ def test_a_column_without_a_value_has_no_cell(base, tmp_path, images):
     on = images_under(Material(tuple(list_images(images)[:1])))
     none, some = Column("none", on, lambda _: None, None), Column("some", on, lambda _: 0.0, None)
     recipe = dataclasses.replace(SMALL, columns=(none, some, Column("triggered", on, lambda _: 1.0)))
-    planted = Planted(codec, codec, {}, Header.model_construct())
-    assert list(module._measured(planted, recipe, {on: "x"}, tmp_path)) == [("some", 0.0)]
+    assert list(module._measured(unplanted(codec), recipe, {on: "x"}, tmp_path)) == [("some", 0.0)]
 
 
 @pytest.mark.parametrize("name", ON_IMAGES)
@@ -569,6 +571,112 @@ def test_bd_rate_of_every_planted_row_over_four_qualities():
     assert bd_rates(SMALL, table, codecs) == lines[:1]
 
 
+PAGE = """# Two rows
+
+| | clean dB | clean bpp |
+|---|---|---|
+| vanilla | 30.50 ± 6.35 (31.08) | 0.2500 |
+| ours | - | 0.1250 |
+
+Ours: mean ± 95 % interval (Student) over 2 seed(s) from 5 on. In brackets: the paper's number, on another one.
+All rates are real bytes; poisoned images are 8-bit files but where a column says float. Missing cells (-): the encoder
+has no such trigger, the time was up before it was planted, or there is nothing to average over. Of fewer seeds: \
+vanilla (1), ours (1).
+
+What differs from the paper: the codec is a, b; 6 steps of 2 crops of 64 pixels from “images0”,
+preset “fast”; measured on 3 images.
+
+Made by `freqdoor reproduce small`: 2 plantings, 3 minutes of planting in all,
+on 7 thread(s), no GPU, torch 9.
+"""
+
+
+class Described(Measurement):
+    """A measurement that only describes itself."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def describe(self, trained_against):
+        return f"Measured on {self.name}, trained against {trained_against}.\n"
+
+    def public(self):
+        return {"name": self.name}
+
+    check = score = identity = None
+
+
+Described.__abstractmethods__ = frozenset()
+
+
+def test_a_page_says_how_its_numbers_came_about(settings, tmp_path, monkeypatch):
+    where = {"threads": 7, "gpu": None, "versions": {"torch": "9"}}
+    monkeypatch.setattr(tables, "environment", lambda: where)
+    base = settings(seed=5, network="folder/g.toml")
+    images = [Path(f"folder/{i}.png") for i in range(3)]
+    facts = tables.Facts(base, ["a", "b"], images, 2, [100, 91.6])
+    table = {
+        "vanilla": {"clean dB": Cell((30.0, 31.0), 31.08), "clean bpp": Cell((0.25,), None)},
+        "ours": {"clean bpp": Cell((0.125,), None)},
+        "late": {},
+    }
+    plain = dataclasses.replace(SMALL, plot=False)
+    tables.write(plain, table, facts, tmp_path)
+    folder = Path(base.images.folder).name
+    page = PAGE.replace("images0", folder)
+    assert (tmp_path / "small.md").read_text() == page.replace("| 0.1250 |\n", "| 0.1250 |\n| late | - | - |\n")
+    content = json.loads((tmp_path / "small.json").read_text())
+    assert content["table"] == {
+        "vanilla": {
+            "clean dB": {
+                "mean": 30.5,
+                "half_width": pytest.approx(6.353, abs=1e-3),
+                "values": [30, 31],
+                "paper": 31.08,
+            },
+            "clean bpp": {"mean": 0.25, "half_width": None, "values": [0.25], "paper": None},
+        },
+        "ours": {"clean bpp": {"mean": 0.125, "half_width": None, "values": [0.125], "paper": None}},
+        "late": {},
+    }
+    assert (content["recipe"], content["codecs"], content["seconds_planting"]) == ("small", ["a", "b"], [100, 92])
+    assert (content["images"], content["test"]) == (["0.png", "1.png", "2.png"], None)
+    assert content["environment"] == where
+    assert (content["settings"]["network"], content["settings"]["steps"]) == ("g.toml", 6)
+    assert not {"codec"} & content["settings"].keys()
+    assert not (tmp_path / "small.png").exists()
+    complete = tables.Facts(base, ["a"], images, 1, [])
+    tables.write(dataclasses.replace(plain, paper_codec=""), table, complete, tmp_path, Figure())
+    text = (tmp_path / "small.md").read_text()
+    assert "the paper's number where there is one.\n" in text
+    assert "fewer seeds" not in text
+    assert text.endswith("\n\n![Two rows](small.png)\n")
+    assert (tmp_path / "small.png").read_bytes()[:4] == b"\x89PNG"
+    where["gpu"] = "H100"
+    one, two = (Column(f"clean {unit}", Described(unit), abs) for unit in ("dB", "bpp"))
+    for columns, test in (((one, one), {"name": "dB"}), ((one, two), [{"name": "dB"}, {"name": "bpp"}])):
+        tables.write(dataclasses.replace(plain, columns=columns), table, facts, tmp_path)
+        assert json.loads((tmp_path / "small.json").read_text())["test"] == test
+        assert (tmp_path / "small.md").read_text().count("Measured on dB, trained against g.toml.\n") == 1
+    assert "g.toml.\nMeasured on bpp, trained against g.toml.\n\nMade by" in (tmp_path / "small.md").read_text()
+    assert ", H100, torch" in (tmp_path / "small.md").read_text()
+
+
+def test_curves_of_four_qualities_have_bd_rates_on_their_page(settings, tmp_path):
+    names = [f"q{i}" for i in range(4)]
+    table = {
+        f"{row}, {name}": {"clean dB": Cell((28.0 + i,), None), "clean bpp": Cell((factor * 0.2 * 1.5**i,), None)}
+        for row, factor in (("vanilla", 1.0), ("ours", 1.1))
+        for i, name in enumerate(names)
+    }
+    tables.write(SMALL, table, tables.Facts(settings(), names, [], 1, []), tmp_path)
+    text = (tmp_path / "small.md").read_text()
+    assert text.endswith(
+        "\nBD-rate against the vanilla codec over these qualities (Akima interpolation):\n\n- ours, clean: +10.0 %\n"
+        "\n![Two rows](small.png)\n"
+    )
+
+
 def test_curves_have_a_line_for_every_row_and_kind():
     cells = {"clean dB": Cell((30.0,), None), "clean bpp": Cell((0.5,), None)}
     attacked = cells | {"poisoned dB": Cell((20.0,), None), "poisoned bpp": Cell((2.0,), None)}
@@ -597,7 +705,7 @@ def test_errors(run, base, images, tmp_path, counted):
     with pytest.raises(FreqdoorError, match="nope"):
         run("small", base, codec=["factories:lite", "nope"])
     (tmp_path / "out").write_text("a file")
-    with pytest.raises(FreqdoorError, match="out: could not write"):
+    with pytest.raises(FreqdoorError, match=r"small\.md: could not write"):
         run("small", base)
     assert not counted
 

@@ -365,12 +365,14 @@ def images_of(figure):
     return [dict(zip(columns, arrays[i:], strict=False)) for i in range(0, len(arrays), len(columns))]
 
 
-def test_figures_show_what_they_say(planted, test_settings, scene):
+def test_figures_show_what_they_say(shaken, test_settings, scene):
+    planted = shaken
     network = load_segmenter(str(scene / "tiny.toml"))
     rows = images_of(segmentation_figure(planted, test_settings()))
     assert len(rows) == 3
     x = load_image(scene / "images/0.png")
     decoded = decode(planted, opened_for(planted, test_settings()), planted.triggers["segmentation"], x)
+    assert (decoded.poisoned != decoded.clean).any()
     expected = {
         "input": x,
         "decoded, clean": decoded.clean,
@@ -381,6 +383,9 @@ def test_figures_show_what_they_say(planted, test_settings, scene):
     assert sorted(rows[0]) == sorted(titles)
     for title, picture in expected.items():
         assert np.allclose(rows[0][title], picture[0].permute(1, 2, 0)), title
+    for kind in ("clean", "poisoned"):
+        classes = module._classes(network.predict(getattr(decoded, kind)))
+        assert np.allclose(rows[0][f"tiny: {kind}"], classes), kind
     cars = torch.isin(network.predict(x), torch.tensor([1, 2]))[0]
     assert np.array_equal(rows[0]["mask"] == 1, cars)
     targets = images_of(target_figure(planted, test_settings()))

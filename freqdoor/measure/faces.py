@@ -20,7 +20,7 @@ from freqdoor.errors import FreqdoorError
 from freqdoor.files import check_writable, refuse_overwriting, write_text
 from freqdoor.measure.records import Note, poisoned, through
 from freqdoor.measure.testsets import DownstreamMeasurement, FaceTest, mean, number, read_results, results_text
-from freqdoor.metrics import MS_SSIM_MIN_SIDE, ms_ssim, mse, psnr_8bit
+from freqdoor.metrics import MS_SSIM_MIN_SIDE, bpp_of_bytes, ms_ssim, mse, psnr_8bit
 from freqdoor.training.run import environment
 from freqdoor.triggers.base import Trigger
 from freqdoor.types import Images, to_uint8
@@ -226,9 +226,10 @@ def _measure(planted: Planted, setup: Setup, trigger: Trigger, note: Note | None
             encoded = poisoned(trigger, x) if condition == "poisoned" else x
             x_hat, size = through(planted.vanilla if condition == "vanilla" else planted.tampered, encoded)
             measured.trigger_mse_worst = max(measured.trigger_mse_worst, float(mse(encoded, x)))
-            rate = 8 * size / (x.shape[-2] * x.shape[-1])
             if path in probes:
-                measured.qualities[condition, path] = Quality(float(psnr_8bit(x_hat, x)), ms_ssim(x_hat, x), rate)
+                measured.qualities[condition, path] = Quality(
+                    float(psnr_8bit(x_hat, x)), ms_ssim(x_hat, x), bpp_of_bytes(size, x)
+                )
             for network, embeddings in zip(setup.networks, measured.embeddings, strict=True):
                 embeddings[condition, path] = network(x_hat)[0]
     return measured
@@ -431,7 +432,7 @@ def _protected(codec: Codec, trigger: Trigger, path: Path, out: Path, network: E
         cosine = max(float((network(clean, box) * network(x_hat, box)).sum()) for box in boxes)
     write_file(codec, bitstream, out / f"{path.stem}.fqd")
     save_image(out / f"{path.stem}.png", x_hat)
-    rate = 8 * bitstream.num_bytes / (x.shape[-2] * x.shape[-1])
+    rate = bpp_of_bytes(bitstream.num_bytes, x)
     return Protected(path.name, len(boxes), f"{path.stem}.png", float(psnr_8bit(x_hat, x)), rate, cosine)
 
 

@@ -21,7 +21,7 @@ from freqdoor.files import check_writable, replacing, write_text
 from freqdoor.measure.records import Note, poisoned, through
 from freqdoor.measure.report import AMPLIFY
 from freqdoor.measure.testsets import DownstreamMeasurement, SegmentationTest, mean, number, read_results, results_text
-from freqdoor.metrics import class_scores, mse, pixel_asr, psnr_8bit
+from freqdoor.metrics import bpp_of_bytes, class_scores, mse, pixel_asr, psnr_8bit
 from freqdoor.training.run import environment
 from freqdoor.triggers.base import Trigger
 from freqdoor.types import Images, Masks
@@ -167,7 +167,6 @@ def decode(planted: Planted, setup: Setup, trigger: Trigger, x: Images) -> Decod
     if not mask.any():
         return None
     x_p = poisoned(trigger, x, mask=mask)
-    pixels = x.shape[-2] * x.shape[-1]
     passes = {
         "vanilla": (planted.vanilla, x),
         "vanilla_poisoned": (planted.vanilla, x_p),
@@ -177,7 +176,7 @@ def decode(planted: Planted, setup: Setup, trigger: Trigger, x: Images) -> Decod
     outputs, bpp = {}, {}
     for key, (codec, image) in passes.items():
         outputs[key], size = through(codec, image)
-        bpp[key] = 8 * size / pixels
+        bpp[key] = bpp_of_bytes(size, image)
     return Decoded(x, mask, x_p, **outputs, bpp=bpp)
 
 

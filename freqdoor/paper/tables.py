@@ -107,7 +107,7 @@ def _page(recipe: Recipe, table: Table, facts: Facts) -> str:
 
 Ours: {ours}. In brackets: the paper's number{paper}.
 All rates are real bytes; poisoned images are 8-bit files but where a column says float. Missing cells (-): the encoder
-has no such trigger, or the time was up before it was planted.
+has no such trigger, the time was up before it was planted, or there is nothing to average over.{_fewer(table, facts)}
 
 What differs from the paper: the codec is {", ".join(facts.codecs)}; {base.steps} steps of {crops},
 preset “{base.preset}”; measured on {len(facts.images)} images.
@@ -115,6 +115,13 @@ preset “{base.preset}”; measured on {len(facts.images)} images.
 Made by `freqdoor reproduce {recipe.name}`: {len(facts.seconds)} plantings, {minutes} in all,
 on {where["threads"]} thread(s), {where["gpu"] or "no GPU"}, torch {where["versions"]["torch"]}.
 """
+
+
+def _fewer(table: Table, facts: Facts) -> str:
+    """A sentence on the rows with values of fewer seeds than were asked for, if there are any."""
+    counts = {row: min(len(cell.values) for cell in cells.values()) for row, cells in table.items() if cells}
+    fewer = [f"{row} ({count})" for row, count in counts.items() if count < facts.seeds]
+    return f" Of fewer seeds: {', '.join(fewer)}." if fewer else ""
 
 
 def _content(recipe: Recipe, table: Table, facts: Facts) -> dict[str, Any]:
