@@ -41,7 +41,6 @@ MODES = {  # Pillow's mode -> what a user calls it
     "CMYK": "CMYK",
     "YCbCr": "YCbCr",
 }
-
 TURNS = {  # EXIF orientation -> how the stored picture becomes the one that is shown
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,

@@ -244,6 +244,14 @@ def test_all_broken_images_are_named_at_once_or_skipped(odd_images, tmp_path):
         usable_images(list(odd_images.values()), decode=True, skip_broken=True)
 
 
+def test_images_smaller_than_a_crop_are_refused(tmp_path):
+    paths = [write_png(tmp_path / f"{h}x{w}.png", natural(0, h, w)) for h, w in ((64, 63), (63, 64), (64, 64))]
+    with pytest.raises(FreqdoorError, match="2 of 3 images") as caught:
+        usable_images(paths, min_side=64)
+    assert "63x64 is smaller than the 64-pixel crop" in str(caught.value)
+    assert "64x63 is smaller than the 64-pixel crop" in str(caught.value)
+
+
 def test_save_and_load_round_trip(tmp_path):
     x = natural(4, 33, 21)
     save_image(tmp_path / "new" / "x.png", x)
@@ -341,6 +349,10 @@ def test_labels_are_cut_as_their_images_are(tmp_path):
         Image.fromarray(red).save(folder / path.name)
         paths.append(path)
     labels = label_paths(paths, folder)
+    wrong = Crops(paths[:1], crop=64, batch_size=1, seed=0, labels=[write_png(tmp_path / "w.png", natural(0, 8, 8))])
+    Image.new("L", (80, 95)).save(tmp_path / "w.png")
+    with pytest.raises(FreqdoorError, match="labels of 80x95 pixels for an image of 80x96"):
+        wrong.labels_of(0)
     for resize, window in ((None, None), ((96, 80), None), ((96, 80), (32, 48))):
         crops = Crops(paths, crop=64, batch_size=4, seed=3, resize=resize, window=window, labels=labels)
         for step in range(3):
@@ -350,7 +362,9 @@ def test_labels_are_cut_as_their_images_are(tmp_path):
     smaller = Crops(paths, crop=64, batch_size=2, seed=0, resize=(48, 40), labels=labels)
     assert smaller.batch(0).shape == (2, 3, 48, 40)
     assert smaller.labels_of(0).shape == (2, 48, 40)
-    assert set(smaller.labels_of(0).unique().tolist()) <= set(range(11))  # nearest: no classes between classes
+    assert set(smaller.labels_of(0).unique().tolist()) <= set(range(11))
+    Image.fromarray(np.uint8(np.arange(96 * 80).reshape(96, 80) % 7 < 3) * 200).save(tmp_path / "two.png")
+    assert set(load_labels(tmp_path / "two.png", (37, 29)).unique().tolist()) == {0, 200}  # no classes between classes
 
 
 def test_labels_that_cannot_be_used(tmp_path):

@@ -32,6 +32,7 @@ class Outer(Settings):
     """(height, width)."""
     names: Annotated[tuple[str, ...], Field(min_length=1)] = ("a",)
     mode: Literal["slow", "fast"] = "fast"
+    either: str | tuple[str, ...] = ""
     careful: bool = False
     further: dict[str, Any] = Field(default_factory=dict)
     inner: Inner = Inner(folder="x")
@@ -50,8 +51,8 @@ class Faster(Outer):
 )
 def test_a_text_is_taken_as_it_was_typed(text):
     """TOML would have a date, a number or a truth value of it, or the same number in another form."""
-    settings = load_settings(Outer, None, [f"name={text}", f"inner.folder= {text} "])
-    assert (settings.name, settings.inner.folder) == (text, text)
+    settings = load_settings(Outer, None, [f"name={text}", f"inner.folder= {text} ", f"either={text}"])
+    assert (settings.name, settings.inner.folder, settings.either) == (text, text, text)
 
 
 def test_other_settings_than_texts_stay_typed():
@@ -128,6 +129,7 @@ def test_settings_are_described_table_by_table():
         "| `size` | 2 of: integer > 0 | none | (height, width). |",
         '| `names` | list of: text at least 1 | `["a"]` |  |',
         '| `mode` | `"slow"`, `"fast"` | `"fast"` |  |',
+        '| `either` | text or list of: text | `""` |  |',
         "| `careful` | true or false | `false` |  |",
         "| `further` | table |  |  |",
         "| `inner` | table |  | What is inside. |",
