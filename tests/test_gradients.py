@@ -233,6 +233,16 @@ def test_each_poisoned_batch_keeps_its_own_pass_whatever_the_order(x):
     assert joint.latents[0].shape[0] == 3 * x.shape[0]
 
 
+def test_an_attack_weighs_one_where_nothing_is_said(codec, x):
+    """Eq. (9) with one attack is Eq. (3): its own loss."""
+    codec.freeze("g_a").eval()
+    torch.manual_seed(5)
+    attack = Attack("a", AdaptiveDCT(width=8), RateAttack(beta=0.3))
+    assert attack.weight == 1
+    joint = joint_loss(codec, [attack], x, LMBDA, (EPS,))
+    torch.testing.assert_close(joint.attack, -0.3 * joint.terms["bpp_poisoned"])
+
+
 def test_terms_of_a_single_attack_have_no_prefix_and_its_settings_reach_the_trigger(codec, x):
     codec.freeze("g_a").eval()
     torch.manual_seed(5)
@@ -244,6 +254,7 @@ def test_terms_of_a_single_attack_have_no_prefix_and_its_settings_reach_the_trig
             x_p = trigger(x, eps=EPS, rounded=settings.round8)
         assert torch.equal(joint.terms["trigger_mse"], (x_p - x).square().mean())
         assert joint.penalty == 0  # projected
+        assert not any(term.requires_grad for term in joint.terms.values())
         assert joint.terms.keys() >= {"bpp_clean", "trigger_mse", "loss"}
 
 

@@ -155,6 +155,8 @@ def test_terms_say_what_they_are(name):
     source = torch.rand(2, 3, 8, 8)
     p = p._replace(source=Scene(source), poisoned=p.poisoned._replace(x_hat=3 * p.poisoned.x_hat - 1))
     n = numbers(p)
+    for out in (p.clean, p.poisoned):
+        out.x_hat.requires_grad_(), out.bits.requires_grad_()
     terms = build_objective(name, **({"victim": Brightness()} if name == "downstream" else {}))(p, LMBDA).terms
     expected = {
         "bpp_clean": n["r"],
