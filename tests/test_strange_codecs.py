@@ -145,7 +145,7 @@ def test_likelihoods_in_a_list_count_alike():
     listed, named = load_codec("strange:list_likelihoods"), load_codec("strange:plain")
     with torch.no_grad():
         assert torch.equal(listed(x).bits, named(x).bits)
-    assert float(named(x).bits) > 0
+        assert float(named(x).bits) > 0
 
 
 @pytest.mark.parametrize("name", ["plain_update", "dropout_zero", "half", "variable_rate"])

@@ -170,7 +170,8 @@ class _Transforms:
 
     def enter(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         if self.precision != torch.float32:
-            context = torch.autocast(inputs[0].device.type, self.precision)
+            device = next((part.device.type for part in inputs if isinstance(part, Tensor)), "cpu")
+            context = torch.autocast(device, self.precision)
             context.__enter__()  # type: ignore[no-untyped-call]
             self.entered.append(context)
 
