@@ -13,12 +13,12 @@ import pytest
 import torch
 from pydantic.dataclasses import dataclass as checked_dataclass
 
-from freqdoor.attack import settings as attack_settings
 from freqdoor.attack.objectives import Loss, Passes, RateAttack
 from freqdoor.attack.planted import load_planted
 from freqdoor.attack.settings import OBJECTIVES, AttackSettings, ObjectiveKind, PlantSettings
 from freqdoor.attack.victims import Victim
 from freqdoor.data import load_image
+from freqdoor.errors import FreqdoorError
 from freqdoor.measure.examine import evaluate
 from freqdoor.measure.records import poisoned, records, through
 from freqdoor.measure.testsets import Measurement
@@ -149,7 +149,7 @@ def test_one_of_each_is_planted_measured_and_in_a_table(settings, images, tmp_pa
     assert planted.triggers["costly"].arguments["period"] == 4
     x = load_image(next(iter(sorted(images.iterdir()))))
     delta = poisoned(planted.triggers["costly"], x, rounding="float") - x
-    assert torch.equal(delta[..., 0].sign(), -delta[..., 4].sign())
+    assert delta[..., 0].mean() < -0.004 < 0.004 < delta[..., 4].mean()
     rows = list(records(planted, sorted(images.iterdir())[:1], defences=parse_defences("Darken(0.25)")))
     assert {row.defence for row in rows} == {"none", "Darken(factor=0.25)"}
     summary = evaluate(planted, images, tmp_path / "results", trigger="costly")
@@ -158,9 +158,9 @@ def test_one_of_each_is_planted_measured_and_in_a_table(settings, images, tmp_pa
 
 @pytest.mark.usefixtures("_entered")
 def test_what_was_added_is_checked_like_the_rest(settings):
-    with pytest.raises(attack_settings.FreqdoorError, match=r"objective.arguments: .*gamma"):
+    with pytest.raises(FreqdoorError, match=r"objective.arguments: .*gamma"):
         settings(objective={"name": "costly", "arguments": {"gamma": 1}})
-    with pytest.raises(attack_settings.FreqdoorError, match=r"trigger.arguments: .*period"):
+    with pytest.raises(FreqdoorError, match=r"trigger.arguments: .*period"):
         settings(trigger={"name": "stripes", "arguments": {"period": "wide"}})
     assert isinstance(settings(trigger="stripes", objective="costly"), PlantSettings)
 
