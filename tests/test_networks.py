@@ -328,6 +328,26 @@ def test_what_bytes_cannot_hold_is_rounded_with_a_gradient(tmp_path):
         load_segmenter(tiny_spec(tmp_path, mean="[0.5, 0.5, 0.5]"))
 
 
+def test_an_output_as_wide_as_it_has_classes_is_not_turned(tmp_path):
+    reshaped((1, 4, 8, 4), (1, 3, 8, 4))(tmp_path / "tiny.onnx")
+    x = natural(0, 8, 4)
+    logits = np.einsum("kc,chw->khw", WEIGHTS, x[0].numpy())
+    np.testing.assert_allclose(load_segmenter(tiny_spec(tmp_path)).output(x)[0].numpy(), logits, atol=1e-5)
+
+
+def test_embeddings_of_a_file_that_mixes_its_pictures_are_of_one_at_a_time(tmp_path):
+    """Such a file gives (1, ...) for two pictures, without an error."""
+    nodes = [
+        helper.make_node("AveragePool", ["input"], ["pooled"], kernel_shape=[16, 16], strides=[16, 16]),
+        helper.make_node("Reshape", ["pooled", "s"], ["embedding"]),
+    ]
+    spec = face_spec(tmp_path, mirror="false")
+    write_onnx(tmp_path / "face.onnx", nodes, {"s": np.array((1, -1))}, [("embedding", TensorProto.FLOAT, None)])
+    x = torch.cat([natural(i, 32, 32) for i in range(2)])
+    means = torch.nn.functional.avg_pool2d(x, 16).flatten(1)
+    torch.testing.assert_close(load_embedder(str(spec))(x), torch.nn.functional.normalize(means))
+
+
 def test_a_size_in_the_file_is_taken_from_it(tmp_path):
     reshaped(FIXED, (1, 3, 32, 48))(tmp_path / "tiny.onnx")
     network = load_segmenter(tiny_spec(tmp_path))
