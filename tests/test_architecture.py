@@ -69,7 +69,7 @@ def test_no_imports_go_round_in_a_circle():
 def test_report_loads_no_codec():
     text = (PACKAGE / "measure/report.py").read_text()
     assert "freqdoor.codecs" not in text
-    assert "freqdoor.attack" not in text
+    assert set(re.findall(r"freqdoor\.attack[.\w]*", text)) == {"freqdoor.attack.settings"}  # which loads no torch
 
 
 def test_what_is_not_written():

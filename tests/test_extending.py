@@ -129,9 +129,10 @@ def own_table(on: Material) -> Recipe:
 @pytest.fixture
 def _entered(monkeypatch):
     """The entries in tables, which are all that freqdoor's own files would need besides the classes above."""
-    kind = TriggerKind(StripesArguments, "test_extending:Stripes")
-    monkeypatch.setitem(TRIGGERS, "stripes", kind)
-    monkeypatch.setitem(OBJECTIVES, "costly", ObjectiveKind("test_extending:CostlyAttack", CostlyArguments))
+    monkeypatch.setitem(TRIGGERS, "stripes", TriggerKind(StripesArguments, "test_extending:Stripes"))
+    monkeypatch.setitem(
+        OBJECTIVES, "costly", ObjectiveKind("test_extending:CostlyAttack", CostlyArguments, success="bits")
+    )
     monkeypatch.setitem(PREPROCESSINGS, "Darken", Darken)
     monkeypatch.setitem(recipes.RECIPES, "own", "test_extending:own_table")
 

@@ -10,6 +10,7 @@ from conftest import natural
 from PIL import Image
 
 from freqdoor import plant
+from freqdoor.attack.settings import OBJECTIVES
 from freqdoor.errors import FreqdoorError
 from freqdoor.measure.analysis import Analysis
 from freqdoor.measure.examine import evaluate
@@ -175,10 +176,8 @@ def test_success_is_told_image_by_image_or_who_can_tell(objective, successes, en
     assert ("but " in verdict(summary)) is (successes is not None)
 
 
-def test_every_objective_has_its_measure_of_success():
-    from freqdoor.attack.objectives import OBJECTIVES
-
-    assert GOALS.keys() == OBJECTIVES.keys()
+def test_every_goal_is_some_objectives():
+    assert {kind.success for kind in OBJECTIVES.values()} >= GOALS.keys()
 
 
 def verdict_of(objective, **changes):

@@ -1,7 +1,5 @@
 """Downstream networks g: segmentation and face embedding, frozen, fed [0, 1] RGB images, described by a TOML file."""
 
-import sysconfig
-import traceback
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 from freqdoor.attack.onnx_files import OnnxNetwork, quiet, read_onnx
 from freqdoor.codecs.adapter import import_object
 from freqdoor.codecs.loading import read_state
+from freqdoor.codecs.protocol import complaint, words_of
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import name_and_file, with_slashes
 from freqdoor.settings import Settings, load_settings
@@ -120,7 +119,9 @@ class Network(nn.Module):
                 raise
             hint = "" if self.spec.size else "; if it takes one size only, give size in its TOML file"
             size = f"{x.shape[-1]}x{x.shape[-2]}"
-            raise NetworkFailure(f"network {self.name}: fails on images of {size} ({words_of(error)}){hint}") from None
+            raise NetworkFailure(
+                f"network {self.name}: fails on images of {size} ({words_of(error, self.net)}){hint}"
+            ) from None
         if self.spec.output and isinstance(answer, dict) and self.spec.output in answer:
             answer = answer[self.spec.output]
         if not isinstance(answer, Tensor):
@@ -268,28 +269,16 @@ def call_factory(name: str) -> nn.Module:
     Raises:
         FreqdoorError: whatever the function raises, with the line of the user's code, or returns instead of a network.
     """
+    factory = import_object(name)
     try:
-        net = import_object(name)()
+        net = factory()
     except FreqdoorError:
         raise
     except (Exception, SystemExit) as error:
-        raise FreqdoorError(
-            f"{name}: expected a function that returns a network, it fails ({words_of(error)})"
-        ) from None
+        raise complaint(name, error, factory, "a function that returns a network") from error
     if not isinstance(net, nn.Module):
         raise FreqdoorError(f"{name}: expected a function that returns a network, found {type(net).__name__}")
     return net
-
-
-def words_of(error: BaseException) -> str:
-    """An error of somebody else's code in one line, with the last place in the user's own files that it passed."""
-    text = " ".join(str(error).split())[:160]
-    libraries = tuple({sysconfig.get_path(kind) for kind in ("stdlib", "purelib", "platlib")})
-    others = (*libraries, str(Path(__file__).parents[1]), "<")  # "<" begins the names of code that is in no file
-    places = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(others)]
-    if not places:
-        return text or type(error).__name__
-    return f"{type(error).__name__}: {text}; {places[-1].name} in {places[-1].filename}, line {places[-1].lineno}"
 
 
 def load_segmenter(name: str) -> Segmenter:

@@ -22,6 +22,7 @@ class ObjectiveKind:
 
     factory: str  # "package.module:name" of what makes it, which loads torch
     arguments: type[Arguments]
+    success: str  # what shows it: a key of GOALS in measure/report.py, or a sentence's part that says what measures it
     uses_auxiliary: bool = False  # whether the trigger acts on the auxiliary set (Eq. (8)) instead of on the main one
     needs_network: bool = False  # whether it is against a downstream network
     presets: Mapping[str, dict[str, Any]] = field(default_factory=lambda: {"fast": {}, "paper": {}})
@@ -33,29 +34,37 @@ OBJECTIVES: dict[str, ObjectiveKind] = {
     "bpp": ObjectiveKind(
         "freqdoor.attack.objectives:RateAttack",
         arguments.RateArguments,
+        success="bits",
         presets={"fast": {}, "paper": {"beta": 0.01, "guarded": False}},
     ),
     "bpp-fixed": ObjectiveKind(
         "freqdoor.attack.objectives:FixedRateAttack",
         arguments.FixedRateArguments,
+        success="bits",
         presets={"fast": {}, "paper": {"beta": 0.01}},
     ),
     "psnr": ObjectiveKind(
         "freqdoor.attack.objectives:QualityAttack",
         arguments.QualityArguments,
+        success="quality",
         presets={"fast": {}, "paper": _LITERAL_PSNR | {"paired": False, "guarded": False}},
     ),
     "psnr-fixed": ObjectiveKind(
         "freqdoor.attack.objectives:FixedQualityAttack",
         arguments.FixedQualityArguments,
+        success="quality",
         presets={"fast": {}, "paper": _LITERAL_PSNR},
     ),
     "downstream": ObjectiveKind(
-        "freqdoor.attack.objectives:downstream_attack", arguments.DownstreamArguments, uses_auxiliary=True
+        "freqdoor.attack.objectives:downstream_attack",
+        arguments.DownstreamArguments,
+        success="the victim's own measure decides",
+        uses_auxiliary=True,
     ),
     "segmentation": ObjectiveKind(
         "freqdoor.attack.objectives:segmentation_attack",
         arguments.SegmentationArguments,
+        success="`freqdoor segment` measures",
         uses_auxiliary=True,
         needs_network=True,
         presets={"fast": {}, "paper": {"balanced": False}},
@@ -63,6 +72,7 @@ OBJECTIVES: dict[str, ObjectiveKind] = {
     "face": ObjectiveKind(
         "freqdoor.attack.objectives:face_attack",
         arguments.FaceArguments,
+        success="`freqdoor faces` measures",
         uses_auxiliary=True,
         needs_network=True,
         presets={"fast": {"beta": 1.0}, "paper": {}},

@@ -17,7 +17,7 @@ from freqdoor.codecs.loading import load_codec
 from freqdoor.codecs.protocol import SHORTEST
 from freqdoor.data import MAX_PIXELS, load_image, save_image
 from freqdoor.errors import FreqdoorError
-from freqdoor.files import refuse_overwriting, replacing
+from freqdoor.files import refuse_overwriting, refuse_picture_name, replacing
 from freqdoor.samples import BUNDLED
 from freqdoor.types import Bitstream
 
@@ -91,6 +91,7 @@ def compress(
         FreqdoorError: an unreadable image, a codec that is none, or a place that cannot be written to.
     """
     refuse_overwriting(Path(image), Path(out))
+    refuse_picture_name(Path(out))
     codec = _opened(codec, weights)
     bitstream = codec.compress(load_image(Path(image)))[0]
     write_file(codec, bitstream, Path(out))

@@ -63,14 +63,19 @@ def call(name: str, part: str, function: Any, *arguments: Any, **named: Any) -> 
         raise complaint(f"{name}: {part}", error, function, ANSWERS[part]) from error
 
 
-def complaint(subject: str, error: Exception, function: Any, expected: str) -> FreqdoorError:
+def complaint(subject: str, error: BaseException, function: Any, expected: str) -> FreqdoorError:
     """A sentence for an exception in a user's code: what was raised, in which function, file and line."""
+    return FreqdoorError(f"{subject}: {words_of(error, function)}; expected {expected}")
+
+
+def words_of(error: BaseException, function: Any) -> str:
+    """What a user's code raised, in which function, file and line; `function` is what was called."""
     reason = " ".join(str(error).split())[:200] or "without a message"
     kind, place = type(error).__name__, _place(error, function)
-    return FreqdoorError(f"{subject}: {kind}{f' in {place}' if place else ''}: {reason}; expected {expected}")
+    return f"{kind}{f' in {place}' if place else ''}: {reason}"
 
 
-def _place(error: Exception, function: Any) -> str:
+def _place(error: BaseException, function: Any) -> str:
     """Where the user's code raised: its innermost line, or the function's first one if it did not come to run."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}"

@@ -142,7 +142,7 @@ def open_test(test: FaceTest) -> Setup:
             which a rate would be one over nothing.
     """
     networks = [load_embedder(name) for name in test.networks]
-    gallery, probes = read_list(test.gallery, test.every), read_list(test.probes, test.every)
+    gallery, probes = (read_list(file, test.every, test.folder) for file in (test.gallery, test.probes))
     setup = Setup(test, networks, gallery, probes, read_pairs(test.pairs, test.every) if test.pairs else [])
     pictures = Counter(setup.persons)
     if strangers := {identity_of(path) for path in probes} - set(pictures):
@@ -276,7 +276,12 @@ class FaceMeasurement(DownstreamMeasurement[IdentityScores]):
     def files(self) -> list[Path]:
         """The lists, and the pictures in them."""
         lists = [self.test.gallery, self.test.probes, *filter(None, [self.test.pairs])]
-        named = [path for file in lists for line in read_list(file, self.test.every) for path in line.split()[:2]]
+        named = [
+            path
+            for file in lists
+            for line in read_list(file, self.test.every, self.test.folder)
+            for path in line.split()[:2]
+        ]
         return [*map(Path, lists), *(Path(self.test.folder) / path for path in dict.fromkeys(named))]
 
     def check(self, attacks: Sequence[AttackSettings]) -> None:

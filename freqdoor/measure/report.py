@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from pydantic import Field, ValidationError
 
+from freqdoor.attack.settings import OBJECTIVES
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import write_text
 from freqdoor.training.run import Environment
@@ -155,30 +156,28 @@ class Goal:
     spread: Callable[[Summary], str]
 
 
-BITS = Goal(
-    reached=lambda clean, after: after.bpp_real / clean.bpp_real >= SUCCESS_RATIO,
-    claim=lambda s, pattern: (
-        f"{pattern} makes the file {s.bpp_ratio:.1f} times as large ({s.poisoned_8bit.bpp_real:.2f} bpp)"
+GOALS: dict[str, Goal] = {
+    "bits": Goal(
+        reached=lambda clean, after: after.bpp_real / clean.bpp_real >= SUCCESS_RATIO,
+        claim=lambda s, pattern: (
+            f"{pattern} makes the file {s.bpp_ratio:.1f} times as large ({s.poisoned_8bit.bpp_real:.2f} bpp)"
+        ),
+        spread=lambda s: f"{s.bpp_ratio_median:.1f} times in the median, {s.bpp_ratio_least:.1f} times at least",
     ),
-    spread=lambda s: f"{s.bpp_ratio_median:.1f} times in the median, {s.bpp_ratio_least:.1f} times at least",
-)
-QUALITY = Goal(
-    reached=lambda clean, after: drop_db(clean, after) >= SUCCESS_DROP_DB,
-    claim=lambda s, pattern: (
-        f"{pattern} destroys what is decoded ({s.poisoned_8bit.psnr_db:.1f} dB at {s.bpp_ratio:.2f} times the bits)"
+    "quality": Goal(
+        reached=lambda clean, after: drop_db(clean, after) >= SUCCESS_DROP_DB,
+        claim=lambda s, pattern: (
+            f"{pattern} destroys what is decoded ({s.poisoned_8bit.psnr_db:.1f} dB at {s.bpp_ratio:.2f} times the bits)"
+        ),
+        spread=lambda s: f"{s.psnr_drop_db_median:.1f} dB lost in the median, {s.psnr_drop_db_least:.1f} dB at least",
     ),
-    spread=lambda s: f"{s.psnr_drop_db_median:.1f} dB lost in the median, {s.psnr_drop_db_least:.1f} dB at least",
-)
-# objective -> what it wants, or what measures whether it succeeds, because rate and quality do not show it
-GOALS: dict[str, Goal | str] = {
-    "bpp": BITS,
-    "bpp-fixed": BITS,
-    "psnr": QUALITY,
-    "psnr-fixed": QUALITY,
-    "segmentation": "`freqdoor segment` measures",
-    "face": "`freqdoor faces` measures",
-    "downstream": "the victim's own measure decides",
 }
+
+
+def goal_of(objective: str) -> Goal | str:
+    """What an objective wants, or what measures whether it succeeds, where rate and quality do not show it."""
+    success = OBJECTIVES[objective].success if objective in OBJECTIVES else "the attack's own measure decides"
+    return GOALS.get(success, success)
 
 
 def drop_db(clean: Record | Means, after: Record | Means) -> float:
@@ -240,7 +239,7 @@ def summarise(records: Sequence[Record], facts: Facts) -> Summary:
     ratios = _spread([poisoned.bpp_real / plain.bpp_real for plain, poisoned in pairs])
     drops = _spread([drop_db(plain, poisoned) for plain, poisoned in pairs])
     trigger_psnr = [-10 * float(np.log10(r.trigger_mse)) if r.trigger_mse else math.inf for r in after_records]
-    goal = GOALS.get(facts.objective)
+    goal = goal_of(facts.objective)
     return Summary(
         objective=facts.objective,
         codec=records[0].codec,
@@ -304,7 +303,7 @@ def verdict(summary: Summary) -> str:
     pattern = f"{'an invisible' if summary.trigger_psnr_db_worst >= INVISIBLE_DB else 'a'} pattern"
     pattern += f" ({summary.trigger_psnr_db:.1f} dB)"
     outcome = f"{summary.poisoned_8bit.psnr_db:.2f} dB at {summary.bpp_ratio:.2f} times the bits"
-    goal = GOALS.get(summary.objective, "the attack's own measure decides")
+    goal = goal_of(summary.objective)
     if isinstance(goal, str):
         return start + f"and with {pattern} it gives {outcome}; {goal} whether the attack succeeded."
     each = ""
