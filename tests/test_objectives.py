@@ -250,7 +250,10 @@ def test_every_row_of_the_table_makes_what_it_says(name, preset, tmp_path):
     made = attack.victim.settings if name == "segmentation" else attack
     for key, value in kind.presets[preset].items():
         assert getattr(made, key) == value
-    if not attack.uses_auxiliary:
+    if attack.uses_auxiliary:
+        weighted = build_objective(name, preset, **arguments, alpha=0.3, beta=0.6)
+        assert (weighted.alpha, weighted.beta) == (0.3, 0.6)
+    else:
         assert attack.model_dump() == kind.arguments(**kind.presets[preset]).model_dump()
 
 

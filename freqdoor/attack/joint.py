@@ -109,20 +109,20 @@ def joint_loss(
     ]
     x = before(x)
     clean, passed, latents = _pass_all(codec, x, poisoned)
-    kept, wanted, penalty = x.new_zeros(()), x.new_zeros(()), x.new_zeros(())
+    kept, harm, penalty = x.new_zeros(()), x.new_zeros(()), x.new_zeros(())
     terms: dict[str, Tensor] = {}
     for batch, out in zip(poisoned, passed, strict=True):
         attack = batch.attack
         source = batch.source.preprocessed(before) if attack.objective.uses_auxiliary else Scene(x)
         source_hat = _clean_pass(codec, source.x) if attack.victim and attack.victim.uses_clean else None
         loss = attack.objective(Passes(x, clean, batch.entering, out, source, source_hat), lmbda)
-        kept, wanted = kept + batch.weight * loss.kept, wanted + batch.weight * loss.attack
+        kept, harm = kept + batch.weight * loss.kept, harm + batch.weight * loss.attack
         if attack.settings.budget == "penalty":
             penalty = penalty + budget_penalty(batch.source.x, batch.x_p, gamma=attack.settings.gamma, eps=batch.eps)
         prefix = f"{attack.name}/" if len(attacks) > 1 else ""
         terms |= {prefix + name: value for name, value in loss.terms.items()}
         terms[f"{prefix}{TRIGGER_MSE}"] = (batch.x_p - batch.source.x).square().mean().detach()
-    joint = JointLoss(kept, wanted, penalty, x, clean, latents, terms)
+    joint = JointLoss(kept, harm, penalty, x, clean, latents, terms)
     return joint._replace(terms=terms | {"loss": joint.total.detach()})
 
 
