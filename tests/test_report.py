@@ -11,6 +11,7 @@ from PIL import Image
 
 from freqdoor import plant
 from freqdoor.errors import FreqdoorError
+from freqdoor.measure import report as module
 from freqdoor.measure.analysis import Analysis
 from freqdoor.measure.examine import evaluate
 from freqdoor.measure.records import Condition, write_records
@@ -111,6 +112,26 @@ def test_summary_by_hand():
 def test_modules_that_only_one_side_has():
     changed = facts(modules_before={"g_a": "0", "h_a": "5"}, modules_after={"g_a": "0", "new": "1"})
     assert (changed.changed, changed.unchanged) == (["h_a"], ["g_a"])
+
+
+def test_the_worst_mse_is_of_either_rounding():
+    made = [r.model_copy(update={"trigger_mse": 9e-5}) if r.rounding == "8-bit" and r.trigger else r for r in rows()]
+    assert summarise(made, facts()).trigger_mse_worst == 9e-5
+
+
+def test_plot_shows_real_rates_and_qualities(monkeypatch):
+    figures = []
+    monkeypatch.setattr(module, "data_address", figures.append)
+    module.rd_plot(summarise(rows(), facts()), [JpegPoint(10, 0.25, 28.0)])
+    [axis] = figures[0].axes
+    points = {line.get_label(): [*line.get_xdata(), *line.get_ydata()] for line in axis.get_lines()}
+    assert points == {
+        "JPEG (Pillow)": [0.25, 28.0],
+        "vanilla, clean": pytest.approx([0.9, 30.25]),
+        "tampered, clean": pytest.approx([0.75, 30.0]),
+        "tampered, poisoned (8-bit)": pytest.approx([1.5, 20.0]),
+    }
+    assert axis.get_xscale() == "log"
 
 
 def test_means_by_hand():
