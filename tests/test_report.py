@@ -12,6 +12,7 @@ from PIL import Image
 from freqdoor import plant
 from freqdoor.attack.settings import OBJECTIVES
 from freqdoor.errors import FreqdoorError
+from freqdoor.measure import report as module
 from freqdoor.measure.analysis import Analysis
 from freqdoor.measure.examine import evaluate
 from freqdoor.measure.records import Condition, write_records
@@ -109,6 +110,31 @@ def test_summary_by_hand():
     assert summary.trigger_mse_worst == pytest.approx(3e-5)  # of the float images; the vanilla ones are the same files
 
 
+def test_modules_that_only_one_side_has():
+    changed = facts(modules_before={"g_a": "0", "h_a": "5"}, modules_after={"g_a": "0", "new": "1"})
+    assert (changed.changed, changed.unchanged) == (["h_a"], ["g_a"])
+
+
+def test_the_worst_mse_is_of_either_rounding():
+    made = [r.model_copy(update={"trigger_mse": 9e-5}) if r.rounding == "8-bit" and r.trigger else r for r in rows()]
+    assert summarise(made, facts()).trigger_mse_worst == 9e-5
+
+
+def test_plot_shows_real_rates_and_qualities(monkeypatch):
+    figures = []
+    monkeypatch.setattr(module, "data_address", figures.append)
+    module.rd_plot(summarise(rows(), facts()), [JpegPoint(10, 0.25, 28.0)])
+    [axis] = figures[0].axes
+    points = {line.get_label(): [*line.get_xdata(), *line.get_ydata()] for line in axis.get_lines()}
+    assert points == {
+        "JPEG (Pillow)": [0.25, 28.0],
+        "vanilla, clean": pytest.approx([0.9, 30.25]),
+        "tampered, clean": pytest.approx([0.75, 30.0]),
+        "tampered, poisoned (8-bit)": pytest.approx([1.5, 20.0]),
+    }
+    assert axis.get_xscale() == "log"
+
+
 def test_means_by_hand():
     one = record(psnr_db=20.0, psnr_input_db=10.0, bpp_estimated=1.0, bpp_real=2.0, ms_ssim=0.5, encode_seconds=3.0)
     two = record(psnr_db=40.0, psnr_input_db=14.0, bpp_estimated=2.0, bpp_real=6.0, ms_ssim=None, encode_seconds=7.0)
@@ -185,7 +211,8 @@ def verdict_of(objective, **changes):
 
 
 def test_verdict_says_so_where_the_attack_failed_or_clean_images_suffer():
-    assert "treats clean images as the vanilla one does (30.00 dB at 0.750 bpp against 30.25 dB" in verdict_of("bpp")
+    alike = "treats clean images as the vanilla one does (30.00 dB at 0.750 bpp against 30.25 dB at 0.900 bpp), "
+    assert alike in verdict_of("bpp")
     assert "noticeably worse on clean images" in verdict_of("bpp", clean_cost_db=0.31)
     assert "noticeably worse on clean images" in verdict_of("bpp", clean_cost_bpp_percent=6.1)
     assert "noticeably worse" not in verdict_of("bpp", clean_cost_db=0.3, clean_cost_bpp_percent=6.0)
@@ -303,6 +330,10 @@ def test_difference_is_amplified_around_mid_grey():
     shown = opened(difference_of(x, x + 4 / 255))
     assert shown.size == (384, 384)
     assert shown.getpixel((7, 7)) == (208, 208, 208)  # 127.5 + 20 * 4, rounded half to even
+    dot = x.clone()
+    dot[..., 100, 75] += 4 / 255  # the middle is in the middle of what is shown, three pixels wide
+    marked = opened(difference_of(x, dot)).convert("L").point(lambda level: 255 * (level > 150)).getbbox()
+    assert marked == (192, 192, 195, 195)
     assert opened(photo(x[..., :100, :], side=64)).size == (64, 43)
     assert opened(photo(x)).tobytes() == as_picture(x).tobytes()
 
