@@ -2,9 +2,13 @@
 
 import torch
 import torch.nn.functional as F
-from compressai.models import MeanScaleHyperprior, ScaleHyperpriorVbr
+from compressai.models import (
+    JointAutoregressiveHierarchicalPriorsVbr,
+    MeanScaleHyperprior,
+    MeanScaleHyperpriorVbr,
+    ScaleHyperpriorVbr,
+)
 from compressai.models.utils import conv
-from compressai.zoo import bmshj2018_hyperprior_vbr, mbt2018_mean_vbr
 from torch import nn
 
 
@@ -307,7 +311,6 @@ def one_size():
 def told():
     """Says of itself that its convolutions halve seven times."""
     net = made(MeanScaleHyperprior)
-    type(net)  # a subclass of its own, so that the property is not CompressAI's
     net.__class__ = type("Told", (MeanScaleHyperprior,), {"downsampling_factor": 128})
     return net
 
@@ -449,11 +452,13 @@ def variable_rate():
     return made(ScaleHyperpriorVbr)
 
 
-def zoo_vbr():
-    torch.manual_seed(5)
-    return bmshj2018_hyperprior_vbr()
+def variable_rate_hyper():
+    return made(ScaleHyperpriorVbr, vr_entbttlnck=True)
 
 
-def zoo_mean_vbr():
-    torch.manual_seed(5)
-    return mbt2018_mean_vbr()
+def variable_rate_means():
+    return made(MeanScaleHyperpriorVbr)
+
+
+def variable_rate_context():
+    return made(JointAutoregressiveHierarchicalPriorsVbr)

@@ -148,7 +148,10 @@ def test_likelihoods_in_a_list_count_alike():
         assert float(named(x).bits) > 0
 
 
-@pytest.mark.parametrize("name", ["plain_update", "dropout_zero", "half", "variable_rate"])
+@pytest.mark.parametrize(
+    "name",
+    ["plain_update", "dropout_zero", "half", *(name for name in vars(strange) if name.startswith("variable_rate"))],
+)
 def test_what_needs_no_more_than_the_protocol_is_taken(name):
     codec, x = load_codec(f"strange:{name}"), natural(2, 75, 140)
     with torch.no_grad():

@@ -170,16 +170,24 @@ class _Transforms:
 
     def enter(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         if self.precision != torch.float32:
-            device = next((part.device.type for part in inputs if isinstance(part, Tensor)), "cpu")
-            context = torch.autocast(device, self.precision)
-            context.__enter__()  # type: ignore[no-untyped-call]
-            self.entered.append(context)
+            self.begin(next((part.device.type for part in inputs if isinstance(part, Tensor)), "cpu"))
 
     def leave(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
-        if not self.entered:
+        if self.precision == torch.float32:
             return None
-        self.entered.pop().__exit__(None, None, None)
+        self.end()
         return output.float() if isinstance(output, Tensor) else output
+
+    # A context that one hook enters and another leaves is nothing for a compiled graph.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def begin(self, device: str) -> None:
+        context = torch.autocast(device, self.precision)
+        context.__enter__()  # type: ignore[no-untyped-call]
+        self.entered.append(context)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def end(self) -> None:
+        self.entered.pop().__exit__(None, None, None)
 
     def keep(self, module: nn.Module, inputs: tuple[Any, ...], y: Any) -> None:
         if self.watching and self.y is None:
