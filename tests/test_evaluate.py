@@ -7,6 +7,7 @@ from conftest import natural, write_png
 from PIL import Image
 
 from freqdoor import list_images, load_image, load_planted, plant
+from freqdoor.data import image_paths
 from freqdoor.errors import FreqdoorError
 from freqdoor.measure import records as measuring
 from freqdoor.measure.examine import evaluate
@@ -15,7 +16,6 @@ from freqdoor.measure.records import (
     Condition,
     bit_map,
     conditions,
-    image_paths,
     input_of,
     jpeg_curve,
     poisoned,

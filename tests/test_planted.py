@@ -21,7 +21,7 @@ from freqdoor.samples import ASSETS
 from freqdoor.settings import Settings, file_name, make_settings, public
 from freqdoor.training.loop import check_device
 from freqdoor.training.settings import CodecTraining
-from freqdoor.triggers import build_trigger
+from freqdoor.triggers.build import build_trigger
 
 OLD = Path(__file__).parent / "old"  # written by the version before headers had a schema
 
