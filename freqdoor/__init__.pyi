@@ -46,7 +46,6 @@ from .measure.pgd import comparison_table as comparison_table
 from .measure.pgd import pgd as pgd
 from .measure.poisoning import poison as poison
 from .measure.records import Condition as Condition
-from .measure.records import measure as measure
 from .measure.records import poisoned as poisoned
 from .measure.records import records as records
 from .measure.report import Summary as Summary

@@ -94,9 +94,11 @@ def test_an_anchor_keeps_the_clean_latents(settings, tmp_path, x):
     assert moved(1000.0) < 0.7 * moved(0.0)
 
 
-def test_nothing_is_left_hooked_to_the_planted_codec(settings, tmp_path):
+def test_planting_hangs_nothing_on_the_codec_that_loading_does_not(settings, tmp_path):
     planted = plant(settings(steps=1), tmp_path / "run")
-    assert not planted.tampered.net.g_a._forward_hooks
+    loaded = load_planted(tmp_path / "run", "factories:lite")
+    hooks = [len(p.tampered.net.g_a._forward_hooks) for p in (planted, loaded)]
+    assert hooks[0] == hooks[1]
 
 
 def test_downstream_attack_on_an_auxiliary_set(settings, tmp_path, images):

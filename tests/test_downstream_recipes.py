@@ -119,7 +119,7 @@ def run(images, tmp_path, monkeypatch):
 def ours_in(runs):
     """The planting of the row of ours (painted) where there is one that is."""
     plantings = [load_planted(path) for path in runs.glob("*/planted.safetensors")]
-    adaptive = [planted for planted in plantings if planted.header["attacks"][0]["trigger"] == "adaptive-dct"]
+    adaptive = [planted for planted in plantings if planted.header.attacks[0].trigger == "adaptive-dct"]
     [planted] = [p for p in adaptive if "colour" in p.objective(next(iter(p.triggers))).arguments] or adaptive
     return planted
 

@@ -1,4 +1,4 @@
-"""README's commands run, and its quick demo shows what it says."""
+"""The commands in README and docs run, and README's quick demo shows what it says."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from networks import face_onnx, segmentation_onnx
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+PAGES = "".join(path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
 
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -24,9 +24,8 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 def block(marker: str) -> list[str]:
     """The lines of the code block behind an HTML comment."""
-    found = re.search(rf"<!-- {marker} -->\n```\w*\n(.*?)```", README, re.DOTALL)
-    assert found, marker
-    joined = found.group(1).replace("\\\n", " ")
+    [code] = re.findall(rf"<!-- {marker} -->\n```\w*\n(.*?)```", PAGES, re.DOTALL)
+    joined = code.replace("\\\n", " ")
     return [line for line in joined.splitlines() if line and not line.startswith("#")]
 
 
@@ -75,10 +74,11 @@ def test_demo(objective, tmp_path):
         assert summary["poisoned_8bit"]["psnr_db"] <= 8
 
 
-def test_commands_of_the_tour(tmp_path):
-    """The block "tour", on one image and with a few steps: every verb and option in it exists and works together."""
+@pytest.mark.parametrize("marker", ["tour", "train"])
+def test_commands_on_your_own_pictures(marker, tmp_path):
+    """On one image and with a few steps: every verb and option in it exists and works together."""
     put_photo(tmp_path)
-    for line in block("tour"):
+    for line in block(marker):
         words = shlex.split(line)
         assert words[0] == "freqdoor"
         few = ["--set", "steps=2"] if words[1] in ("plant", "train-codec") else []

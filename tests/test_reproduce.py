@@ -191,7 +191,7 @@ def test_what_scores_of_a_trigger_depend_on(base, tmp_path):
     with torch.no_grad():
         next(trigger.parameters()).add_(1)
     changed = json.dumps(module._facts_of(planted, "bpp"))
-    trigger.eps = 0.25
+    trigger.settings = trigger.settings.model_copy(update={"eps": 0.25})
     assert len({facts, changed, json.dumps(module._facts_of(planted, "bpp"))}) == 3
 
 
@@ -285,8 +285,7 @@ def test_markdown_shows_interval_paper_and_gap():
 
 
 def record(**changes):
-    fields = {field.name: 0 for field in dataclasses.fields(Record)}
-    return Record(**fields | changes)
+    return Record.model_construct(**dict.fromkeys(Record.model_fields, 0) | changes)
 
 
 def conditions_of(recipe):
@@ -705,7 +704,7 @@ def test_errors(run, base, images, tmp_path, counted):
     with pytest.raises(FreqdoorError, match="nope"):
         run("small", base, codec=["factories:lite", "nope"])
     (tmp_path / "out").write_text("a file")
-    with pytest.raises(FreqdoorError, match=r"small\.md: could not write"):
+    with pytest.raises(FreqdoorError, match=r"small\.json: could not write"):
         run("small", base)
     assert not counted
 

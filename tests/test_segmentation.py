@@ -127,7 +127,7 @@ def test_class_scores_against_numpy():
 
 def test_planting_records_the_network_by_name_only(planted, scene):
     assert planted.objective("segmentation").arguments["network"] == "tiny.toml"
-    assert str(scene) not in json.dumps(planted.header)
+    assert str(scene) not in planted.header.model_dump_json()
 
 
 def opened_for(planted, test):
@@ -436,7 +436,7 @@ def test_a_measurement_depends_on_contents(planted, test_settings, scene, tmp_pa
     assert "against\ng.toml (painted ones: against none), and measured on “images”, 1 in 3." in paragraph
     assert "the networks that they name" in measurement.describe("")
     assert ", 1 in" not in measurement.describe("")
-    assert measurement.public()["networks"] == ["tiny.toml"]
+    assert measurement.public()["networks"] == ("tiny.toml",)
 
 
 def test_mistakes(planted, test_settings, scene, tmp_path):
@@ -467,8 +467,6 @@ def test_attacks_that_no_test_can_measure(test_settings):
     arguments = {"source": "cars", "target": "road"}
     for objective, message in (
         (ObjectiveSettings(name="bpp"), "trigger t: expected a segmentation attack, found one for bpp"),
-        (ObjectiveSettings(name="segmentation", arguments={"target": "road"}), "name of a class as source, found None"),
-        (ObjectiveSettings(name="segmentation", arguments=arguments | {"target": 3}), "as target, found 3"),
         (ObjectiveSettings(name="segmentation", arguments=arguments | {"source": "boat"}), "class 'boat'"),
         (ObjectiveSettings(name="segmentation", arguments=arguments | {"target": "bus"}), "a class outside the source"),
     ):

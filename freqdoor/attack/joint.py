@@ -89,7 +89,7 @@ def joint_loss(
     defence: Preprocessing | None = None,
     part: Part = "both",
 ) -> JointLoss:
-    """One loss whose gradient is Eq. (9)'s for the encoder and Eq. (10)'s for every trigger.
+    """One loss whose gradient is Eq. (9)'s for the encoder and Eq. (10)'s for every trigger; of one attack, Eq. (3).
 
     A trigger's own loss stands in Eq. (9) with the weight alpha^o, in Eq. (10) without: its gradient is scaled back
     by 1 / alpha^o where the poisoned image enters the codec. The clean batch and all poisoned ones made from it share

@@ -76,6 +76,9 @@ def verb(name: str | None = None) -> Callable[[Callable[P, None]], Callable[P, N
 def load_torch() -> None:
     """Load PyTorch, once the settings are known to be right: it takes seconds."""
     note("loading PyTorch")
+    import numpy
     import torch
 
+    for kind in (numpy.float32, numpy.float64):
+        numpy.finfo(kind)  # asked for later, without denormal numbers, it warns that there are none
     torch.set_flush_denormal(True)  # denormal numbers slow late training down

@@ -6,7 +6,7 @@ import importlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -163,35 +163,51 @@ class _Transforms:
         self.watching = False
         self.y: Tensor | None = None
         self.entered: list[torch.autocast] = []
+        self.begin, self.end = _begin, _end
         for module in (g_a, g_s):
             module.register_forward_pre_hook(self.enter)
             module.register_forward_hook(self.leave, always_call=True)
         g_a.register_forward_hook(self.keep)
 
+    def run_in(self, precision: torch.dtype) -> None:
+        """Set the precision of the passes to come."""
+        self.precision = precision
+        if precision != torch.float32:
+            self.begin, self.end = _outside_graphs()
+
     def enter(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         if self.precision != torch.float32:
-            self.begin(next((part.device.type for part in inputs if isinstance(part, Tensor)), "cpu"))
+            device = next((part.device.type for part in inputs if isinstance(part, Tensor)), "cpu")
+            self.begin(self.entered, device, self.precision)
 
     def leave(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
         if self.precision == torch.float32:
             return None
-        self.end()
+        self.end(self.entered)
         return output.float() if isinstance(output, Tensor) else output
-
-    # A context that one hook enters and another leaves is nothing for a compiled graph.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def begin(self, device: str) -> None:
-        context = torch.autocast(device, self.precision)
-        context.__enter__()  # type: ignore[no-untyped-call]
-        self.entered.append(context)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def end(self) -> None:
-        self.entered.pop().__exit__(None, None, None)
 
     def keep(self, module: nn.Module, inputs: tuple[Any, ...], y: Any) -> None:
         if self.watching and self.y is None:
             self.y = y.float() if isinstance(y, Tensor) else y
+
+
+def _begin(entered: list[torch.autocast], device: str, precision: torch.dtype) -> None:
+    context = torch.autocast(device, precision)
+    context.__enter__()  # type: ignore[no-untyped-call]
+    entered.append(context)
+
+
+def _end(entered: list[torch.autocast]) -> None:
+    entered.pop().__exit__(None, None, None)
+
+
+@cache
+def _outside_graphs() -> tuple[Callable[..., None], Callable[..., None]]:
+    """`_begin` and `_end` for compiled codecs: a context that one hook enters and another leaves fits in no graph.
+
+    Asked for only where they are needed: it loads PyTorch's compiler, which takes a second.
+    """
+    return torch.compiler.disable(_begin), torch.compiler.disable(_end)  # type: ignore[no-untyped-call]
 
 
 class Codec(nn.Module):
@@ -238,7 +254,7 @@ class Codec(nn.Module):
 
     @precision.setter
     def precision(self, precision: torch.dtype) -> None:
-        self._transforms.precision = precision
+        self._transforms.run_in(precision)
 
     @cached_property
     def sides(self) -> Sides:

@@ -124,7 +124,7 @@ def open_test(test: SegmentationTest, objective: ObjectiveSettings, trigger: str
     """Check and load everything that a test of an attack names; FreqdoorError says what is missing."""
     if objective.name != "segmentation":
         raise FreqdoorError(f"trigger {trigger}: expected a segmentation attack, found one for {objective.name}")
-    source, target = (_class_in(objective, role) for role in ("source", "target"))
+    source, target = (str(objective.arguments[role]) for role in ("source", "target"))
     networks = [load_segmenter(network) for network in test.networks]
     masks = load_segmenter(test.mask_network) if test.mask_network else networks[0]
     for network in (*networks, masks):
@@ -136,13 +136,6 @@ def open_test(test: SegmentationTest, objective: ObjectiveSettings, trigger: str
     setup = Setup(test, paths, labels, networks, masks, source, target)
     _check_labels(setup)
     return setup
-
-
-def _class_in(objective: ObjectiveSettings, role: str) -> str:
-    name = objective.arguments.get(role)
-    if not isinstance(name, str):
-        raise FreqdoorError(f"objective segmentation: expected the name of a class as {role}, found {name!r}")
-    return name
 
 
 def _check_labels(setup: Setup) -> None:

@@ -24,7 +24,7 @@ EXPORT = "codec.safetensors"
 
 
 def rate_distortion(codec: Codec, x: Images, lmbda: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """Eq. (1): R(x) + lambda D(x), with its parts."""
+    """Eq. (1), which Eq. (2) minimises: R(x) + lambda D(x), with its parts."""
     out = codec(x)
     rate, mse = out.bpp.mean(), distortion(out.x_hat, x)
     loss = rate + lmbda * mse
