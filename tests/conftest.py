@@ -1,3 +1,7 @@
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the suite runs in two processes: more threads only wait
+
 from pathlib import Path
 
 import numpy as np
