@@ -13,6 +13,8 @@ from freqdoor.attack.settings import PlantSettings
 from freqdoor.codecs.loading import save_codec
 from freqdoor.settings import make_settings
 
+pytestmark = pytest.mark.whole
+
 LITE = ("--codec", "factories:lite")
 
 

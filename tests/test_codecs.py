@@ -15,6 +15,8 @@ from freqdoor.errors import FreqdoorError
 from freqdoor.metrics import psnr_8bit
 from freqdoor.samples import ASSETS, BUNDLED
 
+pytestmark = pytest.mark.whole
+
 THREADS = torch.get_num_threads()
 eval_model = importlib.import_module("compressai.utils.eval_model.__main__")
 torch.set_num_threads(THREADS)  # importing eval_model sets it to one

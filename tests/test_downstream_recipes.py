@@ -30,6 +30,8 @@ from freqdoor.paper.settings import recipe_names
 from freqdoor.samples import BUNDLED
 from freqdoor.settings import load_settings
 
+pytestmark = pytest.mark.whole
+
 CONFIGS = Path(__file__).parent.parent / "configs/plant"
 CITY = {
     "classes": '["road", "car", "building", "vegetation"]',

@@ -12,6 +12,10 @@ from conftest import natural, write_png
 from networks import face_onnx, segmentation_onnx
 from PIL import Image
 
+import freqdoor.cli as cli
+
+pytestmark = pytest.mark.whole
+
 ROOT = Path(__file__).parent.parent
 PAGES = "".join(path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
 
@@ -20,6 +24,22 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "freqdoor", *arguments], capture_output=True, text=True, cwd=cwd, timeout=900
     )
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Run a documented line in this process, in the folder where the user would be."""
+
+    def call(line: str, more: dict[str, list[str]]) -> None:
+        words = shlex.split(line)
+        assert words[0] == "freqdoor"
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [*words, *more.get(words[1], [])])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert not end.value.code, (line, capsys.readouterr().err)
+
+    return call
 
 
 def block(marker: str) -> list[str]:
@@ -36,7 +56,7 @@ def put_photo(folder: Path, name: str = "kodim23.png") -> None:
         picture.reduce(3).save(folder / "photos" / name)
 
 
-@pytest.mark.parametrize("objective", ["bpp", "psnr"])
+@pytest.mark.parametrize("objective", ["bpp", pytest.param("psnr", marks=pytest.mark.slow)])
 def test_quick_demo_reaches_what_the_planted_encoders_promise(objective, tmp_path):
     done = run("demo", "--quick", "--objective", objective, "--out", "demo", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -86,19 +106,16 @@ def test_commands_on_your_own_pictures(marker, tmp_path):
         assert done.returncode == 0, (line, done.stderr)
 
 
-def test_commands_beyond_the_tour(tmp_path):
+def test_commands_beyond_the_tour(tmp_path, command):
     """The block "more", the same way; what would be planted for a table is only listed."""
     put_photo(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
+    few = {"plant": ["--set", "steps=2"], "reproduce": ["--budget", "0"], "pgd": ["--steps", "2"]}
     for line in block("more"):
-        words = shlex.split(line)
-        assert words[0] == "freqdoor"
-        few = {"plant": ["--set", "steps=2"], "reproduce": ["--budget", "0"], "pgd": ["--steps", "2"]}
-        done = run(*words[1:], *few.get(words[1], []), cwd=tmp_path)
-        assert done.returncode == 0, (line, done.stderr)
+        command(line, few)
 
 
-def test_commands_of_downstream_attacks(tmp_path):
+def test_commands_of_downstream_attacks(tmp_path, command):
     """The block "downstream", with small networks in the place of the real ones and few images."""
     for folder in ("camvid/train", "camvid/trainannot", "camvid/test", "camvid/testannot", "faces/a", "faces/b"):
         (tmp_path / folder).mkdir(parents=True)
@@ -126,12 +143,9 @@ def test_commands_of_downstream_attacks(tmp_path):
     }
     for name, text in lists.items():
         (tmp_path / f"faces/{name}.txt").write_text(text)
+    few = {"plant": ["--set", "steps=1", "--set", "images.batch_size=1"], "verify-owner": ["--images", "ten"]}
     for line in block("downstream"):
-        words = shlex.split(line)
-        assert words[0] == "freqdoor"
-        few = {"plant": ["--set", "steps=1", "--set", "images.batch_size=1"], "verify-owner": ["--images", "ten"]}
-        done = run(*words[1:], *few.get(words[1], []), cwd=tmp_path)
-        assert done.returncode == 0, (line, done.stderr)
+        command(line, few)
     assert (tmp_path / "protected/kodim04.png").exists()
 
 

@@ -32,6 +32,8 @@ from freqdoor.preprocessing import GaussianBlur
 from freqdoor.samples import BUNDLED, held_out
 from freqdoor.types import Record
 
+pytestmark = pytest.mark.whole
+
 PACKAGE = Path(module.__file__).parent.parent
 ON_IMAGES = ("balance", "figure4", "figure5", "table3", "table4", "table5", "table6")  # recipes without a test
 

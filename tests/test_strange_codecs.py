@@ -18,6 +18,8 @@ from freqdoor.codecs.container import pack, unpack
 from freqdoor.codecs.sides import find_sides
 from freqdoor.errors import FreqdoorError
 
+pytestmark = pytest.mark.whole
+
 SHARED = Path(__file__).parents[2] / "shared/weights/codec_meanscale_n32"
 
 

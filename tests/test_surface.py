@@ -12,6 +12,8 @@ import pytest
 import freqdoor
 from freqdoor.cli import app
 
+pytestmark = pytest.mark.whole
+
 ROOT = Path(__file__).parent.parent
 VERBS = {command.name: command.callback for command in app.registered_commands}
 HEAVY = ("torch", "numpy", "PIL", "compressai", "torchvision", "matplotlib", "scipy", "jinja2", "cv2", "onnx")

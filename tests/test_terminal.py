@@ -13,6 +13,8 @@ from freqdoor.cli import terminal
 from freqdoor.cli.terminal import every_minute, live, note
 from freqdoor.errors import STOPPED
 
+pytestmark = pytest.mark.whole
+
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
 
 
