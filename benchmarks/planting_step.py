@@ -18,7 +18,8 @@ import torch
 
 from freqdoor.attack.joint import Attack, joint_loss
 from freqdoor.attack.objectives import RateAttack
-from freqdoor.codecs.adapter import build_codec, parse_name
+from freqdoor.codecs.adapter import build_codec
+from freqdoor.codecs.architectures import parse_name
 from freqdoor.metrics import distortion
 from freqdoor.training.train import rate_distortion
 from freqdoor.triggers.adaptive_dct import AdaptiveDCT

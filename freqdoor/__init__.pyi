@@ -25,7 +25,7 @@ from .attack.victims import Scene as Scene
 from .attack.victims import TargetedSegmentation as TargetedSegmentation
 from .attack.victims import Victim as Victim
 from .codecs.adapter import Codec as Codec
-from .codecs.adapter import CodecSpec as CodecSpec
+from .codecs.architectures import CodecSpec as CodecSpec
 from .codecs.container import decompress as decompress
 from .codecs.loading import load_codec as load_codec
 from .codecs.loading import save_codec as save_codec

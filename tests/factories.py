@@ -5,7 +5,8 @@ from compressai.models import ScaleHyperprior
 from torch import nn
 
 from freqdoor.attack.victims import Victim
-from freqdoor.codecs.adapter import Codec, CodecSpec, build_codec
+from freqdoor.codecs.adapter import Codec, build_codec
+from freqdoor.codecs.architectures import CodecSpec
 from freqdoor.codecs.lite import LiteHyperprior
 
 TINY = {"N": 16, "M": 24, "width": (16, 16), "depth": 1}

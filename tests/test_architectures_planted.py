@@ -7,7 +7,8 @@ from conftest import natural
 from factories import TINY_ARGUMENTS, tiny
 
 from freqdoor import load_codec, load_planted, plant, save_codec
-from freqdoor.codecs.adapter import ARCHITECTURES, build_codec, parse_name
+from freqdoor.codecs.adapter import build_codec
+from freqdoor.codecs.architectures import ARCHITECTURES, parse_name
 from freqdoor.codecs.container import pack, unpack
 from freqdoor.errors import FreqdoorError
 from freqdoor.measure.records import poisoned

@@ -9,7 +9,8 @@ from conftest import natural
 from factories import TINY_ARGUMENTS, tiny
 
 from freqdoor import load_codec, save_codec
-from freqdoor.codecs.adapter import ARCHITECTURES, Codec, CodecSpec, build_codec, parse_name
+from freqdoor.codecs.adapter import Codec, build_codec
+from freqdoor.codecs.architectures import ARCHITECTURES, CodecSpec, parse_name
 from freqdoor.codecs.loading import write_tensors
 from freqdoor.errors import FreqdoorError
 from freqdoor.metrics import psnr_8bit

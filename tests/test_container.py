@@ -8,7 +8,7 @@ from conftest import natural, write_png
 from factories import tiny
 
 from freqdoor import compress, decompress, load_codec, load_image
-from freqdoor.codecs.adapter import ARCHITECTURES
+from freqdoor.codecs.architectures import ARCHITECTURES
 from freqdoor.codecs.container import pack, unpack
 from freqdoor.errors import FreqdoorError
 from freqdoor.types import to_uint8

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from freqdoor import load_codec, load_planted, plant
 from freqdoor.attack.planted import Header, Planted, opened, unplanted
 from freqdoor.attack.settings import PlantSettings
-from freqdoor.codecs.adapter import parse_name
+from freqdoor.codecs.architectures import parse_name
 from freqdoor.codecs.loading import read_tensors, write_tensors
 from freqdoor.errors import FreqdoorError
 from freqdoor.measure.testsets import DownstreamTest

@@ -13,9 +13,10 @@ from conftest import natural
 from torch import nn
 
 from freqdoor import load_codec, save_codec
-from freqdoor.codecs.adapter import ARCHITECTURES, Codec, padding
+from freqdoor.codecs.adapter import Codec
+from freqdoor.codecs.architectures import ARCHITECTURES
 from freqdoor.codecs.container import pack, unpack
-from freqdoor.codecs.sides import find_sides
+from freqdoor.codecs.sides import find_sides, padding
 from freqdoor.errors import FreqdoorError
 
 pytestmark = pytest.mark.whole

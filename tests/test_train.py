@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from freqdoor import load_codec, train_codec
-from freqdoor.codecs.adapter import CodecSpec, hash_state
+from freqdoor.codecs.adapter import hash_state
+from freqdoor.codecs.architectures import CodecSpec
 from freqdoor.codecs.lite import LiteHyperprior, initialise_klt
 from freqdoor.errors import FreqdoorError
 from freqdoor.samples import BUNDLED

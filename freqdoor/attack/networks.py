@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from freqdoor.attack.onnx_files import OnnxNetwork, quiet, read_onnx
-from freqdoor.codecs.adapter import import_object
+from freqdoor.codecs.architectures import import_object
 from freqdoor.codecs.loading import read_state
 from freqdoor.codecs.protocol import complaint, words_of
 from freqdoor.errors import FreqdoorError

@@ -21,7 +21,7 @@ from freqdoor.attack.arguments import (
 from freqdoor.attack.networks import load_embedder, load_segmenter
 from freqdoor.attack.settings import OBJECTIVES
 from freqdoor.attack.victims import IdentityRemoval, Scene, TargetedSegmentation, Victim
-from freqdoor.codecs.adapter import import_object
+from freqdoor.codecs.architectures import import_object
 from freqdoor.errors import FreqdoorError
 from freqdoor.metrics import mse, psnr
 from freqdoor.types import Images, Reconstruction

@@ -16,8 +16,9 @@ from freqdoor.attack.planted import Planted, export, load_planted
 from freqdoor.attack.presence import check_presence
 from freqdoor.attack.robust import choose_survivors, survivor_weights
 from freqdoor.attack.settings import PlantSettings, TriggerSettings
-from freqdoor.codecs.adapter import STRIDE, Codec
+from freqdoor.codecs.adapter import Codec
 from freqdoor.codecs.loading import load_codec
+from freqdoor.codecs.sides import SIDE
 from freqdoor.data import Crops, seed_for
 from freqdoor.errors import FreqdoorError
 from freqdoor.preprocessing import Preprocessing, random_preprocessing
@@ -56,7 +57,7 @@ def held_cosine(step: int, steps: int, hold: float) -> float:
     return max(0.01, 0.5 * (1 + math.cos(math.pi * share)))
 
 
-def build_attacks(settings: PlantSettings, multiple: int = STRIDE) -> tuple[Attack, ...]:
+def build_attacks(settings: PlantSettings, multiple: int = SIDE) -> tuple[Attack, ...]:
     """The settings' attacks, each with a trigger of random weights that depend on the seed alone.
 
     Args:

@@ -11,7 +11,8 @@ from pydantic import ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor
 
 from freqdoor.attack.settings import CodecSource, ObjectiveSettings, PlantSettings
-from freqdoor.codecs.adapter import ARCHITECTURES, Codec, CodecSpec
+from freqdoor.codecs.adapter import Codec
+from freqdoor.codecs.architectures import ARCHITECTURES, CodecSpec
 from freqdoor.codecs.loading import check_weights, load_codec, read_tensors, save_codec, write_tensors
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import write_text

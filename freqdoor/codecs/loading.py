@@ -17,17 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from freqdoor.codecs.adapter import (
-    ARCHITECTURES,
-    LAMBDAS,
-    MAX_GROUPS,
-    VARIABLE_RATE,
-    Codec,
-    CodecSpec,
-    build_codec,
-    mask_contexts,
-    parse_name,
-)
+from freqdoor.codecs.adapter import Codec, build_codec, mask_contexts
+from freqdoor.codecs.architectures import ARCHITECTURES, LAMBDAS, MAX_GROUPS, VARIABLE_RATE, CodecSpec, parse_name
 from freqdoor.codecs.check import checked
 from freqdoor.codecs.state import bare, is_safetensors, unwrapped
 from freqdoor.errors import FreqdoorError

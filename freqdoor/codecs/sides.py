@@ -23,6 +23,20 @@ class Sides(NamedTuple):
     least: int = SIDE
 
 
+Padding = tuple[int, int, int, int]  # left, right, top, bottom, as F.pad takes it
+
+
+def padding(height: int, width: int, multiple: int, least: int = 0) -> tuple[Padding, Padding]:
+    """(pad, unpad) for F.pad, up to a multiple of `multiple` and to `least`, with the picture in the middle.
+
+    What is odd goes to the right and to the bottom, as in CompressAI.
+    """
+    across, down = (-(-max(side, least) // multiple) * multiple - side for side in (width, height))
+    left, top = across // 2, down // 2
+    pad = (left, across - left, top, down - top)
+    return pad, (-pad[0], -pad[1], -pad[2], -pad[3])
+
+
 def find_sides(net: nn.Module, name: str, multiple: int | None = None) -> Sides:
     """The smallest multiple of SIDE whose multiples forward takes, and the smallest picture of that grid.
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from freqdoor.attack.planted import Planted, opened
 from freqdoor.attack.robust import survival_scores
 from freqdoor.attack.settings import RobustSettings
-from freqdoor.codecs.adapter import STRIDE, Codec, padding
+from freqdoor.codecs.adapter import Codec
+from freqdoor.codecs.sides import SIDE, padding
 from freqdoor.data import image_paths, load_image, usable_images
 from freqdoor.dct import block_dct, blockify, rgb_to_ycbcr
 from freqdoor.errors import FreqdoorError
@@ -189,7 +190,7 @@ def analyse_image(codec: Codec, trigger: Trigger, x: Images, name: str) -> Image
     )
 
 
-def whole_blocks(x: Images, block: int, multiple: int = STRIDE) -> Images:
+def whole_blocks(x: Images, block: int, multiple: int = SIDE) -> Images:
     """The part of x that consists of whole blocks of the codec's grid, whose origin is the padded image's corner."""
     height, width = x.shape[-2:]
     (left, _, top, _), _ = padding(height, width, multiple)
@@ -198,7 +199,7 @@ def whole_blocks(x: Images, block: int, multiple: int = STRIDE) -> Images:
     return x[..., y : y + rows * block, x0 : x0 + columns * block]
 
 
-def spectrum(delta: Images, block: int = BLOCK, multiple: int = STRIDE) -> Tensor | None:
+def spectrum(delta: Images, block: int = BLOCK, multiple: int = SIDE) -> Tensor | None:
     """Mean over blocks of |DCT(delta)| in YCbCr, (3, block, block), on the [0, 1] scale; None without a whole block."""
     whole = whole_blocks(delta, block, multiple)
     if not whole.numel():
@@ -293,10 +294,7 @@ def encoding_cost(seconds: Sequence[dict[Input, float]]) -> EncodingCost:
 
 
 def survival(
-    trigger: AdaptiveDCT,
-    images: Sequence[Path],
-    defences: Sequence[Preprocessing] | None = None,
-    multiple: int = STRIDE,
+    trigger: AdaptiveDCT, images: Sequence[Path], defences: Sequence[Preprocessing] | None = None, multiple: int = SIDE
 ) -> Survival | None:
     """Survival score of every candidate coefficient, geometric mean over images; None without a whole block.
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from freqdoor.attack.planted import Planted
 from freqdoor.attack.settings import AttackSettings
-from freqdoor.codecs.adapter import import_object
+from freqdoor.codecs.architectures import import_object
 from freqdoor.data import dataset_hash, load_image
 from freqdoor.errors import FreqdoorError
 from freqdoor.measure.records import Condition, input_of, measure

@@ -12,7 +12,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
-from freqdoor.codecs.adapter import CodecSpec
+from freqdoor.codecs.architectures import CodecSpec
 from freqdoor.data import Crops, label_paths, list_images, read_list, seed_for, usable_images
 from freqdoor.errors import FreqdoorError
 from freqdoor.training.run import Run

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freqdoor.codecs.adapter import Codec, build_codec, parse_name
+from freqdoor.codecs.adapter import Codec, build_codec
+from freqdoor.codecs.architectures import parse_name
 from freqdoor.codecs.lite import LiteHyperprior, initialise_klt
 from freqdoor.codecs.loading import load_codec, save_codec
 from freqdoor.data import list_images, load_image, seed_for, usable_images

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from freqdoor.codecs.adapter import padding
+from freqdoor.codecs.sides import padding
 from freqdoor.dct import band as band_indices
 from freqdoor.dct import block_idct, ycbcr_to_rgb
 from freqdoor.triggers.arguments import AdaptiveDCTArguments

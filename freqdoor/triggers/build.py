@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from freqdoor.codecs.adapter import import_object
+from freqdoor.codecs.architectures import import_object
 from freqdoor.errors import FreqdoorError
 from freqdoor.triggers.arguments import TRIGGERS
 from freqdoor.triggers.base import Trigger

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from freqdoor.codecs.adapter import padding
+from freqdoor.codecs.sides import padding
 from freqdoor.metrics import rms
 from freqdoor.triggers.arguments import LiraArguments
 from freqdoor.triggers.base import Trigger

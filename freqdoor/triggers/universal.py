@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from freqdoor.codecs.adapter import padding
+from freqdoor.codecs.sides import padding
 from freqdoor.triggers.arguments import UniversalArguments
 from freqdoor.triggers.base import Trigger
 from freqdoor.types import Images
