@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import FunctionType, MethodType
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast, get_args
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -105,7 +105,7 @@ def _integers(values: object, name: str, dimensions: int) -> Integers:
         array = np.empty(0, object)
     if array.dtype.kind not in "iu" or array.ndim != dimensions or array.size == 0:
         raise FreqdoorError(
-            f"coding tables: expected {name} as integers in {dimensions} dimension{'s'[: dimensions - 1]}, "
+            f"coding tables: expected {name} as a {dimensions}-dimensional array of integers, "
             f"found {array.dtype} of shape {array.shape}"
         )
     if array.size > MAX_ENTRIES:
@@ -443,7 +443,9 @@ def tables_of(model: EntropyModel) -> Tables:
     if memo and -1 not in versions and memo.versions == versions and all(map(operator.is_, memo.buffers, buffers)):
         return memo.tables
     tables = checked_tables(*buffers)
-    rows = model.channels if isinstance(model, EntropyBottleneck) else model.scale_table.numel()
+    rows = len(tables.lengths)
+    if isinstance(model, EntropyBottleneck | GaussianConditional):
+        rows = model.channels if isinstance(model, EntropyBottleneck) else model.scale_table.numel()
     if (len(tables.lengths), model.entropy_coder_precision) != (rows, PRECISION):
         raise FreqdoorError(
             f"coding tables: expected {rows} rows of {PRECISION} bits, found {len(tables.lengths)} rows of "
@@ -460,7 +462,7 @@ def check_tables(net: nn.Module) -> None:
         FreqdoorError: which entropy model's tables are no tables, and why.
     """
     for name, model in net.named_modules():
-        if not isinstance(model, EntropyModel) or model._quantized_cdf.numel() == 0 == model._offset.numel():
+        if not isinstance(model, EntropyModel) or model._offset.numel() == 0:
             continue
         try:
             tables_of(model)
@@ -499,6 +501,7 @@ CHECKED: dict[type[EntropyModel], type[EntropyModel]] = {
     EntropyBottleneck: CheckedBottleneck,
     GaussianConditional: CheckedConditional,
 }
+BUFFERED = (("BufferedRansEncoder", ans.BufferedRansEncoder), ("RansDecoder", ans.RansDecoder))
 PLAIN = {checked: plain for plain, checked in CHECKED.items()}
 
 
@@ -513,25 +516,30 @@ def use_coder(net: nn.Module, coder: CoderName = "freqdoor") -> None:
     CompressAI's buffered coder themselves, as context models do. Whole strings are checked there too. Entropy models
     of other classes than CompressAI's two, which no architecture of freqdoor has, keep their coder.
     """
+    if coder not in get_args(CoderName):
+        raise FreqdoorError(f"expected a coder of {', '.join(get_args(CoderName))}, found {coder}")
+    buffered = {kind: _buffered(kind) for kind in {type(module) for module in net.modules()}}
     for module in net.modules():
-        kind = PLAIN.get(type(module), type(module))
-        if kind in CHECKED:
-            module.__class__ = CHECKED[kind] if coder == "freqdoor" else kind
-        for name, function in _buffered(kind):
+        for name, method in buffered[type(module)].items():
             module.__dict__.pop(name, None)
             if coder == "freqdoor":
-                setattr(module, name, MethodType(_with_our_coder(function), module))
+                setattr(module, name, MethodType(_with_our_coder(method), module))
+        plain = PLAIN.get(type(module), type(module))
+        if plain in CHECKED:
+            module.__class__ = CHECKED[plain] if coder == "freqdoor" else plain
 
 
-def _buffered(kind: type[nn.Module]) -> tuple[tuple[str, FunctionType], ...]:
-    """The methods of a class that make a `BufferedRansEncoder` or `RansDecoder` of CompressAI's, by name."""
-    methods = {name: getattr(kind, name, None) for name in dir(kind)}
-    return tuple(
-        (name, method)
+def _buffered(kind: type[nn.Module]) -> dict[str, FunctionType]:
+    """The methods of a class, by name, that make a `BufferedRansEncoder` or `RansDecoder` of CompressAI's."""
+    methods = {name: method for base in reversed(kind.__mro__) for name, method in vars(base).items()}
+    return {
+        name: method
         for name, method in methods.items()
         if isinstance(method, FunctionType)
-        and any(method.__globals__.get(used) is getattr(ans, used, ans) for used in method.__code__.co_names)
-    )
+        and any(
+            used in method.__code__.co_names and method.__globals__.get(used) is theirs for used, theirs in BUFFERED
+        )
+    }
 
 
 def _with_our_coder(function: FunctionType) -> Callable[..., Any]:
