@@ -11,8 +11,11 @@ import pytest
 import torch
 from compressai import ans
 from compressai.entropy_models import EntropyBottleneck, EntropyModel, GaussianConditional
+from compressai.latent_codecs import RasterScanLatentCodec
+from compressai.layers import MaskedConv2d
 from conftest import natural
 from factories import TINY_ARGUMENTS, tiny
+from torch import nn
 
 from freqdoor import load_codec, load_image
 from freqdoor.codecs import coding
@@ -137,6 +140,14 @@ def test_lists_are_checked_once_and_others_again(monkeypatch):
     assert string == by_hand([0, 0, 0, -1, 0], [0] * 5, LISTS)  # the moved row's 0 is this row's -1
 
 
+@pytest.mark.parametrize("power", [0, 3, 8, 15])
+def test_a_word_moves_out_at_the_very_state(power):
+    """Frequencies of 2^p that start at 0 multiply the state by 2^(16 - p): it meets each limit 2^(47 + p) exactly."""
+    lists = ([[0, 1 << power, 1 << 16]], [3], [0])
+    for count in range(1, 40):
+        assert encode([0] * count, [0] * count, checked_tables(*lists)) == by_hand([0] * count, [0] * count, lists)
+
+
 def test_the_costliest_symbols_fit():
     """Escapes of probability 2^-16 with 7 digits each take 48 bits."""
     tables = checked_tables([[0, 65_535, 65_536]], [3], [0])
@@ -157,13 +168,35 @@ def test_the_largest_symbols_are_coded_and_larger_ones_refused():
 
 @pytest.mark.parametrize("index", [-1, 2, 2**31 - 1, -(2**31)])
 def test_rows_that_do_not_exist_are_refused(index):
-    message = f"^index {index} is in none of the 2 rows of the coding tables"
+    message = f"^index {index} is none of the 2 rows of the coding tables"
     with pytest.raises(FreqdoorError, match=message):
         encode([0, 0, 0], [0, index, 0], TABLES)
     with pytest.raises(FreqdoorError, match=message):
         decode(encode([0, 0, 0], [0, 0, 0], TABLES), [0, index, 0], TABLES)
+
+
+@pytest.mark.parametrize("wrong", [2**31, 2**32, -(2**31) - 1, 0.5])
+def test_numbers_that_are_no_32_bit_integers_are_refused(wrong):
+    message = f"expected latents and indexes as integers of 32 bits, found {re.escape(str(wrong))}"
+    for symbols, indexes in (([0, wrong], [0, 0]), ([0, 0], [0, wrong])):
+        with pytest.raises(FreqdoorError, match=message):
+            encode(np.array(symbols), np.array(indexes), TABLES)
+    with pytest.raises(FreqdoorError, match=message):
+        decode(encode([0], [0], TABLES), [wrong], TABLES)
     with pytest.raises(ValueError, match="an index for every symbol"):
         encode([0, 0], [0], TABLES)
+
+
+def test_arrays_of_any_layout_are_read():
+    symbols = np.array([[1, 9], [2, 9], [-1, 9]])[:, 0]
+    for array in (
+        symbols,
+        symbols.astype(np.int8),
+        symbols.astype(np.int32),
+        torch.tensor(symbols),
+        symbols[::-1][::-1],
+    ):
+        assert encode(array, [0, 0, 0], TABLES) == by_hand([1, 2, -1], [0, 0, 0], LISTS)
 
 
 def refused_or_written(string: bytes, indexes, tables) -> bool:
@@ -370,6 +403,27 @@ def test_the_coder_is_chosen_for_one_network_and_back():
     assert type(context.gaussian_conditional) is GaussianConditional
     with pytest.raises(FreqdoorError, match="expected a coder of freqdoor, compressai, found rangecoder"):
         use_coder(context, "rangecoder")
+
+
+def test_context_models_of_latent_codecs_are_changed_too():
+    torch.manual_seed(0)
+    codec = RasterScanLatentCodec(
+        gaussian_conditional=GaussianConditional([0.5, 1.0, 4.0]),
+        entropy_parameters=nn.Conv2d(12, 6, 1),
+        context_prediction=MaskedConv2d(3, 6, 5, padding=2),
+    ).eval()
+    codec.gaussian_conditional.update()
+    ours = copy.deepcopy(codec)
+    use_coder(ours)
+    y, params = torch.randn(2, 3, 4, 5) * 4, torch.randn(2, 6, 4, 5)
+    with torch.no_grad():
+        expected, coded = codec.compress(y, params), ours.compress(y, params)
+        assert coded["strings"] == expected["strings"]
+        strings = [coded["strings"][0]] if len(coded["strings"]) == 1 else [[s[0] for s in coded["strings"]]]
+        assert torch.equal(ours.decompress(strings, (4, 5), params)["y_hat"], expected["y_hat"])
+        strings[0][1] += bytes(4)
+        with pytest.raises(FreqdoorError, match="goes on after its last latent"):
+            ours.decompress(strings, (4, 5), params)
 
 
 @pytest.mark.parametrize("architecture", ["lite-hyperprior", "mbt2018"])

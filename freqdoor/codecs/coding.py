@@ -19,7 +19,7 @@ numba compiles the two loops, when something is coded for the first time: some s
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from types import FunctionType, MethodType
 from typing import Any, Literal, NamedTuple, cast, get_args
 from weakref import WeakKeyDictionary
@@ -47,11 +47,12 @@ WORDS_PER_SYMBOL = 2  # at most 16 + 4 (1 + MAX_NIBBLES) = 48 bits
 
 GOOD, BAD_INDEX, BAD_SYMBOL, TOO_SHORT, BAD_ESCAPE, NO_ROOM = range(6)
 FAULTS = {
-    BAD_INDEX: "index {} is in none of the {} rows of the coding tables; the codec's tables or weights are damaged",
-    BAD_SYMBOL: f"latent {{}} is not within 2^{NIBBLE * MAX_NIBBLES - 1} of its table; the codec's weights are damaged",
+    BAD_INDEX: "index {index} is none of the {rows} rows of the coding tables; the codec's weights are damaged",
+    BAD_SYMBOL: f"latent {{symbol}} is not within 2^{NIBBLE * MAX_NIBBLES - 1} of its table; the codec's weights "
+    "are damaged",
     TOO_SHORT: "damaged: a string ends before all latents are decoded",
     BAD_ESCAPE: "damaged: a string holds a latent that no encoder writes",
-}
+}  # and no sentence for NO_ROOM: nothing needs more than WORDS_PER_SYMBOL
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,27 +73,27 @@ def checked_tables(cdfs: object, lengths: object, offsets: object) -> Tables:
     Raises:
         FreqdoorError: sizes that do not belong together, and rows that are no distribution function.
     """
-    table = Tables(_integers(cdfs, "CDFs", 2), _integers(lengths, "lengths", 1), _integers(offsets, "offsets", 1))
-    count, width = table.cdfs.shape
-    if not count == len(table.lengths) == len(table.offsets) > 0:
+    tables = Tables(_integers(cdfs, "CDFs", 2), _integers(lengths, "lengths", 1), _integers(offsets, "offsets", 1))
+    count, width = tables.cdfs.shape
+    if not count == len(tables.lengths) == len(tables.offsets) > 0:
         raise FreqdoorError(
             f"coding tables: expected as many lengths and offsets as CDFs, found {count} CDFs, "
-            f"{len(table.lengths)} lengths and {len(table.offsets)} offsets"
+            f"{len(tables.lengths)} lengths and {len(tables.offsets)} offsets"
         )
     _check_rows(
-        (table.lengths >= 3) & (table.lengths <= width),  # a value and the escape at least
+        (tables.lengths >= 3) & (tables.lengths <= width),  # a value and the escape at least
         f"a length from 3 to the row's {width} entries",
-        table.lengths,
+        tables.lengths,
     )
-    _check_rows(np.abs(table.offsets.astype(np.int64)) <= MAX_OFFSET, f"an offset within {MAX_OFFSET}", table.offsets)
-    last = table.cdfs[np.arange(count), table.lengths - 1]
-    _check_rows(table.cdfs[:, 0] == 0, "a CDF that starts at 0", table.cdfs[:, 0])
+    _check_rows(np.abs(tables.offsets.astype(np.int64)) <= MAX_OFFSET, f"an offset within {MAX_OFFSET}", tables.offsets)
+    last = tables.cdfs[np.arange(count), tables.lengths - 1]
+    _check_rows(tables.cdfs[:, 0] == 0, "a CDF that starts at 0", tables.cdfs[:, 0])
     _check_rows(last == 1 << PRECISION, f"a CDF that ends at {1 << PRECISION}", last)
-    rises = np.diff(table.cdfs.astype(np.int64)) > 0
-    rises |= np.arange(1, width) >= table.lengths[:, None]
+    rises = tables.cdfs[:, 1:] > tables.cdfs[:, :-1]
+    rises |= np.arange(1, width) >= tables.lengths[:, None]
     place = rises.argmin(axis=1) + 1
-    _check_rows(rises.all(axis=1), "a CDF that rises at every entry", table.cdfs[np.arange(count), place])
-    return table
+    _check_rows(rises.all(axis=1), "a CDF that rises at every entry", tables.cdfs[np.arange(count), place])
+    return tables
 
 
 def _integers(values: object, name: str, dimensions: int) -> Integers:
@@ -290,9 +291,7 @@ class Encoder:
             fault, where, position, state = encode_loop(
                 symbols, indexes, tables.cdfs, tables.lengths, tables.offsets, words, position, state
             )
-            if fault == BAD_SYMBOL:
-                raise FreqdoorError(FAULTS[fault].format(symbols[where]))
-            _check(fault, where, indexes, tables)
+            _check(fault, symbols[where : where + 1], indexes[where : where + 1], tables)
         return state.to_bytes(8, "little") + words[position:].astype("<u4").tobytes()
 
     def encode_with_indexes(
@@ -343,7 +342,7 @@ class Decoder:
         fault, where, self._position, self._state = decode_loop(
             self._words, self._position, self._state, indexes, tables.cdfs, tables.lengths, tables.offsets, symbols
         )
-        _check(fault, where, indexes, tables)
+        _check(fault, symbols[where : where + 1], indexes[where : where + 1], tables)
         return symbols
 
     def finish(self) -> None:
@@ -414,12 +413,17 @@ class _Lists:
 
 def _row(values: npt.ArrayLike) -> Integers:
     """Values as a contiguous int32 row."""
-    return np.ascontiguousarray(np.asarray(values, np.int32).reshape(-1))
+    array = np.asarray(values).reshape(-1)
+    row = np.ascontiguousarray(array, np.int32)
+    if array.dtype != np.int32 and (row != array).any():
+        raise FreqdoorError(f"expected latents and indexes as integers of 32 bits, found {array[row != array][0]}")
+    return row
 
 
-def _check(fault: int, where: int, indexes: Integers, tables: Tables) -> None:
+def _check(fault: int, symbol: Integers, index: Integers, tables: Tables) -> None:
+    """Say what a loop stopped at: a symbol and its index."""
     if fault != GOOD:
-        raise FreqdoorError(FAULTS[fault].format(indexes[where], len(tables.lengths)))
+        raise FreqdoorError(FAULTS[fault].format(symbol=symbol[0], index=index[0], rows=len(tables.lengths)))
 
 
 class _Memo(NamedTuple):
@@ -545,6 +549,7 @@ def _buffered(kind: type[nn.Module]) -> dict[str, FunctionType]:
 def _with_our_coder(function: FunctionType) -> Callable[..., Any]:
     """The function with our classes under the names of CompressAI's, and the end of every string checked."""
 
+    @wraps(function)
     def method(*args: Any, **kwargs: Any) -> Any:
         decoders: list[Decoder] = []
 
