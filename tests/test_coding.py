@@ -140,12 +140,16 @@ def test_lists_are_checked_once_and_others_again(monkeypatch):
     assert string == by_hand([0, 0, 0, -1, 0], [0] * 5, LISTS)  # the moved row's 0 is this row's -1
 
 
-@pytest.mark.parametrize("power", [0, 3, 8, 15])
+@pytest.mark.parametrize("power", [0, 2, 3, 8, 15])
 def test_a_word_moves_out_at_the_very_state(power):
-    """Frequencies of 2^p that start at 0 multiply the state by 2^(16 - p): it meets each limit 2^(47 + p) exactly."""
+    """Frequencies 2^p that start at 0 take the state to 2^(47 + p), their limit, and before an escape to 2^59, its."""
     lists = ([[0, 1 << power, 1 << 16]], [3], [0])
-    for count in range(1, 40):
-        assert encode([0] * count, [0] * count, checked_tables(*lists)) == by_hand([0] * count, [0] * count, lists)
+    tables = checked_tables(*lists)
+    for count in range(40):
+        for symbols in ([0] * count, [5, *[0] * count]):
+            string = encode(symbols, [0] * len(symbols), tables)
+            assert string == by_hand(symbols, [0] * len(symbols), lists)
+            assert decode(string, [0] * len(symbols), tables).tolist() == symbols
 
 
 def test_the_costliest_symbols_fit():
