@@ -326,7 +326,7 @@ class Decoder:
         whole = len(string) >= 8 and len(string) % 4 == 0
         state = int.from_bytes(string[:8], "little")
         if not whole or not FIRST_STATE <= state < 1 << 63:
-            raise FreqdoorError(f"damaged: expected a string of the entropy coder, found {len(string)} other bytes")
+            raise FreqdoorError(f"damaged: a string of {len(string)} bytes does not start as an encoder's would")
         self._words = np.frombuffer(string, "<u4", offset=8).astype(np.uint32)
         self._position, self._state = 0, state
 
