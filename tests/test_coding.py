@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from compressai import ans
+from compressai.ans import BufferedRansEncoder
 from compressai.entropy_models import EntropyBottleneck, EntropyModel, GaussianConditional
 from compressai.latent_codecs import RasterScanLatentCodec
 from compressai.layers import MaskedConv2d
@@ -409,6 +410,22 @@ def test_the_coder_is_chosen_for_one_network_and_back():
     assert type(context.gaussian_conditional) is GaussianConditional
     with pytest.raises(FreqdoorError, match="expected a coder of freqdoor, compressai, found rangecoder"):
         use_coder(context, "rangecoder")
+
+
+class OwnContextModel(nn.Module):
+    """A stranger's way to use CompressAI's coder, with a default that is given by name."""
+
+    def code(self, symbols, *, index=0):
+        encoder = BufferedRansEncoder()
+        encoder.encode_with_indexes(symbols, [index] * len(symbols), *LISTS)
+        return type(encoder), encoder.flush()
+
+
+def test_networks_of_ones_own_are_changed_where_they_make_a_coder():
+    net = OwnContextModel()
+    for coder, kind in (("freqdoor", Encoder), ("compressai", BufferedRansEncoder)):
+        use_coder(net, coder)
+        assert net.code([0] * 8) == (kind, by_hand([0] * 8, [0] * 8, LISTS))
 
 
 def test_context_models_of_latent_codecs_are_changed_too():

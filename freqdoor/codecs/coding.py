@@ -12,8 +12,9 @@ of 2 (v - last) for a value v >= last or -2 v - 1 for a v < 0, the lowest first.
 last state and is exhausted when the decoder is back at the encoder's first one, 2^31. Every sequence of symbols has one
 string, so that a string is either what the encoder would write or is refused.
 
-numba compiles the two loops, when something is coded for the first time: some seconds once for an installation (about
-0.5 s afterwards), each time where neither the package's folder nor the user's cache can be written.
+numba compiles the two loops when something is coded for the first time, about 2 s, and keeps the machine code beside
+this file or in the user's cache: later processes take about 0.5 s, most of it numba's import. Where neither can be
+written, each process compiles.
 """
 
 import operator
@@ -517,8 +518,12 @@ def use_coder(net: nn.Module, coder: CoderName = "freqdoor") -> None:
     """Let a network code with this module, or with CompressAI's own coder again; the bitstreams are the same.
 
     It changes this network and its later copies only: the classes of its entropy models, and those methods that use
-    CompressAI's buffered coder themselves, as context models do. Whole strings are checked there too. Entropy models
-    of other classes than CompressAI's two, which no architecture of freqdoor has, keep their coder.
+    CompressAI's buffered coder themselves, as context models do. Whole strings are checked there too. What no
+    architecture of freqdoor has keeps its coder: entropy models of other classes than CompressAI's two, and methods
+    that a class of one's own overrides and calls by super().
+
+    Raises:
+        FreqdoorError: no such coder.
     """
     if coder not in get_args(CoderName):
         raise FreqdoorError(f"expected a coder of {', '.join(get_args(CoderName))}, found {coder}")
