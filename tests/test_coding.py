@@ -20,7 +20,7 @@ from torch import nn
 
 from freqdoor import load_codec, load_image
 from freqdoor.codecs import coding
-from freqdoor.codecs.adapter import ARCHITECTURES
+from freqdoor.codecs.architectures import ARCHITECTURES
 from freqdoor.codecs.coding import Decoder, Encoder, check_tables, checked_tables, decode, encode, tables_of, use_coder
 from freqdoor.errors import FreqdoorError
 
@@ -361,7 +361,7 @@ def test_tables_belong_to_their_entropy_model():
     net.entropy_bottleneck._offset = net.entropy_bottleneck._offset.clone()
     with pytest.raises(FreqdoorError, match="expected 16 rows of 16 bits, found 16 rows of 12 bits"):
         check_tables(net)
-    check_tables(ARCHITECTURES["lite-hyperprior"](**TINY_ARGUMENTS["lite-hyperprior"]))  # no tables before `update`
+    check_tables(ARCHITECTURES["lite-hyperprior"].network(**TINY_ARGUMENTS["lite-hyperprior"]))  # no tables before `update`
 
 
 def test_tables_made_in_inference_mode_are_used_too():

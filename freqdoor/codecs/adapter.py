@@ -12,6 +12,7 @@ from compressai.layers import MaskedConv2d
 from torch import Tensor, nn
 
 from freqdoor.codecs.architectures import ARCHITECTURES, CodecSpec, import_object
+from freqdoor.codecs.coding import check_tables
 from freqdoor.codecs.protocol import (
     SHORTEST,
     Compressed,
@@ -259,6 +260,10 @@ class Codec(nn.Module):
         """Eval mode with coding tables; tables that exist are kept, so that frozen modules stay bit-identical."""
         self.eval()
         self.update(force=False)
+        try:
+            check_tables(self.net)  # what a stranger's file holds goes to native code
+        except FreqdoorError as error:
+            raise FreqdoorError(f"{self.spec.name}: {error}") from None
         mask_contexts(self.net)
         return self
 
