@@ -27,13 +27,13 @@ def main() -> None:
     images = [(path, load_image(path)) for path in paths]
     row = means([measure(codec, x, x, path.name, Condition("vanilla", None))[0] for path, x in images])
     print(
-        f"{arguments.codec} on {len(paths)} images: {row['psnr_db']:.2f} dB at {row['bpp_real']:.4f} bpp "
-        f"(estimated {row['bpp_estimated']:.4f}), {row['encode_seconds']:.2f} s to encode one"
+        f"{arguments.codec} on {len(paths)} images: {row.psnr_db:.2f} dB at {row.bpp_real:.4f} bpp "
+        f"(estimated {row.bpp_estimated:.4f}), {row.encode_seconds:.2f} s to encode one"
     )
     curve = jpeg_curve(paths, QUALITIES)
-    jpeg = float(np.interp(np.log(row["bpp_real"]), [np.log(p.bpp) for p in curve], [p.psnr_db for p in curve]))
-    print(f"JPEG (Pillow, optimised, progressive, 4:2:0) at {row['bpp_real']:.4f} bpp: {jpeg:.2f} dB")
-    print(f"difference: {row['psnr_db'] - jpeg:+.2f} dB")
+    jpeg = float(np.interp(np.log(row.bpp_real), [np.log(p.bpp) for p in curve], [p.psnr_db for p in curve]))
+    print(f"JPEG (Pillow, optimised, progressive, 4:2:0) at {row.bpp_real:.4f} bpp: {jpeg:.2f} dB")
+    print(f"difference: {row.psnr_db - jpeg:+.2f} dB")
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 import freqdoor
-from freqdoor.data import as_picture
 from freqdoor.metrics import psnr, psnr_8bit
 from freqdoor.samples import KODAK
+from freqdoor.types import as_picture
 
 PHOTO = KODAK / "kodim20.png"
 OUT = Path(__file__).parent.parent / "docs/picture.jpg"
