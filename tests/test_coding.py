@@ -361,7 +361,9 @@ def test_tables_belong_to_their_entropy_model():
     net.entropy_bottleneck._offset = net.entropy_bottleneck._offset.clone()
     with pytest.raises(FreqdoorError, match="expected 16 rows of 16 bits, found 16 rows of 12 bits"):
         check_tables(net)
-    check_tables(ARCHITECTURES["lite-hyperprior"].network(**TINY_ARGUMENTS["lite-hyperprior"]))  # no tables before `update`
+    check_tables(
+        ARCHITECTURES["lite-hyperprior"].network(**TINY_ARGUMENTS["lite-hyperprior"])
+    )  # no tables before `update`
 
 
 def test_tables_made_in_inference_mode_are_used_too():

@@ -47,3 +47,4 @@ def decompress(
     """Decode a compressed file; the decoder does not depend on who encoded it."""
     load_torch()
     freqdoor.decompress(file, out, codec=codec, weights=weights)
+    say(f"Picture: {out}")

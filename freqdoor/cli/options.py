@@ -1,6 +1,7 @@
 """What the verbs share: the application, how a function becomes a verb, and the types of options."""
 
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, ParamSpec
@@ -76,6 +77,8 @@ def verb(name: str | None = None) -> Callable[[Callable[P, None]], Callable[P, N
 def load_torch() -> None:
     """Load PyTorch, once the settings are known to be right: it takes seconds."""
     note("loading PyTorch")
+    # threads that wait for each other spin only briefly: on a busy machine they would take the time of those at work
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     import numpy
     import torch
 

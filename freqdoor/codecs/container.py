@@ -55,7 +55,9 @@ def unpack(content: bytes, codec: Codec) -> Bitstream:
     if zlib.crc32(body) != CHECKSUM.unpack(content[-CHECKSUM.size :])[0]:
         raise FreqdoorError("damaged or truncated: the checksum does not match")
     if codec_hash != bytes.fromhex(codec.decoder_hash)[:16]:
-        raise FreqdoorError(f"was compressed for another decoder than {codec.spec.name}; pass the codec that wrote it")
+        raise FreqdoorError(
+            f"was compressed for another decoder than {codec.spec.name}; pass the codec that wrote it (--codec, --weights)"
+        )
     if (
         not 0 < height * width <= MAX_PIXELS
         or (latent_height, latent_width) != codec.latent_shape((height, width))
