@@ -56,7 +56,7 @@ def unpack(content: bytes, codec: Codec) -> Bitstream:
         raise FreqdoorError("damaged or truncated: the checksum does not match")
     if codec_hash != bytes.fromhex(codec.decoder_hash)[:16]:
         raise FreqdoorError(
-            f"was compressed for another decoder than {codec.spec.name}; pass the codec that wrote it (--codec, --weights)"
+            f"was compressed for another decoder than {codec.spec.name}; pass the codec that wrote it with --codec"
         )
     if (
         not 0 < height * width <= MAX_PIXELS
