@@ -7,10 +7,11 @@ import pytest
 from conftest import natural, write_png
 from factories import tiny
 
-from freqdoor import compress, decompress, load_codec, load_image
+from freqdoor import compress, decompress, load_codec, load_image, save_codec
 from freqdoor.codecs.architectures import ARCHITECTURES
 from freqdoor.codecs.container import pack, unpack
 from freqdoor.errors import FreqdoorError
+from freqdoor.samples import BUNDLED
 from freqdoor.types import to_uint8
 
 
@@ -105,3 +106,26 @@ def test_crafted_headers_with_a_valid_checksum(architecture, changes):
 def test_other_formats(codec):
     with pytest.raises(FreqdoorError, match="another format"):
         unpack(b"\x89PNG....", codec)
+
+
+def test_a_file_shorter_than_header_and_checksum_is_said_to_be_short(content, codec):
+    shortest = struct.calcsize("<4sH16s4IH") + struct.calcsize("<I")
+    for length in (4, shortest - 1):
+        with pytest.raises(FreqdoorError, match=f"truncated: {length} bytes are less than a header"):
+            unpack(content[:length], codec)
+    with pytest.raises(FreqdoorError, match="checksum"):
+        unpack(content[:shortest], codec)
+
+
+def test_one_pixel_is_an_image(codec):
+    bitstream = codec.compress(natural(1, 1, 1))[0]
+    assert unpack(pack(bitstream, codec), codec) == bitstream
+
+
+def test_a_codec_that_calls_itself_tampered_is_announced(tmp_path, codec, recwarn):
+    source = write_png(tmp_path / "x.png", natural(1, 64, 64))
+    for tampered in (False, True):
+        save_codec(load_codec(BUNDLED), tmp_path / "c.safetensors", tampered=tampered)
+        compress(source, tmp_path / "x.fqd", str(tmp_path / "c.safetensors"))
+        said = [str(warning.message) for warning in recwarn.list]
+        assert [text.endswith("its encoder was tampered with") for text in said] == [True] * tampered
