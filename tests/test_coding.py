@@ -24,6 +24,8 @@ from freqdoor.codecs.architectures import ARCHITECTURES
 from freqdoor.codecs.coding import Decoder, Encoder, check_tables, checked_tables, decode, encode, tables_of, use_coder
 from freqdoor.errors import FreqdoorError
 
+pytestmark = pytest.mark.whole
+
 KODAK = Path(coding.__file__).parent.parent / "assets/kodak"
 LISTS = ([[0, 1, 40_000, 65_535, 65_536], [0, 65_535, 65_536, 7, 7]], [5, 3], [-1, 10])  # what lies beyond is not read
 TABLES = checked_tables(*LISTS)
