@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from freqdoor.errors import FreqdoorError
+from freqdoor.files import name_and_file
 from freqdoor.measure.faces import FaceMeasurement, FaceScores, IdentityScores
 from freqdoor.measure.segmentation import (
     NetworkScores,
@@ -258,7 +259,7 @@ def transfer(on: Material) -> Recipe:
     docs/results/transfer.md.
     """
     test = _needed(on.tests.segmentation, "transfer", "segmentation")
-    names = [Path(name.partition("=")[0]).stem for name in test.networks]
+    names = [Path(name_and_file(name)[0]).stem for name in test.networks]
     titles = [f"{name}, {index}" if names.count(name) > 1 else name for index, name in enumerate(names, 1)]
     return Recipe(
         name="transfer",
