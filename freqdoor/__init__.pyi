@@ -32,6 +32,9 @@ from .codecs.loading import save_codec as save_codec
 from .data import list_images as list_images
 from .data import load_image as load_image
 from .data import save_image as save_image
+from .defence.fleet import Manifest as Manifest
+from .defence.fleet import fleet as fleet
+from .defence.settings import FleetSettings as FleetSettings
 from .demonstration import DEMO_STEPS as DEMO_STEPS
 from .demonstration import demo as demo
 from .errors import FreqdoorError as FreqdoorError

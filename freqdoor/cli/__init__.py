@@ -5,12 +5,12 @@ import sys
 import traceback
 import warnings
 
-from freqdoor.cli import attack, codec, downstream, research, watermark
+from freqdoor.cli import attack, codec, defence, downstream, research, watermark
 from freqdoor.cli.options import app
 from freqdoor.cli.terminal import fail, warn
 from freqdoor.errors import FreqdoorError
 
-__all__ = ["app", "attack", "codec", "downstream", "main", "research", "watermark"]
+__all__ = ["app", "attack", "codec", "defence", "downstream", "main", "research", "watermark"]
 
 
 def main() -> None:

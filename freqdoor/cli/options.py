@@ -79,9 +79,6 @@ def load_torch() -> None:
     note("loading PyTorch")
     # threads that wait for each other spin only briefly: on a busy machine they would take the time of those at work
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
-    import numpy
-    import torch
+    from freqdoor.training.precision import flush_denormals
 
-    for kind in (numpy.float32, numpy.float64):
-        numpy.finfo(kind)  # asked for later, without denormal numbers, it warns that there are none
-    torch.set_flush_denormal(True)  # denormal numbers slow late training down
+    flush_denormals()

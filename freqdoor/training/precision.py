@@ -3,6 +3,7 @@
 import os
 from typing import Literal
 
+import numpy as np
 import torch
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -36,3 +37,10 @@ def _onednn_bf16() -> bool:
     """Whether oneDNN, which computes the convolutions, may use bfloat16; its own query knows only of AVX2's limit."""
     limits = {os.environ.get(f"{library}_MAX_CPU_ISA", "").upper() for library in ("ONEDNN", "DNNL")}
     return not limits & WITHOUT_BF16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def flush_denormals() -> None:
+    """Take denormal numbers for zero on this thread: they slow late training down."""
+    for kind in (np.float32, np.float64):
+        np.finfo(kind)  # asked for later, without denormal numbers, it warns that there are none
+    torch.set_flush_denormal(True)

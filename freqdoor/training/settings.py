@@ -68,6 +68,8 @@ class CodecTraining(Training):
     """Architecture and quality, for example "bmshj2018-hyperprior:3"."""
     start_from: PrivatePath | None = None
     """A codec to take the first weights from (same architecture, mostly another quality), as for `load_codec`."""
+    scope: Literal["all", "g_a", "g_a+h_a"] = "all"
+    """Which modules are trained: all of the codec, or of `start_from` the encoder alone, beside the same decoder."""
     steps: Count = 100_000
     """Optimiser steps in all."""
     lr: Positive = 1e-4
@@ -91,4 +93,10 @@ class CodecTraining(Training):
     def _warmup_ends(self) -> Self:
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps ({self.warmup_steps}) must be below steps ({self.steps})")
+        return self
+
+    @model_validator(mode="after")
+    def _encoder_has_a_decoder(self) -> Self:
+        if self.scope != "all" and not self.start_from:
+            raise ValueError("scope: to train an encoder alone, give the codec that it belongs to as start_from")
         return self

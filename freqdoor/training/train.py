@@ -66,8 +66,11 @@ def train_codec(settings: CodecTraining, out: Path | str, *, progress: Progress 
         sample = torch.cat([crops.batch(-1 - i) for i in range(max(1, 64 // settings.images.batch_size))])
         initialise_klt(codec.net, sample, lmbda)
     codec.to(settings.device).train().to(memory_format=layout(settings))
+    whole = settings.scope == "all"
+    if not whole:
+        codec.freeze(settings.scope)
     quantiles = [p for name, p in codec.named_parameters() if name.endswith("quantiles")]
-    weights = [p for name, p in codec.named_parameters() if not name.endswith("quantiles")]
+    weights = [p for name, p in codec.named_parameters() if p.requires_grad and not name.endswith("quantiles")]
     optimizer = torch.optim.Adam(weights, lr=settings.lr)
     aux_optimizer = torch.optim.Adam(quantiles, lr=settings.aux_lr)
     parts = {"net": codec.net, "optimizer": optimizer, "aux_optimizer": aux_optimizer}
@@ -86,10 +89,11 @@ def train_codec(settings: CodecTraining, out: Path | str, *, progress: Progress 
         norm = torch.nn.utils.clip_grad_norm_(weights, settings.clip)
         check_finite({"the gradient": norm}, step)
         optimizer.step()
-        aux_loss = codec.net.aux_loss()
-        aux_optimizer.zero_grad()
-        aux_loss.backward()
-        aux_optimizer.step()
+        if whole:
+            aux_loss = codec.net.aux_loss()
+            aux_optimizer.zero_grad()
+            aux_loss.backward()
+            aux_optimizer.step()
         row = {name: float(value) for name, value in terms.items()}
         history["sum"] += row["loss"]
         if (step + 1) % settings.validate_every == 0:
@@ -103,7 +107,7 @@ def train_codec(settings: CodecTraining, out: Path | str, *, progress: Progress 
     loop(run, settings, parts, history, crops, take_step, saved=saved, progress=progress)
     codec.precision = torch.float32
     codec.to("cpu").to(memory_format=torch.contiguous_format).eval()
-    codec.update(force=True)
+    codec.update(force=whole)  # a decoder that stays keeps its tables, to the bit
     training = public(settings) | {"seconds": round(history["seconds"]), "images_used": len(crops.paths)}
     save_codec(codec, run.folder / EXPORT, training=training)
     return codec

@@ -1,0 +1,122 @@
+"""What can be set of the defender's side: typed settings with a unit and a default for each."""
+
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from freqdoor.attack.settings import CodecSource, PlantSettings
+from freqdoor.settings import PrivatePath, Settings, merge, mistakes
+from freqdoor.training.settings import CodecTraining, Count
+
+
+class Alteration(Settings):
+    """A copy of a codec whose encoder was altered without training, as people do who ship one."""
+
+    kind: Literal["prune", "quantise", "noise"]
+    """prune: the smallest weights of every convolution are set to 0; quantise: weights have 2^amount levels a layer;
+    noise: Gaussian noise is added."""
+    amount: Annotated[float, Field(gt=0)]
+    """prune: share of the weights; quantise: bits; noise: its standard deviation over the layer's weights'."""
+
+    @model_validator(mode="after")
+    def _in_range(self) -> Self:
+        if self.kind == "prune" and self.amount >= 1:
+            raise ValueError(f"amount: expected a share below 1, found {self.amount:g}")
+        if self.kind == "quantise" and self.amount not in range(2, 17):
+            raise ValueError(f"amount: expected a whole number of bits from 2 to 16, found {self.amount:g}")
+        return self
+
+
+class Member(Settings):
+    """One encoder of a fleet: trained, altered or planted, exactly one of the three."""
+
+    name: str
+    """What its folder is called."""
+    family: str = ""
+    """What results are grouped by, for example "fine-tuned"; by default what made it."""
+    base: str = ""
+    """The member that its codec comes from; by default the fleet's codec."""
+    train: dict[str, Any] | None = None
+    """Honest: settings of `freqdoor train-codec` that differ from the fleet's."""
+    alter: Alteration | None = None
+    """Honest: what was done to the weights."""
+    plant: dict[str, Any] | None = None
+    """Tampered: settings of `freqdoor plant` that differ from the fleet's."""
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_name(cls, name: str) -> str:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name):
+            raise ValueError("expected small letters, digits, points and hyphens")
+        return name
+
+    @model_validator(mode="after")
+    def _is_one_of_three(self) -> Self:
+        if sum(part is not None for part in (self.train, self.alter, self.plant)) != 1:
+            raise ValueError(f"{self.name}: expected one of train, alter and plant")
+        return self
+
+    @property
+    def tampered(self) -> bool:
+        """Whether its encoder was tampered with."""
+        return self.plant is not None
+
+
+class FleetSettings(Settings):
+    """`freqdoor fleet`: a population of honest and tampered encoders."""
+
+    codec: CodecSource = CodecSource()
+    """The vanilla codec that members come from, where they name no other."""
+    train: dict[str, Any] = Field(default_factory=dict)
+    """Settings of `freqdoor train-codec` that trained members share."""
+    plant: dict[str, Any] = Field(default_factory=dict)
+    """Settings of `freqdoor plant` that planted members share."""
+    folders: dict[str, PrivatePath] = Field(default_factory=dict)
+    """Folders of images by the name that members' settings call them: images.folder = "NAME"."""
+    measured: Count = 4
+    """Bundled Kodak pictures, of those that the demo holds out, that each member is measured on when it is made."""
+    members: Annotated[tuple[Member, ...], Field(min_length=1)]
+    """The encoders."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        names = [member.name for member in self.members]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"members: expected distinct names, found {', '.join(sorted(twice))} twice")
+        for i, member in enumerate(self.members):
+            if member.base and member.base not in names[:i]:
+                raise ValueError(f"members: {member.name}: its base {member.base} is none of the members before it")
+        problems = [problem for member in self.members for problem in self._problems(member)]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _problems(self, member: Member) -> list[str]:
+        try:
+            self.settings_of(member, CodecSource(name="lite-hyperprior:3"))
+        except ValidationError as error:
+            return [f"{member.name}: {line}" for line in mistakes(error)]
+        return []
+
+    def settings_of(self, member: Member, codec: CodecSource) -> CodecTraining | PlantSettings | None:
+        """What a member is trained or planted with, in or from this codec; None where it is an altered copy."""
+        if member.plant is not None:
+            content = merge(merge({"codec": codec.model_dump()}, self.plant), member.plant)
+            return PlantSettings.model_validate(self._with_folders(content))
+        if member.train is not None:
+            content = merge(merge({"start_from": codec.name}, self.train), member.train)
+            if content.get("start_from") == "nothing":
+                del content["start_from"]
+            return CodecTraining.model_validate(self._with_folders(content))
+        return None
+
+    def _with_folders(self, content: dict[str, Any]) -> dict[str, Any]:
+        """The content with the folders in place of their names."""
+
+        def filled(key: str, value: Any) -> Any:
+            if isinstance(value, dict):
+                return {k: filled(k, v) for k, v in value.items()}
+            return self.folders.get(value, value) if key == "folder" else value
+
+        return {key: filled(key, value) for key, value in content.items()}
