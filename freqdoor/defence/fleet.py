@@ -103,6 +103,8 @@ def fleet(
     wanted = _with_bases(settings, only or names)
     done = {name: facts for name in names if (facts := _made(tasks[name])) is not None}
     problems: dict[str, str] = {}
+    if note:
+        note(f"{len(wanted - done.keys())} members to make")
     for name, outcome in _make([tasks[name] for name in names if name in wanted and name not in done], done, jobs):
         if isinstance(outcome, MemberFacts):
             done[name] = outcome
@@ -229,7 +231,7 @@ def _member(task: _Task) -> MemberFacts:
         tampered=task.member.tampered,
         architecture=tampered.spec.architecture,
         made_with=task.made_with,
-        settings=public(made) if made else {"alter": task.member.alter.model_dump() if task.member.alter else None},
+        settings=json.loads(json.dumps(public(made or task.member))),
         file=EXPORT,
         module_hashes=tampered.module_hashes(),
         clean=answer(tampered, [(x, x) for x in pictures]),
