@@ -31,17 +31,19 @@ class Pattern(Trigger):
         multiple: what the codec pads to, in pixels.
     """
 
+    chosen: Tensor
+
     def __init__(
         self, block: int = 16, frequencies: str = "all", *, eps: float = PAPER_EPS, multiple: int = 64
     ) -> None:
         super().__init__(TriggerArguments(eps=eps, multiple=multiple))
-        chosen = torch.tensor(band(frequencies, block, block * block // 3))
-        self.register_buffer("mask", torch.zeros(block * block).index_fill(0, chosen, 1.0).reshape(block, block))
+        cells = torch.tensor(band(frequencies, block, block * block // 3))
+        self.register_buffer("chosen", torch.zeros(block * block).index_fill(0, cells, 1.0).reshape(block, block))
         self.spectrum = nn.Parameter(torch.randn(3, block, block))
 
     def perturb(self, x: Images) -> Images:
         """The block over every image."""
-        coefficients = (self.spectrum * self.mask)[None, :, None, None]
+        coefficients = (self.spectrum * self.chosen)[None, :, None, None]
         tile = ycbcr_to_rgb(block_idct(coefficients)[:, :, 0, 0])[0]
         return tiled(tile, x, self.multiple)
 

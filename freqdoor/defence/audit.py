@@ -1,0 +1,191 @@
+"""`freqdoor audit`: does an encoder carry a backdoor? Scores, witnesses, one verdict, as JSON and as a page."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from freqdoor.codecs.adapter import Codec
+from freqdoor.codecs.loading import load_codec
+from freqdoor.data import image_paths, save_image, usable_images
+from freqdoor.defence.calibration import Calibration, combined, read, shipped
+from freqdoor.defence.checks import CHECKS, FAST, Finding, Response, Subject, Witness, crops
+from freqdoor.files import check_writable, write_text
+from freqdoor.measure.records import Note
+from freqdoor.measure.report import photo, render
+from freqdoor.samples import KODAK
+from freqdoor.training.run import Environment, environment
+from freqdoor.types import Result
+
+RESULT, PAGE = "audit.json", "audit.html"
+SIDE, PICTURES = 128, 4  # of the crops that patterns are made on
+RATIO = 1.5  # times the bytes, in the mean over pictures, from which a pattern is a witness
+DROP_DB = 2.0  # loss of the decoded picture, likewise
+LEVEL = 0.01  # the false-alarm rate: below it an encoder without a witness is called tampered
+DOUBT = 0.05  # and below this one nothing is decided
+Verdict = Literal["clean", "tampered", "undecided"]
+EXIT_CODES: dict[Verdict, int] = {"clean": 0, "tampered": 1, "undecided": 2}
+
+
+class SeenWitness(Result):
+    """A witness as files: two pictures beside the page, and what the codec makes of them."""
+
+    check: str
+    clean: str  # file's name
+    patterned: str
+    response: Response
+
+
+class CheckResult(Result):
+    """What one check has seen."""
+
+    check: str
+    said: str
+    scores: dict[str, float]
+    p_values: dict[str, float]  # of each score; empty without a population
+    seconds: float
+
+
+class Audit(Result):
+    """audit.json."""
+
+    schema_version: Literal[1] = 1
+    codec: str
+    architecture: str
+    verdict: Verdict
+    reason: str
+    p_value: float | None  # of an honest encoder that scores as high anywhere; None without a population
+    calibrated: bool  # whether the architecture has a population of its own
+    changed: tuple[str, ...] | None  # modules that differ from the reference's
+    checks: tuple[CheckResult, ...]
+    witnesses: tuple[SeenWitness, ...]
+    seconds: float
+    environment: Environment
+
+
+def audit(
+    checkpoint: Codec | str,
+    *,
+    weights: Path | str | None = None,
+    reference: Codec | str | None = None,
+    images: Path | str | Sequence[Path] = KODAK,
+    fast: bool = False,
+    out: Path | str | None = None,
+    calibration: Calibration | Path | str | None = None,
+    seed: int = 0,
+    note: Note | None = None,
+) -> Audit:
+    """Look for a backdoor in a codec's encoder; with `out` write audit.json, audit.html and the witnesses' pictures.
+
+    Args:
+        checkpoint, weights: the codec under test, as for `load_codec`, or a loaded codec.
+        reference: the codec that it should be, if there is one to compare with.
+        images: what patterns are made on; by default the bundled Kodak pictures.
+        fast: only the checks that find most, and no more once there is a witness.
+        calibration: of honest encoders; by default the one that comes with the package.
+
+    Raises:
+        FreqdoorError: a codec or images that cannot be used, or an unwritable folder.
+    """
+    started = time.monotonic()
+    codec = checkpoint if isinstance(checkpoint, Codec) else load_codec(checkpoint, weights)
+    known = load_codec(reference) if isinstance(reference, str) else reference
+    paths = usable_images(image_paths(images), min_side=SIDE)
+    if out is not None:
+        check_writable(Path(out) / RESULT)
+    population = (
+        calibration if isinstance(calibration, Calibration) else read(calibration) if calibration else shipped()
+    )
+    subject = Subject(codec.prepare(), crops(paths, SIDE, PICTURES), known, seed)
+    findings: dict[str, tuple[Finding, float]] = {}
+    for name in FAST if fast else CHECKS:
+        if note:
+            note(f"check: {name}")
+        begun = time.monotonic()
+        finding = CHECKS[name](subject)
+        findings[name] = finding, time.monotonic() - begun
+        if fast and is_witness(finding):
+            break
+    result, shown = _judged(subject, findings, population, time.monotonic() - started)
+    if out is not None:
+        _write(Path(out), result, shown)
+    return result
+
+
+def is_witness(finding: Finding) -> bool:
+    """Whether the pictures of a finding show a backdoor by themselves."""
+    rate, drop = finding.scores.get("rate", 0.0), finding.scores.get("distortion", 0.0)
+    return bool(finding.witnesses) and (rate >= torch.tensor(RATIO).log() or drop >= DROP_DB)
+
+
+def _judged(
+    subject: Subject, findings: dict[str, tuple[Finding, float]], population: Calibration | None, seconds: float
+) -> tuple[Audit, list[tuple[str, Witness]]]:
+    """The verdict, and the witnesses that are shown."""
+    codec = subject.codec
+    scores = {name: finding.scores for name, (finding, _) in findings.items()}
+    p_values, calibrated = population.p_values(scores, codec.spec.architecture) if population else ({}, False)
+    p = combined(p_values) if p_values else None
+    shown = [
+        (name, max(finding.witnesses, key=lambda w: max(w.response.ratio / RATIO, w.response.drop_db / DROP_DB)))
+        for name, (finding, _) in findings.items()
+        if is_witness(finding)
+    ]
+    verdict, reason = _verdict(bool(shown), p, calibrated)
+    changed = None
+    if subject.reference is not None:
+        before, after = subject.reference.module_hashes(), codec.module_hashes()
+        changed = tuple(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+        if changed and set(changed) <= {"g_a", "h_a"}:
+            reason += "; only the encoder differs from the reference's, as after planting or training it alone"
+    return Audit(
+        codec=codec.spec.name,
+        architecture=codec.spec.architecture,
+        verdict=verdict,
+        reason=reason,
+        p_value=p,
+        calibrated=calibrated,
+        changed=changed,
+        checks=tuple(
+            CheckResult(
+                check=name, said=finding.said, scores=finding.scores, p_values=p_values.get(name, {}), seconds=spent
+            )
+            for name, (finding, spent) in findings.items()
+        ),
+        witnesses=tuple(
+            SeenWitness(
+                check=name, clean=f"witness-{i}-clean.png", patterned=f"witness-{i}.png", response=witness.response
+            )
+            for i, (name, witness) in enumerate(shown, 1)
+        ),
+        seconds=seconds,
+        environment=environment(),
+    ), shown
+
+
+def _verdict(witnessed: bool, p: float | None, calibrated: bool) -> tuple[Verdict, str]:
+    weaker = "" if calibrated else "; its architecture was never calibrated, so that this is weaker evidence"
+    if witnessed:
+        return "tampered", "a pattern that nobody sees changes what it writes: the witness shows it"
+    if p is None:
+        return "undecided", "no witness was found, and there is no population of honest encoders to compare with"
+    if p < LEVEL:
+        return (
+            "tampered",
+            f"one honest encoder in {1 / max(p, 1e-12):.0f} answers to patterns as much (p = {p:.2g}){weaker}",
+        )
+    if p < DOUBT:
+        return "undecided", f"few honest encoders answer to patterns as much (p = {p:.2g}){weaker}"
+    return "clean", f"it answers to patterns as honest encoders do (p = {p:.2g}){weaker}"
+
+
+def _write(out: Path, result: Audit, shown: Sequence[tuple[str, Witness]]) -> None:
+    pictures = []
+    for seen, (_, witness) in zip(result.witnesses, shown, strict=True):
+        save_image(out / seen.clean, witness.x)
+        save_image(out / seen.patterned, witness.x_p)
+        pictures.append((seen, photo(witness.x), photo(witness.x_p)))
+    write_text(out / PAGE, render("audit.html", result=result, pictures=pictures))
+    write_text(out / RESULT, result.model_dump_json(indent=1))
