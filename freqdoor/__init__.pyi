@@ -32,6 +32,9 @@ from .codecs.loading import save_codec as save_codec
 from .data import list_images as list_images
 from .data import load_image as load_image
 from .data import save_image as save_image
+from .defence.audit import Audit as Audit
+from .defence.audit import audit as audit
+from .defence.calibration import calibrate_audit as calibrate_audit
 from .defence.fleet import Manifest as Manifest
 from .defence.fleet import fleet as fleet
 from .defence.settings import FleetSettings as FleetSettings

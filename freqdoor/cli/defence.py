@@ -1,4 +1,4 @@
-"""The verbs of the defender: fleet."""
+"""The verbs of the defender: fleet, audit, calibrate-audit."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,8 +6,9 @@ from typing import Annotated
 import typer
 
 import freqdoor
-from freqdoor.cli.options import Out, Overrides, load_torch, verb
+from freqdoor.cli.options import Out, Overrides, Weights, load_torch, verb
 from freqdoor.cli.terminal import note, say
+from freqdoor.samples import KODAK
 from freqdoor.settings import load_settings
 
 
@@ -26,3 +27,49 @@ def fleet(
     manifest = freqdoor.fleet(settings, out, jobs=jobs, only=names, note=note)
     honest, tampered = (len(manifest.named(tampered=kind)) for kind in (False, True))
     say(f"{honest} honest and {tampered} tampered encoders: {out / 'fleet.json'}")
+
+
+@verb()
+def audit(
+    checkpoint: Annotated[str, typer.Argument(help="name:quality, a checkpoint file, or package.module:factory.")],
+    weights: Weights = None,
+    reference: Annotated[str | None, typer.Option(help="The codec that it should be, to compare modules with.")] = None,
+    images: Annotated[Path, typer.Option(help="Images to make patterns on; by default Kodak's.")] = KODAK,
+    fast: Annotated[bool, typer.Option("--fast", help="The checks that find most; stop at the first witness.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for audit.html, audit.json and the witnesses.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="What honest encoders score, of calibrate-audit.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the patterns' beginnings.")] = 0,
+) -> None:
+    """Does this encoder carry a backdoor? Exit code 0 clean, 1 tampered, 2 undecided."""
+    load_torch()
+    result = freqdoor.audit(
+        checkpoint,
+        weights=weights,
+        reference=reference,
+        images=images,
+        fast=fast,
+        out=out,
+        calibration=calibration,
+        seed=seed,
+        note=note,
+    )
+    for row in result.checks:
+        say(f"{row.check}: {row.said}")
+    say(f"{result.codec}: {result.verdict}: {result.reason}")
+    if out is not None:
+        say(f"Report: {out / 'audit.html'}")
+    raise typer.Exit(result.exit_code)
+
+
+@verb("calibrate-audit")
+def calibrate_audit(
+    fleets: Annotated[list[Path], typer.Argument(help="Folders that `freqdoor fleet` wrote.")],
+    out: Annotated[Path, typer.Option(help="JSON file to write.")],
+    jobs: Annotated[int, typer.Option(help="Members scored side by side, one thread each.")] = 1,
+) -> None:
+    """Measure what honest encoders score, for `freqdoor audit --calibration`."""
+    load_torch()
+    calibration = freqdoor.calibrate_audit(fleets, out, jobs=jobs, note=note)
+    for population in calibration.populations:
+        say(f"{population.architecture}: {len(population.members)} honest encoders")
+    say(f"Calibration: {out}")

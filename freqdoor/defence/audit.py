@@ -1,17 +1,16 @@
 """`freqdoor audit`: does an encoder carry a backdoor? Scores, witnesses, one verdict, as JSON and as a page."""
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from freqdoor.codecs.adapter import Codec
 from freqdoor.codecs.loading import load_codec
 from freqdoor.data import image_paths, save_image, usable_images
 from freqdoor.defence.calibration import Calibration, combined, read, shipped
-from freqdoor.defence.checks import CHECKS, FAST, Finding, Response, Subject, Witness, crops
+from freqdoor.defence.checks import CHECKS, FAST, PICTURES, SIDE, Finding, Response, Subject, Witness, crops
 from freqdoor.files import check_writable, write_text
 from freqdoor.measure.records import Note
 from freqdoor.measure.report import photo, render
@@ -20,7 +19,6 @@ from freqdoor.training.run import Environment, environment
 from freqdoor.types import Result
 
 RESULT, PAGE = "audit.json", "audit.html"
-SIDE, PICTURES = 128, 4  # of the crops that patterns are made on
 RATIO = 1.5  # times the bytes, in the mean over pictures, from which a pattern is a witness
 DROP_DB = 2.0  # loss of the decoded picture, likewise
 LEVEL = 0.01  # the false-alarm rate: below it an encoder without a witness is called tampered
@@ -64,6 +62,11 @@ class Audit(Result):
     seconds: float
     environment: Environment
 
+    @property
+    def exit_code(self) -> int:
+        """What `freqdoor audit` ends with."""
+        return EXIT_CODES[self.verdict]
+
 
 def audit(
     checkpoint: Codec | str,
@@ -95,9 +98,7 @@ def audit(
     paths = usable_images(image_paths(images), min_side=SIDE)
     if out is not None:
         check_writable(Path(out) / RESULT)
-    population = (
-        calibration if isinstance(calibration, Calibration) else read(calibration) if calibration else shipped()
-    )
+    population = read(calibration) if isinstance(calibration, Path | str) else calibration or shipped()
     subject = Subject(codec.prepare(), crops(paths, SIDE, PICTURES), known, seed)
     findings: dict[str, tuple[Finding, float]] = {}
     for name in FAST if fast else CHECKS:
@@ -117,7 +118,7 @@ def audit(
 def is_witness(finding: Finding) -> bool:
     """Whether the pictures of a finding show a backdoor by themselves."""
     rate, drop = finding.scores.get("rate", 0.0), finding.scores.get("distortion", 0.0)
-    return bool(finding.witnesses) and (rate >= torch.tensor(RATIO).log() or drop >= DROP_DB)
+    return bool(finding.witnesses) and (rate >= math.log(RATIO) or drop >= DROP_DB)
 
 
 def _judged(

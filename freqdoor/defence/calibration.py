@@ -1,22 +1,39 @@
 """What honest encoders score, and how far beyond them an encoder is: p-values of an audit."""
 
 import math
+import multiprocessing
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from scipy import stats  # type: ignore[import-untyped]
 
-from freqdoor.samples import ASSETS
+from freqdoor.codecs.loading import load_codec
+from freqdoor.defence.checks import CHECKS, PICTURES, SIDE, Subject, crops
+from freqdoor.defence.fleet import MANIFEST, Manifest, MemberFacts, on_one_thread
+from freqdoor.errors import FreqdoorError
+from freqdoor.files import check_writable, write_text
+from freqdoor.measure.records import Note
+from freqdoor.samples import ASSETS, pictures
 from freqdoor.types import Result
 
 SHIPPED = ASSETS / "audit.json"
 RANDOM = "random"  # the check that the others are set against where no population is known
 NARROWEST = {"rate": 0.01, "distortion": 0.05, "gain": 0.1}  # standard deviations that no population falls below
 LEAST = 5  # encoders that make a population
+SCORES = "scores.json"  # in a member's folder
 
 Scores = Mapping[str, Mapping[str, float]]  # by check, then by measure
+
+
+class MemberScores(Result):
+    """scores.json: what the checks of an audit give for a fleet's member."""
+
+    schema_version: Literal[1] = 1
+    module_hashes: dict[str, str]
+    scores: dict[str, dict[str, float]]  # by check, then by measure
 
 
 class Population(Result):
@@ -83,9 +100,80 @@ def combined(p_values: Mapping[str, Mapping[str, float]]) -> float:
 
 def shipped() -> Calibration | None:
     """The calibration that comes with the package."""
-    return Calibration.read(SHIPPED, "an audit's calibration") if SHIPPED.exists() else None
+    return read(SHIPPED) if SHIPPED.exists() else None
 
 
 def read(path: Path | str) -> Calibration:
     """The calibration in a file; FreqdoorError if it is none."""
     return Calibration.read(Path(path), "an audit's calibration")
+
+
+def calibrate_audit(
+    fleets: Sequence[Path | str], out: Path | str, *, jobs: int = 1, note: Note | None = None
+) -> Calibration:
+    """Score every second honest member of fleets, and write what `audit` compares with; the others are for judging it.
+
+    Scores are kept beside each member, so that the same call goes on.
+
+    Args:
+        fleets: folders that `fleet` wrote.
+        jobs: members scored side by side, one thread each.
+
+    Raises:
+        FreqdoorError: no fleet, or too few honest members in all of them.
+    """
+    populations: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
+    check_writable(Path(out))
+    for folder in map(Path, fleets):
+        for member, row in scores_of_fleet(folder, half=0, tampered=False, jobs=jobs, note=note).values():
+            populations.setdefault(member.architecture, {})[f"{folder.name}/{member.name}"] = row
+    calibration = Calibration(
+        populations=tuple(
+            Population(architecture=architecture, members=tuple(rows), scores=tuple(rows.values()))
+            for architecture, rows in populations.items()
+        )
+    )
+    if sum(len(p.scores) for p in calibration.populations) < LEAST:
+        raise FreqdoorError(f"{', '.join(map(str, fleets))}: expected {2 * LEAST} honest members or more")
+    write_text(Path(out), calibration.model_dump_json(indent=1))
+    return calibration
+
+
+def scores_of_fleet(
+    folder: Path, *, half: int | None = None, tampered: bool | None = None, jobs: int = 1, note: Note | None = None
+) -> dict[str, tuple[MemberFacts, dict[str, dict[str, float]]]]:
+    """The scores of a fleet's members by name, measured now where they are not there yet.
+
+    Args:
+        half: of the honest and of the tampered members every second one, from the first (0) or the second (1) on.
+        tampered: only these members, or only the honest ones.
+    """
+    manifest = Manifest.read(folder / MANIFEST, "the manifest of a fleet")
+    kinds = [manifest.named(tampered=kind) for kind in (False, True) if tampered in (None, kind)]
+    members = [member for kind in kinds for member in (kind if half is None else kind[half::2])]
+    scores: dict[str, tuple[MemberFacts, dict[str, dict[str, float]]]] = {}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=on_one_thread) as pool:
+        futures = {pool.submit(_member_scores, folder / member.name, member): member for member in members}
+        try:
+            for future in as_completed(futures):
+                member = futures[future]
+                scores[member.name] = member, future.result()
+                if note:
+                    note(f"{member.name}: scored ({len(scores)} of {len(members)})")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return {member.name: scores[member.name] for member in members}
+
+
+def _member_scores(folder: Path, member: MemberFacts) -> dict[str, dict[str, float]]:
+    path = folder / SCORES
+    if path.exists():
+        kept = MemberScores.read(path, "scores of a fleet's member")
+        if kept.module_hashes == member.module_hashes and kept.scores.keys() == CHECKS.keys():
+            return kept.scores
+    subject = Subject(load_codec(str(folder / member.file)).prepare(), crops(pictures(), SIDE, PICTURES))
+    scores = {name: check(subject).scores for name, check in CHECKS.items()}
+    write_text(path, MemberScores(module_hashes=member.module_hashes, scores=scores).model_dump_json(indent=1))
+    return scores

@@ -22,6 +22,7 @@ from freqdoor.metrics import mse, psnr_8bit
 from freqdoor.triggers.arguments import PAPER_EPS
 from freqdoor.types import Images, Result
 
+SIDE, PICTURES = 128, 4  # of the crops that patterns are made on
 NOISES = 4  # random patterns that an encoder's own answer is taken from
 
 

@@ -167,7 +167,7 @@ def _make(tasks: Sequence[_Task], done: dict[str, MemberFacts], jobs: int) -> It
     waiting = {task.member.name: task for task in tasks}
     failed: set[str] = set()
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_on_one_thread) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=on_one_thread) as pool:
         running: dict[Future[MemberFacts], str] = {}
         try:
             while waiting or running:
@@ -197,7 +197,8 @@ def _make(tasks: Sequence[_Task], done: dict[str, MemberFacts], jobs: int) -> It
             raise
 
 
-def _on_one_thread() -> None:
+def on_one_thread() -> None:
+    """Let a process that is one of several side by side use one thread."""
     torch.set_num_threads(1)
     flush_denormals()
 
