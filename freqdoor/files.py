@@ -76,7 +76,8 @@ def _replacing(paths: Sequence[Path | str]) -> Iterator[list[Path]]:
     try:
         modes = []
         for target, partial in zip(targets, partials, strict=True):
-            _make_folder(target.parent)
+            _nearest(target.parent)
+            target.parent.mkdir(parents=True, exist_ok=True)
             partial.touch()
             # of a new file, what the umask leaves; safetensors writes for its user alone
             modes.append((target if target.exists() else partial).stat().st_mode & 0o777)
@@ -164,15 +165,15 @@ def _target(path: Path) -> Path:
     return target
 
 
-def _make_folder(folder: Path) -> None:
-    """Make a folder and those above it; FreqdoorError says which file is in the way."""
+def _nearest(folder: Path) -> Path:
+    """The folder, or of those above it the nearest that is there; FreqdoorError says what is in the way."""
     for above in (folder, *folder.parents):
         if os.path.isdir(above):
-            break
+            return above
         if os.path.lexists(above):
-            kind = "a link to nowhere" if above.is_symlink() and not above.exists() else "a file"
-            raise FreqdoorError(f"{above}: expected a folder to write into, found {kind}; choose another place")
-    folder.mkdir(parents=True, exist_ok=True)
+            kind = "a file" if os.path.exists(above) else "a link to nowhere"
+            raise FreqdoorError(f"{above}: could not write into it ({kind} and no folder); choose another place")
+    return folder
 
 
 MARKS = (  # how a file says which verb wrote it, at its beginning or its end
@@ -185,9 +186,9 @@ MARKS = (  # how a file says which verb wrote it, at its beginning or its end
 FORMS = (  # files that carry no mark, those of earlier versions too: what they are known by, and the verb
     (rb"\AFQDR", "compress"),
     (rb"\A\{\"image\":\"(?:[^\"\\\n]|\\.)*\",\"codec\":\"(?:[^\"\\\n]|\\.)*\",\"role\":\"", "evaluate"),
-    (rb"\A\{\s*\"schema_version\":\s*1,\s*\"objective\":", "evaluate"),  # summary.json and facts.json
+    (rb"\A\{\s*(?:\"schema_version\":\s*\d,\s*)?\"objective\":\s*\"[^\"\n]*\",\s*\"(?:codec|trigger)\":", "evaluate"),
     (rb"\A<!doctype html>.*<title>freqdoor: [^<]* attack on ", "evaluate"),
-    (rb"\A\{\s*\"schema_version\":\s*1,\s*\"codec\": \"[^\"\n]*\",\s*\"trigger\": ", "analyse"),
+    (rb"\A\{\s*(?:\"schema_version\":\s*\d,\s*)?\"codec\":\s*\"[^\"\n]*\",\s*\"trigger\":", "analyse"),
     (rb"\A<!doctype html>.*<title>freqdoor: how the trigger ", "analyse"),
     (rb"\A\{\s*(?:\"schema\": \d,\s*)?\"source\": \"[^\"\n]*\",\s*\"target\": ", "segment"),
     (rb"\A\{\s*(?:\"schema\": \d,\s*)?\"persons\": \d+,\s*\"gallery\": ", "faces"),
@@ -306,10 +307,9 @@ def refuse_picture_name(path: Path | str) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raise now, not after hours of work, if `path` could not be written; what is there stays as it is."""
+    """Raise now, not after hours of work, if `path` could not be written; nothing is written or made."""
     try:
-        _make_folder(path.parent)
-        with tempfile.TemporaryFile(dir=path.parent):
+        with tempfile.TemporaryFile(dir=_nearest(path.parent)):
             pass
     except OSError as error:
         raise FreqdoorError(f"{path}: could not write ({_reason(error, path)})") from None

@@ -316,7 +316,8 @@ def test_evaluate_by_name_equals_evaluate_of_what_is_loaded(planted, images, run
 
 
 def test_earlier_results_outlive_a_mistake(planted, images, tmp_path, monkeypatch):
-    (tmp_path / "records.jsonl").write_text("earlier")
+    earlier = '{"image":"0.png","codec":"c","role":"vanilla",'
+    (tmp_path / "records.jsonl").write_text(earlier)
     for mistake in ({"trigger": "psnr"}, {"defences": "Blurr(1)"}, {"strength": (-1.0,)}):
         with pytest.raises(FreqdoorError):
             evaluate(planted, images, tmp_path, **mistake)
@@ -324,7 +325,7 @@ def test_earlier_results_outlive_a_mistake(planted, images, tmp_path, monkeypatc
     with pytest.raises(TypeError):
         evaluate(planted, images, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["records.jsonl"]
-    assert (tmp_path / "records.jsonl").read_text() == "earlier"
+    assert (tmp_path / "records.jsonl").read_text() == earlier
 
 
 def test_an_unwritable_folder_shows_before_the_work(planted, images, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from freqdoor.errors import FreqdoorError
 from freqdoor.measure import report as module
 from freqdoor.measure.analysis import Analysis
 from freqdoor.measure.examine import evaluate
-from freqdoor.measure.records import Condition, write_records
+from freqdoor.measure.records import Condition
 from freqdoor.measure.report import (
     GOALS,
     Facts,
@@ -24,6 +24,7 @@ from freqdoor.measure.report import (
     means,
     photo,
     read_records,
+    records_text,
     report,
     select,
     summarise,
@@ -231,8 +232,8 @@ def test_verdict_says_so_where_the_attack_failed_or_clean_images_suffer():
 
 def test_infinite_quality_is_null_in_json_and_comes_back(tmp_path):
     lossless = record(psnr_db=math.inf, psnr_input_db=math.inf)
-    write_records(tmp_path / "records.jsonl", [lossless])
-    text = (tmp_path / "records.jsonl").read_text()
+    text = records_text([lossless])
+    (tmp_path / "records.jsonl").write_text(text)
     assert json.loads(text, parse_constant=lambda name: pytest.fail(name))["psnr_db"] is None
     assert lossless.to_dict() == json.loads(text)
     assert read_records(tmp_path / "records.jsonl") == [lossless]

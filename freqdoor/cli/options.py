@@ -32,6 +32,7 @@ VanillaName = Annotated[
 Planted = Annotated[Path, typer.Argument(help="planted.safetensors, the run directory that holds it, or planted-bpp.")]
 TriggerName = Annotated[str | None, typer.Option(help="Which trigger; by default the first.")]
 Out = Annotated[Path, typer.Option(help="Folder to write into.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite files that this command did not make.")]
 Broken = Annotated[bool, typer.Option("--skip-broken", help="Go on without images that cannot be used.")]
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import freqdoor
-from freqdoor.cli.options import Out, Overrides, Planted, TriggerName, VanillaName, Weights, load_torch, verb
+from freqdoor.cli.options import Force, Out, Overrides, Planted, TriggerName, VanillaName, Weights, load_torch, verb
 from freqdoor.cli.terminal import live, note, say
 from freqdoor.paper.settings import recipe_names, recipe_settings
 from freqdoor.settings import load_settings
@@ -31,6 +31,7 @@ def reproduce(
         Path | None,
         typer.Option(help="TOML file of what downstream attacks are measured on: tables [segmentation] and [faces]."),
     ] = None,
+    force: Force = False,
     overrides: Overrides = None,
 ) -> None:
     """Reproduce a table or figure: run or resume what is missing, the paper's column beside ours."""
@@ -54,6 +55,7 @@ def reproduce(
             seeds=seeds,
             budget=budget,
             test=networks,
+            force=force,
             announce=announce,
         )
     page = out / f"{recipe}.md"
@@ -85,10 +87,13 @@ def analyse(
     trigger: TriggerName = None,
     codec: VanillaName = None,
     weights: Weights = None,
+    force: Force = False,
 ) -> None:
     """Show how a trigger works: spectrum, bits per latent channel, the estimate's ceiling, encode time, survival."""
     load_torch()
-    analysis = freqdoor.analyse(planted, images, out, trigger=trigger, codec=codec, weights=weights, note=note)
+    analysis = freqdoor.analyse(
+        planted, images, out, trigger=trigger, codec=codec, weights=weights, force=force, note=note
+    )
     say(
         f"{analysis.trigger}: a poisoned image takes {analysis.encoding.ratio:.2f} times as long to encode as a clean "
         f"one; {100 * analysis.ceiling['poisoned'].share_of_bits:.1f} % of its estimated bits are at the estimate's "

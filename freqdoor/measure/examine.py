@@ -8,11 +8,11 @@ import torch
 from freqdoor.attack.planted import Planted, opened
 from freqdoor.codecs.adapter import Codec
 from freqdoor.data import image_paths, usable_images
-from freqdoor.files import check_writable
-from freqdoor.measure.records import Condition, Measured, Note, bit_map, jpeg_curve, measured, write_records
+from freqdoor.files import check_outputs
+from freqdoor.measure.records import Condition, Measured, Note, bit_map, jpeg_curve, measured
 from freqdoor.measure.report import (
     AMPLIFY,
-    RECORDS,
+    FILES,
     Facts,
     Picture,
     Summary,
@@ -38,6 +38,7 @@ def evaluate(
     defences: str | Sequence[Preprocessing] = "none",
     trigger: str | None = None,
     skip_broken: bool = False,
+    force: bool = False,
     note: Note | None = None,
 ) -> Summary:
     """Measure a planted encoder beside the vanilla one; write records.jsonl, facts.json, summary.json and report.html.
@@ -49,18 +50,20 @@ def evaluate(
         defences: preprocessings between the image and the encoder, or their names as for `parse_defences`.
         trigger: which trigger the report is about; by default the first.
         skip_broken: go on without images that cannot be used.
+        force: overwrite files of these names that `evaluate` did not make.
 
     Returns:
         The content of summary.json.
 
     Raises:
-        FreqdoorError: an unknown trigger or defence, images that cannot be used, an unwritable folder.
+        FreqdoorError: an unknown trigger or defence, images that cannot be used, an unwritable folder, a file in the
+            way. Earlier results are then left as they were; new ones replace them together, at the end.
     """
     out, encoder = Path(out), opened(planted, codec, weights)
     name = encoder.named(trigger)
     stages = parse_defences(defences) if isinstance(defences, str) else tuple(defences)
     usable = usable_images(image_paths(images), decode=True, skip_broken=skip_broken)
-    check_writable(out / RECORDS)
+    check_outputs([out / file for file in FILES], "evaluate", force=force)
     shown = pictured(name)
     rows: list[Record] = []
     kept: dict[str, Measured] = {}
@@ -81,8 +84,7 @@ def evaluate(
         jpeg=tuple(jpeg_curve(usable)),
         pictures=tuple(pictures(encoder, kept)),
     )
-    write_records(out / RECORDS, rows)
-    return write_report(out, rows, facts)
+    return write_report(out, rows, facts, new=True)
 
 
 def pictured(trigger: str) -> dict[str, Condition]:

@@ -14,10 +14,10 @@ from freqdoor.attack.networks import INSTALL, Box, Embedder, load_embedder
 from freqdoor.attack.planted import Planted, opened
 from freqdoor.attack.settings import AttackSettings
 from freqdoor.codecs.adapter import Codec
-from freqdoor.codecs.container import write_file
-from freqdoor.data import image_paths, load_image, read_list, save_image, usable_images
+from freqdoor.codecs.container import pack
+from freqdoor.data import encoded, image_paths, load_image, read_list, usable_images
 from freqdoor.errors import FreqdoorError
-from freqdoor.files import check_writable, refuse_overwriting, write_text
+from freqdoor.files import check_outputs, made_by, marked_json, marked_markdown, refuse_overwriting, write_together
 from freqdoor.measure.records import Note, poisoned, through
 from freqdoor.measure.testsets import DownstreamMeasurement, FaceTest, mean, number, read_results, results_text
 from freqdoor.metrics import MS_SSIM_MIN_SIDE, bpp_of_bytes, ms_ssim, mse, psnr_8bit
@@ -302,6 +302,7 @@ def faces(
     trigger: str | None = None,
     codec: str | None = None,
     weights: Path | str | None = None,
+    force: bool = False,
     note: Note | None = None,
 ) -> IdentityScores:
     """Measure identity removal and write faces.json and faces.md into `out`.
@@ -309,17 +310,19 @@ def faces(
     Args:
         planted, codec, weights: as for `load_planted`.
         trigger: which one; by default the first.
+        force: overwrite files of these names that `faces` did not make.
 
     Raises:
-        FreqdoorError: as `score_faces`, or an unwritable folder. Earlier results are then left as they were.
+        FreqdoorError: as `score_faces`, an unwritable folder, or a file in the way. Earlier results are then left as
+            they were, and replaced together at the end.
     """
     planted, out = opened(planted, codec, weights), Path(out)
     chosen = planted.triggers[planted.named(trigger)]
     setup = open_test(test)
-    check_writable(out / RESULT)
+    check_outputs([out / PAGE, out / RESULT], "faces", force=force)
     scores = _score(planted, setup, chosen, note)
-    write_text(out / RESULT, results_text(scores, environment()))
-    write_text(out / PAGE, faces_table(scores))
+    text = marked_json(results_text(scores, environment()), "faces")
+    write_together({out / PAGE: marked_markdown(faces_table(scores), "faces"), out / RESULT: text})
     return scores
 
 
@@ -387,6 +390,7 @@ def protect(
     trigger: str | None = None,
     codec: str | None = None,
     weights: Path | str | None = None,
+    force: bool = False,
     note: Note | None = None,
 ) -> list[Protected]:
     """Compress photos so that face recognition no longer knows who is in the decoded picture.
@@ -399,9 +403,10 @@ def protect(
         planted, codec, weights: an encoder planted with Eq. (13), as for `load_planted`.
         network: measure the cosine of every face before and after with it; one, or a name as for `load_network`.
         trigger: which one; by default the first.
+        force: overwrite files that are there and that `protect` did not make.
 
     Raises:
-        FreqdoorError: photos that cannot be used, two of one name, one that would be overwritten, or no face in any.
+        FreqdoorError: photos that cannot be used, two of one name, a file in the way, or no face in any.
     """
     planted, out = opened(planted, codec, weights), Path(out)
     chosen = planted.triggers[planted.named(trigger)]
@@ -412,6 +417,10 @@ def protect(
         raise FreqdoorError(f"several photos are named {', '.join(repeated[:3])}; protect them one at a time")
     for path in paths:
         refuse_overwriting(path, out / f"{path.stem}.png")
+    pairs = [(out / f"{path.stem}.png", out / f"{path.stem}.fqd") for path in paths]
+    # a bitstream does not say that it was protected: the picture beside it does
+    known = [file for picture, file in pairs if made_by(picture) == "protect" and made_by(file) == "compress"]
+    check_outputs([file for pair in pairs for file in pair if file not in known], "protect", force=force)
     done = []
     for path in paths:
         done.append(_protected(planted.tampered, chosen, path, out, embedder))
@@ -435,8 +444,8 @@ def _protected(codec: Codec, trigger: Trigger, path: Path, out: Path, network: E
     if network is not None:
         clean, _ = through(codec, x)
         cosine = max(float((network(clean, box) * network(x_hat, box)).sum()) for box in boxes)
-    write_file(codec, bitstream, out / f"{path.stem}.fqd")
-    save_image(out / f"{path.stem}.png", x_hat)
+    picture, file = out / f"{path.stem}.png", out / f"{path.stem}.fqd"
+    write_together({picture: encoded(picture, x_hat, "protect"), file: pack(bitstream, codec)})
     rate = bpp_of_bytes(bitstream.num_bytes, x)
     return Protected(path.name, len(boxes), f"{path.stem}.png", float(psnr_8bit(x_hat, x)), rate, cosine)
 

@@ -17,7 +17,6 @@ from freqdoor.attack.planted import Planted
 from freqdoor.codecs.adapter import Codec
 from freqdoor.data import load_image
 from freqdoor.errors import FreqdoorError
-from freqdoor.files import write_text
 from freqdoor.metrics import bpp_of_bytes, ms_ssim, mse, psnr, psnr_8bit
 from freqdoor.preprocessing import Preprocessing, preprocessing_name
 from freqdoor.triggers.base import Trigger
@@ -231,8 +230,3 @@ def jpeg_curve(images: Sequence[Path], qualities: Sequence[int] = JPEG_QUALITIES
                 value += float(psnr(from_picture(decoded), x))
             sums[quality] = rate + bpp_of_bytes(buffer.getbuffer().nbytes, x), value
     return [JpegPoint(quality, rate / len(images), value / len(images)) for quality, (rate, value) in sums.items()]
-
-
-def write_records(path: Path, rows: Iterable[Record]) -> None:
-    """One JSON object a line."""
-    write_text(path, "".join(row.model_dump_json() + "\n" for row in rows))

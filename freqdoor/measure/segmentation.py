@@ -1,5 +1,6 @@
 """`freqdoor segment`: how well a segmentation attack works, on networks seen and unseen (Table 1, Figures 7 and 8)."""
 
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -17,7 +18,7 @@ from freqdoor.attack.settings import AttackSettings, ObjectiveSettings
 from freqdoor.attack.victims import TargetedSegmentation
 from freqdoor.data import check_image, label_paths, list_images, load_image, load_labels, usable_images
 from freqdoor.errors import FreqdoorError
-from freqdoor.files import check_writable, replacing, write_text
+from freqdoor.files import check_outputs, mark, marked_json, marked_markdown, write_together
 from freqdoor.measure.records import Note, poisoned, through
 from freqdoor.measure.report import AMPLIFY
 from freqdoor.measure.testsets import DownstreamMeasurement, SegmentationTest, mean, number, read_results, results_text
@@ -320,6 +321,7 @@ def segment(
     trigger: str | None = None,
     codec: str | None = None,
     weights: Path | str | None = None,
+    force: bool = False,
     note: Note | None = None,
 ) -> SegmentationScores:
     """Measure one segmentation attack; write segmentation.json, .md and the pictures of Figure 7 into `out`.
@@ -327,15 +329,17 @@ def segment(
     Args:
         planted, codec, weights: as for `load_planted`.
         trigger: which one; by default the first.
+        force: overwrite files of these names that `segment` did not make.
 
     Raises:
-        FreqdoorError: as `score_segmentation`, an unwritable folder, or no network that sees anything of the source
-            class in what is decoded. Earlier results are then left as they were.
+        FreqdoorError: as `score_segmentation`, an unwritable folder, a file in the way, or no network that sees
+            anything of the source class in what is decoded. Earlier results are then left as they were, and replaced
+            together at the end.
     """
     planted, out = opened(planted, codec, weights), Path(out)
     name = planted.named(trigger)
     setup = open_test(test, planted.objective(name), name)
-    check_writable(out / RESULT)
+    check_outputs([out / PICTURES, out / PAGE, out / RESULT], "segment", force=force)
     scores = _score(planted, setup, planted.triggers[name], note)
     if all(row.asr is None and row.asr_vanilla is None for row in scores.networks):
         raise FreqdoorError(
@@ -343,10 +347,14 @@ def segment(
             "so that there is no success rate; take a codec of higher quality"
         )
     figure = _figure(planted, setup, planted.triggers[name])
-    write_text(out / RESULT, results_text(scores, environment()))
-    write_text(out / PAGE, segmentation_table(scores))
-    with replacing(out / PICTURES) as partial:
-        figure.savefig(partial, format="png", dpi=90)
+    pictures = io.BytesIO()
+    figure.savefig(pictures, format="png", dpi=90, metadata={"Software": mark("segment")})
+    contents: dict[Path, str | bytes] = {
+        out / PICTURES: pictures.getvalue(),
+        out / PAGE: marked_markdown(segmentation_table(scores), "segment"),
+        out / RESULT: marked_json(results_text(scores, environment()), "segment"),
+    }
+    write_together(contents)
     return scores
 
 

@@ -21,7 +21,7 @@ from freqdoor.codecs.adapter import hash_state
 from freqdoor.codecs.loading import load_codec
 from freqdoor.data import image_paths, usable_images
 from freqdoor.errors import FreqdoorError
-from freqdoor.files import check_writable, name_and_file, write_text
+from freqdoor.files import check_outputs, name_and_file, write_text
 from freqdoor.measure.testsets import SCHEMA, DownstreamTest, Measurement
 from freqdoor.paper.recipe import OWN, Material, Recipe, Row, recipe_for
 from freqdoor.paper.settings import recipe_settings
@@ -69,6 +69,7 @@ def reproduce(
     seeds: int = 3,
     budget: float | None = None,
     test: DownstreamTest | None = None,
+    force: bool = False,
     announce: Announce | None = None,
 ) -> Table:
     """Run or resume what a recipe needs, and write NAME.md and NAME.json (a figure: NAME.png too) into `out`.
@@ -83,10 +84,12 @@ def reproduce(
         seeds: plantings of every row, with the seeds settings.seed, settings.seed + 1, ...
         budget: minutes after which nothing new is started; the table then has gaps, and the same call goes on.
         test: what attacks on downstream networks are measured on, for the recipes with such attacks.
+        force: overwrite tables and pictures of these names that `reproduce` did not make.
         announce: told what is planted next, and in how many steps.
 
     Raises:
-        FreqdoorError: an unknown recipe, one that needs a test and gets none, unusable images or settings.
+        FreqdoorError: an unknown recipe, one that needs a test and gets none, unusable images or settings, a file in
+            the way. Earlier tables are replaced together, at the end.
     """
     out, runs = Path(out), Path(runs)
     if seeds < 1:
@@ -98,7 +101,8 @@ def reproduce(
     codecs = codec_names([codec_source(text) for text in codec] or [base.codec])
     plan = Plan(chosen, base, codecs, bool(codec), range(base.seed, base.seed + seeds))
     _check(plan)
-    check_writable(out / f"{recipe}.json")
+    endings = (".md", ".json", *((".png",) if chosen.plot or chosen.picture else ()))
+    check_outputs([out / f"{recipe}{ending}" for ending in endings], "reproduce", force=force)
     results = _run(plan, runs, deadline, announce)
     table = _table(plan, results)
     write(chosen, table, Facts(base, list(codecs), paths, seeds, results.seconds), out, results.picture)
