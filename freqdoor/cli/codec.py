@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 import freqdoor
-from freqdoor.cli.options import CodecName, Config, Out, Overrides, Weights, load_torch, verb
+from freqdoor.cli.options import CodecName, Config, Force, Out, Overrides, Weights, load_torch, verb
 from freqdoor.cli.terminal import live, say
 from freqdoor.samples import BUNDLED
 from freqdoor.settings import load_settings
@@ -29,10 +29,11 @@ def compress(
     codec: CodecName = BUNDLED,
     weights: Weights = None,
     planted: Annotated[Path | None, typer.Option(help="Encode with this planted encoder.")] = None,
+    force: Force = False,
 ) -> None:
     """Compress one image into a file."""
     load_torch()
-    bitstream = freqdoor.compress(image, out, codec=codec, weights=weights, planted=planted)
+    bitstream = freqdoor.compress(image, out, codec=codec, weights=weights, planted=planted, force=force)
     height, width = bitstream.image_size
     say(f"{out}: {out.stat().st_size} bytes, {8 * bitstream.num_bytes / (height * width):.4f} bpp")
 
@@ -43,8 +44,9 @@ def decompress(
     out: Annotated[Path, typer.Argument(help="Image to write, best a .png.")],
     codec: CodecName = BUNDLED,
     weights: Weights = None,
+    force: Force = False,
 ) -> None:
     """Decode a compressed file; the decoder does not depend on who encoded it."""
     load_torch()
-    freqdoor.decompress(file, out, codec=codec, weights=weights)
+    freqdoor.decompress(file, out, codec=codec, weights=weights, force=force)
     say(f"Picture: {out}")

@@ -18,9 +18,9 @@ from freqdoor.codecs.adapter import Codec
 from freqdoor.codecs.coder import Symbols
 from freqdoor.codecs.loading import load_codec
 from freqdoor.codecs.protocol import SHORTEST
-from freqdoor.data import MAX_PIXELS, load_image, save_image
+from freqdoor.data import MAX_PIXELS, load_image, picture_kind, save_image
 from freqdoor.errors import FreqdoorError
-from freqdoor.files import refuse_overwriting, refuse_picture_name, replacing
+from freqdoor.files import check_outputs, refuse_overwriting, refuse_picture_name, replacing
 from freqdoor.samples import BUNDLED
 from freqdoor.types import Bitstream
 
@@ -90,18 +90,26 @@ def unpack(content: bytes, codec: Codec) -> Bitstream:
 
 
 def compress(
-    image: Path | str, out: Path | str, codec: Codec | str = BUNDLED, weights: Path | str | None = None
+    image: Path | str,
+    out: Path | str,
+    codec: Codec | str = BUNDLED,
+    weights: Path | str | None = None,
+    *,
+    force: bool = False,
 ) -> Bitstream:
     """Compress one image file into the file `out`.
 
     Args:
         codec, weights: as for `load_codec`, or a loaded codec.
+        force: overwrite a file that is there and that is no compressed image.
 
     Raises:
-        FreqdoorError: an unreadable image, a codec that is none, or a place that cannot be written to.
+        FreqdoorError: an unreadable image, a codec that is none, a file in the way, or a place that cannot be written
+            to.
     """
     refuse_overwriting(Path(image), Path(out))
     refuse_picture_name(Path(out))
+    check_outputs([out], "compress", force=force)
     codec = _opened(codec, weights)
     bitstream = codec.compress(load_image(Path(image)))[0]
     write_file(codec, bitstream, Path(out))
@@ -115,16 +123,26 @@ def write_file(codec: Codec, bitstream: Bitstream, out: Path) -> None:
 
 
 def decompress(
-    file: Path | str, out: Path | str, codec: Codec | str = BUNDLED, weights: Path | str | None = None
+    file: Path | str,
+    out: Path | str,
+    codec: Codec | str = BUNDLED,
+    weights: Path | str | None = None,
+    *,
+    force: bool = False,
 ) -> None:
     """Decode a file that `compress` wrote into an 8-bit image file; the decoder does not depend on who encoded it.
 
     Args:
         codec, weights: as for `load_codec`, or a loaded codec.
+        force: overwrite a file that is there and that `decompress` did not make.
 
     Raises:
-        FreqdoorError: a file of another format, version or codec, a damaged one, or a place that cannot be written to.
+        FreqdoorError: a file of another format, version or codec, a damaged one, a file in the way, or a place that
+            cannot be written to.
     """
+    picture_kind(out)
+    refuse_overwriting(Path(file), Path(out))
+    check_outputs([out], "decompress", force=force)
     try:
         content = Path(file).read_bytes()
     except OSError as error:
@@ -134,7 +152,7 @@ def decompress(
         x_hat = codec.decompress(unpack(content, codec))
     except FreqdoorError as error:
         raise FreqdoorError(f"{file}: {error}") from None
-    save_image(Path(out), x_hat)
+    save_image(Path(out), x_hat, "decompress")
 
 
 def _opened(codec: Codec | str, weights: Path | str | None) -> Codec:
