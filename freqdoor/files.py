@@ -76,7 +76,7 @@ def _replacing(paths: Sequence[Path | str]) -> Iterator[list[Path]]:
     try:
         modes = []
         for target, partial in zip(targets, partials, strict=True):
-            _nearest(target.parent)
+            _nearest(target)
             target.parent.mkdir(parents=True, exist_ok=True)
             partial.touch()
             # of a new file, what the umask leaves; safetensors writes for its user alone
@@ -165,23 +165,24 @@ def _target(path: Path) -> Path:
     return target
 
 
-def _nearest(folder: Path) -> Path:
-    """The folder, or of those above it the nearest that is there; FreqdoorError says what is in the way."""
-    for above in (folder, *folder.parents):
-        if os.path.isdir(above):
-            return above
-        if os.path.lexists(above):
-            kind = "a file" if os.path.exists(above) else "a link to nowhere"
-            raise FreqdoorError(f"{above}: could not write into it ({kind} and no folder); choose another place")
-    return folder
+def _nearest(path: Path) -> Path:
+    """The folder of a file, or of those above it the nearest that is there; FreqdoorError says what is in the way."""
+    for folder in path.parents:
+        if os.path.isdir(folder):
+            return folder
+        if os.path.lexists(folder):
+            kind = "a file" if os.path.exists(folder) else "a link to nowhere"
+            raise FreqdoorError(f"{path}: could not write ({folder} is {kind} and no folder); choose another place")
+    return path.parent
 
 
+MARKDOWN_MARK = rb"<!-- freqdoor ([a-z-]+) -->\s*\Z"
 MARKS = (  # how a file says which verb wrote it, at its beginning or its end
     rb"\A\x89PNG\r\n.*tEXtSoftware\0freqdoor ([a-z-]+)",
     rb"\A(?:\xff\xd8\xff|II\*\0|MM\0\*|RIFF....WEBP).*[^a-z]freqdoor ([a-z-]+)\0",  # EXIF
     rb"\A<!doctype html>.*<meta name=\"generator\" content=\"freqdoor ([a-z-]+)\">",
     rb"\A\{\s*\"made_by\": \"freqdoor ([a-z-]+)\"",
-    rb"<!-- freqdoor ([a-z-]+) -->\s*\Z",
+    MARKDOWN_MARK,
 )
 FORMS = (  # files that carry no mark, those of earlier versions too: what they are known by, and the verb
     (rb"\AFQDR", "compress"),
@@ -211,6 +212,11 @@ def marked_json(text: str, verb: str) -> str:
 def marked_markdown(text: str, verb: str) -> str:
     """A page of Markdown with the mark as its last line, a comment."""
     return f"{text.rstrip()}\n\n<!-- {mark(verb)} -->\n"
+
+
+def unmarked(text: str) -> str:
+    """A page of Markdown as people read it: without the mark."""
+    return re.sub(MARKDOWN_MARK.decode(), "", text).rstrip() + "\n"
 
 
 def made_by(path: Path) -> str | None:
@@ -309,7 +315,7 @@ def refuse_picture_name(path: Path | str) -> None:
 def check_writable(path: Path) -> None:
     """Raise now, not after hours of work, if `path` could not be written; nothing is written or made."""
     try:
-        with tempfile.TemporaryFile(dir=_nearest(path.parent)):
+        with tempfile.TemporaryFile(dir=_nearest(path)):
             pass
     except OSError as error:
         raise FreqdoorError(f"{path}: could not write ({_reason(error, path)})") from None

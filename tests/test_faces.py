@@ -203,7 +203,7 @@ def test_faces_writes_scores_and_a_table(planted, face_test, tmp_path):
     assert read_scores(tmp_path / "faces.json") == scores
     assert json.loads((tmp_path / "faces.json").read_text(), parse_constant=pytest.fail)["environment"]["versions"]
     page = (tmp_path / "faces.md").read_text()
-    assert page == faces_table(scores)
+    assert page == faces_table(scores) + "\n<!-- freqdoor faces -->\n"
     assert "| face | identified % |" in page
     assert "verified" not in page
     assert "nan" not in page
@@ -287,7 +287,8 @@ def test_files_of_earlier_versions_are_read(tmp_path):
 
 
 def test_earlier_results_stay_until_new_ones_are_complete(planted, face_test, tmp_path, monkeypatch):
-    (tmp_path / "faces.json").write_text("hours of work")
+    hours_of_work = '{"persons": 3, "gallery": 6'
+    (tmp_path / "faces.json").write_text(hours_of_work)
     with pytest.raises(FreqdoorError, match="could not read this list"):
         faces(planted, face_test(gallery="typo.txt"), tmp_path)
     with pytest.raises(FreqdoorError, match="this encoder has face"):
@@ -300,7 +301,7 @@ def test_earlier_results_stay_until_new_ones_are_complete(planted, face_test, tm
         patched.setattr(module, "through", stop)
         with pytest.raises(KeyboardInterrupt):
             faces(planted, face_test(), tmp_path)
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("faces.json", "hours of work")]
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("faces.json", hours_of_work)]
     monkeypatch.setattr(module, "_score", lambda *_: pytest.fail("measured before the folder was tried"))
     with pytest.raises(FreqdoorError, match=r"faces\.json: could not write"):
         faces(planted, face_test(), tmp_path / "faces.json")

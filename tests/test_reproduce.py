@@ -625,7 +625,8 @@ def test_a_page_says_how_its_numbers_came_about(settings, tmp_path, monkeypatch)
     tables.write(plain, table, facts, tmp_path)
     folder = Path(base.images.folder).name
     page = PAGE.replace("images0", folder)
-    assert (tmp_path / "small.md").read_text() == page.replace("| 0.1250 |\n", "| 0.1250 |\n| late | - | - |\n")
+    mark = "\n<!-- freqdoor reproduce -->\n"
+    assert (tmp_path / "small.md").read_text() == page.replace("| 0.1250 |\n", "| 0.1250 |\n| late | - | - |\n") + mark
     content = json.loads((tmp_path / "small.json").read_text())
     assert content["table"] == {
         "vanilla": {
@@ -651,7 +652,7 @@ def test_a_page_says_how_its_numbers_came_about(settings, tmp_path, monkeypatch)
     text = (tmp_path / "small.md").read_text()
     assert "the paper's number where there is one.\n" in text
     assert "fewer seeds" not in text
-    assert text.endswith("\n\n![Two rows](small.png)\n")
+    assert text.endswith("\n\n![Two rows](small.png)\n" + mark)
     assert (tmp_path / "small.png").read_bytes()[:4] == b"\x89PNG"
     where["gpu"] = "H100"
     one, two = (Column(f"clean {unit}", Described(unit), abs) for unit in ("dB", "bpp"))
@@ -674,7 +675,7 @@ def test_curves_of_four_qualities_have_bd_rates_on_their_page(settings, tmp_path
     text = (tmp_path / "small.md").read_text()
     assert text.endswith(
         "\nBD-rate against the vanilla codec over these qualities (Akima interpolation):\n\n- ours, clean: +10.0 %\n"
-        "\n![Two rows](small.png)\n"
+        "\n![Two rows](small.png)\n\n<!-- freqdoor reproduce -->\n"
     )
 
 

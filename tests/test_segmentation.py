@@ -219,7 +219,7 @@ def test_segment_writes_scores_table_and_pictures(planted, test_settings, tmp_pa
     scores = segment(planted, resized, tmp_path, note=notes.append)
     assert read_scores(tmp_path / "segmentation.json") == scores
     assert json.loads((tmp_path / "segmentation.json").read_text())["environment"]["versions"]
-    assert (tmp_path / "segmentation.md").read_text() == segmentation_table(scores)
+    assert (tmp_path / "segmentation.md").read_text() == segmentation_table(scores) + "\n<!-- freqdoor segment -->\n"
     assert (tmp_path / "segmentation.png").read_bytes()[:4] == b"\x89PNG"
     assert "4.png: no cars in it, skipped" in notes
     assert "0.png: decoded" in notes
@@ -307,7 +307,8 @@ def test_other_files_are_no_scores(tmp_path, text, message):
 
 
 def test_earlier_results_stay_until_new_ones_are_complete(planted, test_settings, tmp_path, monkeypatch):
-    (tmp_path / "segmentation.json").write_text("hours of work")
+    hours_of_work = '{"source": "cars", "target": "road"'
+    (tmp_path / "segmentation.json").write_text(hours_of_work)
     with pytest.raises(FreqdoorError, match="this encoder has segmentation"):
         segment(planted, test_settings(), tmp_path, trigger="bpp")
     with pytest.raises(FreqdoorError, match="read the config"):
@@ -320,7 +321,7 @@ def test_earlier_results_stay_until_new_ones_are_complete(planted, test_settings
         patched.setattr(module, "through", stop)
         with pytest.raises(KeyboardInterrupt):
             segment(planted, test_settings(), tmp_path)
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("segmentation.json", "hours of work")]
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("segmentation.json", hours_of_work)]
     monkeypatch.setattr(module, "_score", lambda *_: pytest.fail("measured before the folder was tried"))
     with pytest.raises(FreqdoorError, match=r"segmentation\.json: could not write"):
         segment(planted, test_settings(), tmp_path / "segmentation.json")

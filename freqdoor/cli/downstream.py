@@ -20,6 +20,7 @@ from freqdoor.cli.options import (
     verb,
 )
 from freqdoor.cli.terminal import console, note, say
+from freqdoor.files import read_text, unmarked
 from freqdoor.settings import load_settings
 
 PRIVATE = Path("planted-face")
@@ -41,7 +42,7 @@ def segment(
     test = load_settings(freqdoor.SegmentationTest, config, overrides or ())
     load_torch()
     freqdoor.segment(planted, test, out, trigger=trigger, codec=codec, weights=weights, force=force, note=note)
-    say((out / "segmentation.md").read_text(encoding="utf-8"))
+    say(unmarked(read_text(out / "segmentation.md")))
     say(f"Pictures: {out / 'segmentation.png'}")
 
 
@@ -61,7 +62,7 @@ def faces(
     test = load_settings(freqdoor.FaceTest, config, overrides or ())
     load_torch()
     freqdoor.faces(planted, test, out, trigger=trigger, codec=codec, weights=weights, force=force, note=note)
-    say((out / "faces.md").read_text(encoding="utf-8"))
+    say(unmarked(read_text(out / "faces.md")))
 
 
 @verb()

@@ -10,6 +10,7 @@ import typer
 import freqdoor
 from freqdoor.cli.options import Force, Out, Overrides, Planted, TriggerName, VanillaName, Weights, load_torch, verb
 from freqdoor.cli.terminal import live, note, say
+from freqdoor.files import read_text, unmarked
 from freqdoor.paper.settings import recipe_names, recipe_settings
 from freqdoor.settings import load_settings
 
@@ -59,7 +60,7 @@ def reproduce(
             announce=announce,
         )
     page = out / f"{recipe}.md"
-    say(page.read_text(encoding="utf-8"))
+    say(unmarked(read_text(page)))
     if missing := [row for row, cells in table.items() if not cells]:
         say(f"Not planted yet: {', '.join(missing)}; the same command goes on.")
     say(f"Table: {page}")

@@ -101,7 +101,7 @@ def reproduce(
     codecs = codec_names([codec_source(text) for text in codec] or [base.codec])
     plan = Plan(chosen, base, codecs, bool(codec), range(base.seed, base.seed + seeds))
     _check(plan)
-    endings = (".md", ".json", *((".png",) if chosen.plot or chosen.picture else ()))
+    endings = (*((".png",) if chosen.plot or chosen.picture else ()), ".md", ".json")
     check_outputs([out / f"{recipe}{ending}" for ending in endings], "reproduce", force=force)
     results = _run(plan, runs, deadline, announce)
     table = _table(plan, results)
