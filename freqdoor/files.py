@@ -171,8 +171,7 @@ def _nearest(path: Path) -> Path:
         if os.path.isdir(folder):
             return folder
         if os.path.lexists(folder):
-            kind = "a file" if os.path.exists(folder) else "a link to nowhere"
-            raise FreqdoorError(f"{path}: could not write ({folder} is {kind} and no folder); choose another place")
+            raise FreqdoorError(f"{path}: could not write ({folder} is a file and no folder); choose another place")
     return path.parent
 
 
@@ -186,7 +185,7 @@ MARKS = (  # how a file says which verb wrote it, at its beginning or its end
 )
 FORMS = (  # files that carry no mark, those of earlier versions too: what they are known by, and the verb
     (rb"\AFQDR", "compress"),
-    (rb"\A\{\"image\":\"(?:[^\"\\\n]|\\.)*\",\"codec\":\"(?:[^\"\\\n]|\\.)*\",\"role\":\"", "evaluate"),
+    (rb"\A\{\"image\": ?\"(?:[^\"\\\n]|\\.)*\", ?\"codec\": ?\"(?:[^\"\\\n]|\\.)*\", ?\"role\": ?\"", "evaluate"),
     (rb"\A\{\s*(?:\"schema_version\":\s*\d,\s*)?\"objective\":\s*\"[^\"\n]*\",\s*\"(?:codec|trigger)\":", "evaluate"),
     (rb"\A<!doctype html>.*<title>freqdoor: [^<]* attack on ", "evaluate"),
     (rb"\A\{\s*(?:\"schema_version\":\s*\d,\s*)?\"codec\":\s*\"[^\"\n]*\",\s*\"trigger\":", "analyse"),
@@ -258,16 +257,6 @@ def check_outputs(paths: Iterable[Path | str], verb: str, *, force: bool = False
         remove_leftovers(file.parent)
 
 
-def refuse_foreign_run(folder: Path, names: Iterable[str], config: str) -> None:
-    """Raise if a new run would overwrite files in a folder that are no run's: no `config` is beside them."""
-    there = [name for name in names if os.path.lexists(folder / name)]
-    if there and not (folder / config).exists():
-        raise FreqdoorError(
-            f"{folder}: {', '.join(there)} would be overwritten, and no {config} of a run is beside it; choose another "
-            "folder, or move what is there away"
-        )
-
-
 def _reason(error: Exception, partial: Path) -> str:
     """Why a file could not be written, in the system's words or, of a full disk, in plain ones."""
     number = _system_error(error) or _system_error(error.__context__)
@@ -315,7 +304,7 @@ def refuse_picture_name(path: Path | str) -> None:
 def check_writable(path: Path) -> None:
     """Raise now, not after hours of work, if `path` could not be written; nothing is written or made."""
     try:
-        with tempfile.TemporaryFile(dir=_nearest(path)):
+        with tempfile.TemporaryFile(dir=_nearest(_target(path))):
             pass
     except OSError as error:
         raise FreqdoorError(f"{path}: could not write ({_reason(error, path)})") from None
