@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import natural, write_png
+from conftest import check_foreign, contents, natural, room_for, write_png
 from PIL import Image
 
 from freqdoor import list_images, load_image, load_planted, plant
@@ -289,6 +289,58 @@ def test_nothing_is_written_where_a_file_cannot_be(planted, images, tmp_path):
     with pytest.raises(FreqdoorError, match="this encoder has bpp"):
         poison(planted, own, tmp_path / "out", trigger="psnr")
     assert not (tmp_path / "out").exists()
+
+
+def test_other_files_are_refused_before_the_work(planted, images, tmp_path, monkeypatch):
+    paths = list_images(images)[:1]
+    write = lambda **options: evaluate(planted, paths, tmp_path / "results", **options)  # noqa: E731
+    names = ("records.jsonl", "summary.json", "report.html", "facts.json")
+    check_foreign(write, tmp_path / "results", names, monkeypatch, "freqdoor.measure.records.measure")
+    write = lambda **options: poison(planted, images, tmp_path / "poisoned", **options)  # noqa: E731
+    names = [path.name for path in list_images(images)]
+    check_foreign(write, tmp_path / "poisoned", names, monkeypatch, "freqdoor.measure.poisoning.poisoned")
+    (tmp_path / "poisoned" / names[0]).write_text("mine")
+    write(force=True)
+    assert write() == [tmp_path / "poisoned" / name for name in names]
+
+
+def test_a_full_disk_leaves_what_was_complete(planted, tmp_path):
+    """Pictures that were poisoned stay, and count as own; results are replaced all or none."""
+    pictures = [write_png(tmp_path / f"{i}.png", natural(i, side, 96)) for i, side in enumerate((64, 64, 128))]
+    [first, second, last] = poison(planted, pictures, tmp_path / "out")
+    last.unlink()
+    before = contents(tmp_path / "out")
+    with room_for(max(map(len, before.values()))), pytest.raises(FreqdoorError, match=r"2\.png: .*no space left"):
+        poison(planted, pictures, tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+    assert poison(planted, pictures, tmp_path / "out") == [first, second, last]
+
+    evaluate(planted, pictures[:1], tmp_path / "out")
+    before = contents(tmp_path / "out")
+    assert len(before["summary.json"]) < 20_000 < len(before["report.html"])
+    with room_for(20_000), pytest.raises(FreqdoorError, match=r"records\.jsonl and 3 more: .* \(no space left on the"):
+        evaluate(planted, pictures[1:2], tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+    evaluate(planted, pictures[1:2], tmp_path / "out")
+    assert json.loads((tmp_path / "out/records.jsonl").read_text().splitlines()[0])["image"] == "1.png"
+
+
+def test_a_disk_that_is_really_full(planted, small_disk, tmp_path):
+    pictures = [write_png(tmp_path / f"{i}.png", natural(i, 192, 192)) for i in range(3)]
+    filling = small_disk / "filling"
+    filling.write_bytes(bytes(80_000))
+    with pytest.raises(FreqdoorError, match=r"\(no space left on the disk\)"):
+        poison(planted, pictures, small_disk / "out")
+    before = contents(small_disk)
+    assert 1 < len(before) < 4
+    small = write_png(tmp_path / "small.png", natural(0, 64, 64))
+    with pytest.raises(FreqdoorError, match=r"\(no space left on the disk\)"):
+        evaluate(planted, small, small_disk)
+    assert contents(small_disk) == before
+    for name in before:
+        (small_disk / name).unlink()
+    evaluate(planted, small, small_disk)
+    assert set(contents(small_disk)) == {"records.jsonl", "summary.json", "report.html", "facts.json"}
 
 
 @pytest.mark.filterwarnings("default::UserWarning")

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import natural, write_png
+from conftest import check_foreign, natural, write_png
 from networks import face_spec
 from PIL import Image
 from typer.testing import CliRunner
@@ -16,6 +16,7 @@ from freqdoor.attack.plant import plant
 from freqdoor.attack.settings import AttackSettings, PlantSettings
 from freqdoor.cli import app
 from freqdoor.errors import FreqdoorError
+from freqdoor.files import made_by
 from freqdoor.measure import faces as module
 from freqdoor.measure.faces import (
     FaceMeasurement,
@@ -204,6 +205,7 @@ def test_faces_writes_scores_and_a_table(planted, face_test, tmp_path):
     assert json.loads((tmp_path / "faces.json").read_text(), parse_constant=pytest.fail)["environment"]["versions"]
     page = (tmp_path / "faces.md").read_text()
     assert page == faces_table(scores) + "\n<!-- freqdoor faces -->\n"
+    assert [made_by(tmp_path / f"faces.{ending}") for ending in ("json", "md")] == ["faces", "faces"]
     assert "| face | identified % |" in page
     assert "verified" not in page
     assert "nan" not in page
@@ -305,6 +307,20 @@ def test_earlier_results_stay_until_new_ones_are_complete(planted, face_test, tm
     monkeypatch.setattr(module, "_score", lambda *_: pytest.fail("measured before the folder was tried"))
     with pytest.raises(FreqdoorError, match=r"faces\.json: could not write"):
         faces(planted, face_test(), tmp_path / "faces.json")
+
+
+def test_other_files_are_refused_before_the_work(planted, face_test, people, tmp_path, monkeypatch):
+    write = lambda **options: faces(planted, face_test(), tmp_path / "out", **options)  # noqa: E731
+    check_foreign(write, tmp_path / "out", ("faces.md", "faces.json"), monkeypatch, "freqdoor.measure.faces.through")
+    monkeypatch.setattr(module, "find_faces", lambda x: [(0, 0, 64, 64)])
+    photo = people / "person0/0.png"
+    write = lambda **options: protect(photo, tmp_path / "safe", planted=planted, **options)  # noqa: E731
+    check_foreign(write, tmp_path / "safe", ("0.png", "0.fqd"), monkeypatch, "freqdoor.measure.faces.poisoned")
+    for _ in range(2):
+        write()
+    (tmp_path / "safe/0.png").unlink()
+    with pytest.raises(FreqdoorError, match=r"0\.fqd: this file is there and `freqdoor protect` did not make it"):
+        write()  # it may be anybody's compressed picture
 
 
 def test_a_measurement_depends_on_contents(planted, face_test, people):

@@ -1,11 +1,9 @@
 """What is written is whole or not there; links, devices, full disks and names of all kinds."""
 
-import contextlib
 import errno
 import json
 import os
 import platform
-import resource
 import stat
 import subprocess
 import sys
@@ -13,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import room_for
 from safetensors.torch import save_file
 
 import freqdoor
@@ -43,17 +42,6 @@ OLD = ROOT / "tests/old"
 
 def names(folder):
     return sorted(path.name for path in folder.rglob("*") if path.is_file())
-
-
-@contextlib.contextmanager
-def room_for(size):
-    """A limit on the size of files, which fails as a full disk does."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_what_fails_leaves_the_old_file_and_nothing_else(tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import check_foreign, contents, room_for
 from matplotlib.figure import Figure
 from scipy.stats import t as student_t
 from typer.testing import CliRunner
@@ -20,6 +21,7 @@ from freqdoor.attack.settings import CodecSource
 from freqdoor.cli import app
 from freqdoor.data import list_images
 from freqdoor.errors import FreqdoorError
+from freqdoor.files import made_by
 from freqdoor.measure.records import poisoned
 from freqdoor.measure.testsets import Measurement
 from freqdoor.paper import reproduce as module
@@ -122,6 +124,19 @@ def test_runs_what_is_missing_and_takes_the_rest_from_before(run, base, tmp_path
     later = run("small", base.model_copy(update={"seed": 1}), rows=["ours"])
     assert later["ours"]["poisoned bpp"].values == table["ours"]["poisoned bpp"].values[1:]
     assert len(counted) == 4
+
+
+@pytest.mark.usefixtures("_recipe")
+def test_other_files_are_refused_before_the_work(run, base, images, tmp_path, monkeypatch):
+    write = lambda **options: run("small", base, rows=["vanilla"], images=images / "0.png", **options)  # noqa: E731
+    names = ("small.png", "small.md", "small.json")
+    check_foreign(write, tmp_path / "out", names, monkeypatch, "freqdoor.paper.reproduce._measured")
+    write()
+    before = contents(tmp_path / "out")
+    assert [made_by(tmp_path / "out" / name) for name in names] == 3 * ["reproduce"]
+    with room_for(10_000), pytest.raises(FreqdoorError, match=r"small\.png and 2 more: .* \(no space left on the disk"):
+        write()
+    assert contents(tmp_path / "out") == before
 
 
 @pytest.mark.usefixtures("_recipe")

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import natural, write_png
+from conftest import check_foreign, natural, write_png
 from networks import segmentation_spec
 from PIL import Image
 
@@ -15,6 +15,7 @@ from freqdoor.attack.plant import plant
 from freqdoor.attack.settings import AttackSettings, ObjectiveSettings, PlantSettings
 from freqdoor.codecs.adapter import hash_state
 from freqdoor.errors import FreqdoorError
+from freqdoor.files import made_by
 from freqdoor.measure import segmentation as module
 from freqdoor.measure.records import poisoned
 from freqdoor.measure.segmentation import (
@@ -220,7 +221,7 @@ def test_segment_writes_scores_table_and_pictures(planted, test_settings, tmp_pa
     assert read_scores(tmp_path / "segmentation.json") == scores
     assert json.loads((tmp_path / "segmentation.json").read_text())["environment"]["versions"]
     assert (tmp_path / "segmentation.md").read_text() == segmentation_table(scores) + "\n<!-- freqdoor segment -->\n"
-    assert (tmp_path / "segmentation.png").read_bytes()[:4] == b"\x89PNG"
+    assert [made_by(tmp_path / f"segmentation.{ending}") for ending in ("json", "md", "png")] == 3 * ["segment"]
     assert "4.png: no cars in it, skipped" in notes
     assert "0.png: decoded" in notes
 
@@ -325,6 +326,12 @@ def test_earlier_results_stay_until_new_ones_are_complete(planted, test_settings
     monkeypatch.setattr(module, "_score", lambda *_: pytest.fail("measured before the folder was tried"))
     with pytest.raises(FreqdoorError, match=r"segmentation\.json: could not write"):
         segment(planted, test_settings(), tmp_path / "segmentation.json")
+
+
+def test_other_files_are_refused_before_the_work(planted, test_settings, tmp_path, monkeypatch):
+    write = lambda **options: segment(planted, test_settings(every=2), tmp_path / "out", **options)  # noqa: E731
+    names = ("segmentation.png", "segmentation.md", "segmentation.json")
+    check_foreign(write, tmp_path / "out", names, monkeypatch, "freqdoor.measure.segmentation.through")
 
 
 def test_nothing_of_the_source_after_decoding_is_refused_and_named(planted, test_settings, tmp_path, monkeypatch):
