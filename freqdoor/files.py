@@ -103,7 +103,11 @@ def _names(paths: Sequence[Path | str]) -> str:
 def _settle(path: Path) -> None:
     """Wait until a file is on the disk: some file systems say only then that there is no room."""
     with path.open("rb+") as file:
-        os.fsync(file.fileno())
+        try:
+            os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # a file system that cannot wait
+                raise
 
 
 def _take_places(partials: Sequence[Path], targets: Sequence[Path]) -> None:
@@ -130,6 +134,8 @@ def _left_by(process: int) -> str:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove unfinished files that processes of this machine left in a folder when they were killed."""
+    if os.name != "posix":  # elsewhere there is no harmless way to ask whether a process runs
+        return
     with contextlib.suppress(OSError):
         for path in folder.glob(f"{_left_by(0).removesuffix('0-')}*"):
             process = path.name.split("-")[2]

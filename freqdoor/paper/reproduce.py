@@ -21,7 +21,7 @@ from freqdoor.codecs.adapter import hash_state
 from freqdoor.codecs.loading import load_codec
 from freqdoor.data import image_paths, usable_images
 from freqdoor.errors import FreqdoorError
-from freqdoor.files import check_outputs, name_and_file, write_text
+from freqdoor.files import check_outputs, name_and_file, remove_leftovers, write_text
 from freqdoor.measure.testsets import SCHEMA, DownstreamTest, Measurement
 from freqdoor.paper.recipe import OWN, Material, Recipe, Row, recipe_for
 from freqdoor.paper.settings import recipe_settings
@@ -103,6 +103,7 @@ def reproduce(
     _check(plan)
     endings = (*((".png",) if chosen.plot or chosen.picture else ()), ".md", ".json")
     check_outputs([out / f"{recipe}{ending}" for ending in endings], "reproduce", force=force)
+    remove_leftovers(runs / "records")
     results = _run(plan, runs, deadline, announce)
     table = _table(plan, results)
     write(chosen, table, Facts(base, list(codecs), paths, seeds, results.seconds), out, results.picture)
