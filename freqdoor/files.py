@@ -201,7 +201,7 @@ FORMS = (  # files that carry no mark, those of earlier versions too: what they 
     (rb"\A\{\s*\"recipe\": \"\w+\",\s*\"codecs\": ", "reproduce"),
     (rb"\nMade by `freqdoor reproduce \w+`: \d+ plantings", "reproduce"),
 )
-ENDS = 4096  # bytes that are looked at, from the beginning and up to the end
+ENDS = 2**17  # bytes that are looked at from the beginning, and from the end: a large TIFF begins with a long table
 
 
 def mark(verb: str) -> str:

@@ -184,14 +184,14 @@ def test_texts_say_which_verb_made_them(tmp_path):
     texts = {
         "a.json": marked_json('{\n "a": 1}', "segment"),
         "b.json": marked_json('{"a":1}', "segment"),
-        "a.md": marked_markdown("# A page\n" + 5000 * "words\n", "segment"),
+        "a.md": marked_markdown("# A page\n" + 50_000 * "words\n", "segment"),
         "a.html": f'<!doctype html>\n<html><head>\n<meta name="generator" content="{mark("segment")}">\n',
     }
     for name, text in texts.items():
         write_text(tmp_path / name, text)
         assert made_by(tmp_path / name) == "segment"
     assert json.loads(texts["a.json"]) == json.loads(texts["b.json"]) == {"made_by": "freqdoor segment", "a": 1}
-    assert unmarked(texts["a.md"]) == "# A page\n" + 5000 * "words\n"
+    assert unmarked(texts["a.md"]) == "# A page\n" + 50_000 * "words\n"
 
 
 def test_files_of_earlier_versions_are_known_by_their_form(tmp_path):
@@ -354,6 +354,25 @@ def test_a_full_disk_in_the_systems_own_error(tmp_path, number, words):
         raise OSError(number, "in some language")
     assert words in str(caught.value)
     assert not names(tmp_path)
+
+
+def test_a_disk_may_be_full_only_when_it_is_asked_to_settle(tmp_path, monkeypatch):
+    """Network file systems accept what they have no room for; some cannot be asked."""
+    write_text(tmp_path / "a", "old")
+
+    def fail(number):
+        def sync(_):
+            raise OSError(number, "x")
+
+        return sync
+
+    monkeypatch.setattr(os, "fsync", fail(errno.ENOSPC))
+    with pytest.raises(FreqdoorError, match=r"a: could not write \(no space left on the disk\)"):
+        write_text(tmp_path / "a", "new")
+    assert ((tmp_path / "a").read_text(), names(tmp_path)) == ("old", ["a"])
+    monkeypatch.setattr(os, "fsync", fail(errno.EINVAL))
+    write_text(tmp_path / "a", "new")
+    assert (tmp_path / "a").read_text() == "new"
 
 
 def test_settings_and_files_load_little():
