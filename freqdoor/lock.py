@@ -24,7 +24,8 @@ except ImportError:  # a system without it has no locks of this kind
 
 LOCK = ".freqdoor.lock"
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}  # of some network file systems
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 _held: dict[str, tuple[int, BinaryIO]] = {}  # folder -> the thread that holds it, and its open lock file
 
 

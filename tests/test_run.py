@@ -88,10 +88,13 @@ def test_a_folder_in_place_of_a_file_is_one_sentence(tmp_path, name, state):
         (tmp_path / "state.pt").unlink()
     (tmp_path / name).unlink(missing_ok=True)
     (tmp_path / name / "deeper").mkdir(parents=True)
+
+    def act() -> None:
+        Run(tmp_path).start(settings(), FACTS)
+        Run(tmp_path).log({"step": 1})
+
     with pytest.raises(FreqdoorError, match=re.escape(str(tmp_path / name))):
-        run = Run(tmp_path)
-        run.start(settings(), FACTS)
-        run.log({"step": 1})
+        act()
     assert (tmp_path / name / "deeper").is_dir()
 
 
@@ -169,7 +172,9 @@ def test_a_damaged_file_of_a_state_that_does_not_know_it(tmp_path, name):
     begun(tmp_path)
     torch.save({"history": {"step": 2, "seconds": 1.5}}, tmp_path / "state.pt")  # as older versions wrote it
     (tmp_path / name).write_bytes(b"")
-    with pytest.raises(FreqdoorError, match=rf"{name}: missing, empty or damaged.* its state of step 2 is whole: put a good"):
+    with pytest.raises(
+        FreqdoorError, match=rf"{name}: missing, empty or damaged.* its state of step 2 is whole: put a good"
+    ):
         Run(tmp_path).start(settings(), FACTS)
 
 

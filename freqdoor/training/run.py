@@ -155,7 +155,7 @@ class Run:
             torch.save(state | {"begun": self._begun}, partial)
             _seal(partial)
             if path.is_file() and not path.is_symlink():
-                path.replace(self.folder / PREVIOUS)  # a process that is killed here goes on from there
+                _keep(path, self.folder / PREVIOUS)
 
     def _newest(self) -> dict[str, Any] | None:
         """The last state; the one before it where there is no last one; None where there is neither."""
@@ -228,8 +228,8 @@ class Run:
             write_text(path, kept)
             return kept
         raise FreqdoorError(
-            f"{path}: missing, empty or damaged, so that nobody can say whether this is the same run; its state of step "
-            f"{saved['history']['step']} is whole: put a good {name} back to go on, or delete {STATE} to start anew"
+            f"{path}: missing, empty or damaged, so that nobody can say whether this is the same run; its state of "
+            f"step {saved['history']['step']} is whole: put a good {name} back to go on, or choose another folder"
         )
 
     def _refuse_other(self, old: dict[str, Any], new: dict[str, Any]) -> None:
@@ -273,6 +273,19 @@ def _begun(saved: dict[str, Any]) -> dict[str, str]:
             if isinstance(json.loads(text), dict):
                 whole[name] = text
     return whole
+
+
+def _keep(path: Path, other: Path) -> None:
+    """Give a file that is about to be replaced another name too; where a file has one name only, that one instead."""
+    second = other.with_name(f".partial-{os.getpid()}-{path.name}")
+    try:
+        second.unlink(missing_ok=True)
+        second.hardlink_to(path)
+    except OSError:
+        path.replace(other)  # a process that is killed here goes on from there
+        return
+    second.replace(other)
+    second.unlink(missing_ok=True)  # where both were one file already, replacing does nothing
 
 
 def _seal(path: Path) -> None:
