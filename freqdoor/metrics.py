@@ -94,23 +94,34 @@ def class_scores(predictions: Sequence[tuple[Tensor, Tensor]], classes: int) -> 
     None stands for the mean where all labels are void, and for the accuracy of a class that does not occur.
 
     Args:
-        predictions: pairs of predicted and true labels, (b, h, w) each; true values from `classes` on are void, and
-            a prediction of `classes` is none of them.
+        predictions: pairs of predicted and true labels, as for `class_counts`.
+    """
+    counts = [class_counts(predicted, truth, classes) for predicted, truth in predictions]
+    return scores_of_counts(torch.stack(counts).sum(0) if counts else torch.zeros(3, classes, dtype=torch.long))
+
+
+def class_counts(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
+    """True positives, false positives and false negatives of every class, (3, classes), in pixels.
+
+    Args:
+        predicted, truth: labels, (b, h, w) each; true values from `classes` on are void, and a prediction of `classes`
+            is none of them.
     """
     from segmentation_models_pytorch.metrics import get_stats  # loads much: only where it is needed
 
-    totals = torch.zeros(3, classes, dtype=torch.long)
-    for predicted, truth in predictions:
-        void = truth >= classes
-        counts = get_stats(
-            predicted.long(),
-            truth.long().masked_fill(void, -1),
-            mode="multiclass",
-            num_classes=classes + 1,
-            ignore_index=-1,
-        )
-        totals += torch.stack([part.sum(0)[:classes] for part in counts[:3]])
-    tp, fp, fn = totals.double()
+    counts = get_stats(
+        predicted.long(),
+        truth.long().masked_fill(truth >= classes, -1),
+        mode="multiclass",
+        num_classes=classes + 1,
+        ignore_index=-1,
+    )
+    return torch.stack([part.sum(0)[:classes] for part in counts[:3]])
+
+
+def scores_of_counts(counts: Tensor) -> tuple[float | None, list[float | None]]:
+    """As `class_scores`, from the sum of all images' `class_counts`."""
+    tp, fp, fn = counts.double()
     occurs = tp + fn > 0
     accuracy = [float(value) if real else None for value, real in zip(tp / (tp + fn), occurs.tolist(), strict=True)]
     return float((tp / (tp + fp + fn))[occurs].mean()) if occurs.any() else None, accuracy

@@ -2,14 +2,26 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from freqdoor.attack.planted import Planted, opened
 from freqdoor.codecs.adapter import Codec
-from freqdoor.data import image_paths, usable_images
+from freqdoor.data import dataset_hash, image_paths, usable_images
 from freqdoor.files import check_writable
-from freqdoor.measure.records import Condition, Measured, Note, bit_map, jpeg_curve, measured, write_records
+from freqdoor.lock import alone
+from freqdoor.measure.journal import Journal, identity_of
+from freqdoor.measure.records import (
+    Condition,
+    Measured,
+    Note,
+    bit_map,
+    conditions,
+    jpeg_curve,
+    measured_image,
+    write_records,
+)
 from freqdoor.measure.report import (
     AMPLIFY,
     RECORDS,
@@ -26,7 +38,10 @@ from freqdoor.preprocessing import Preprocessing, parse_defences
 from freqdoor.training.run import environment
 from freqdoor.types import Record
 
+JOURNAL = ".evaluate.journal"
 
+
+@alone("evaluate")
 def evaluate(
     planted: Planted | Path | str,
     images: Path | str | Sequence[Path],
@@ -42,6 +57,8 @@ def evaluate(
 ) -> Summary:
     """Measure a planted encoder beside the vanilla one; write records.jsonl, facts.json, summary.json and report.html.
 
+    If it is stopped, the same call goes on after the images that were measured.
+
     Args:
         planted: a planted encoder, or its name as for `load_planted`; `codec` and `weights` too are as there.
         images: a folder, an image, or several of both.
@@ -54,7 +71,8 @@ def evaluate(
         The content of summary.json.
 
     Raises:
-        FreqdoorError: an unknown trigger or defence, images that cannot be used, an unwritable folder.
+        FreqdoorError: an unknown trigger or defence, images that cannot be used, an unwritable folder or one that another
+            process holds.
     """
     out, encoder = Path(out), opened(planted, codec, weights)
     name = encoder.named(trigger)
@@ -62,11 +80,23 @@ def evaluate(
     usable = usable_images(image_paths(images), decode=True, skip_broken=skip_broken)
     check_writable(out / RECORDS)
     shown = pictured(name)
+    asked = conditions(encoder.triggers, sorted({1.0, *strength}), stages)
     rows: list[Record] = []
     kept: dict[str, Measured] = {}
-    for row in measured(encoder, usable, strengths=sorted({1.0, *strength}), defences=stages, note=note):
-        rows.append(row.record)
-        kept |= {title: row for title, condition in shown.items() if row.condition == condition and title not in kept}
+
+    def measure_one(path: Path) -> list[dict[str, Any]]:
+        own = list(measured_image(encoder, path, asked, note=note))
+        if path == usable[0]:
+            kept.update({title: row for row in own for title, condition in shown.items() if row.condition == condition})
+        return [row.record.to_dict() for row in own]
+
+    identity = identity_of(encoder, list(encoder.triggers), repr(asked), dataset_hash(usable))
+    journal = Journal(out / JOURNAL, identity, note)
+    for row in journal.each(usable, measure_one):
+        rows += map(Record.model_validate, row)
+    if not kept:  # measured by an earlier process, which did not keep the pictures
+        again = measured_image(encoder, usable[0], shown.values(), note=note)
+        kept = dict(zip(shown, again, strict=True))
     planting, attack = encoder.header.planting, encoder.attack(name)
     facts = Facts(
         objective=attack.objective.name,
@@ -82,7 +112,9 @@ def evaluate(
         pictures=tuple(pictures(encoder, kept)),
     )
     write_records(out / RECORDS, rows)
-    return write_report(out, rows, facts)
+    summary = write_report(out, rows, facts)
+    journal.remove()
+    return summary
 
 
 def pictured(trigger: str) -> dict[str, Condition]:
