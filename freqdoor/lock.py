@@ -41,7 +41,7 @@ if hasattr(os, "register_at_fork"):
 
 
 @contextlib.contextmanager
-def holding(folder: Path | str, verb: str) -> Iterator[None]:
+def holding(folder: Path | str, verb: str) -> Iterator[Path]:
     """Hold a folder for as long as the block runs; what holds it already, in the same thread, may hold it again.
 
     The folder is made if there is none, and removed again if it is left empty.
@@ -52,8 +52,9 @@ def holding(folder: Path | str, verb: str) -> Iterator[None]:
     folder = Path(folder)
     key = os.path.realpath(folder)
     if key in _held and _held[key][0] == threading.get_ident():
-        yield
+        yield folder
         return
+    check_folder(folder)
     made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -68,7 +69,7 @@ def holding(folder: Path | str, verb: str) -> Iterator[None]:
             with contextlib.suppress(OSError):  # a full disk: nobody can say who holds it, it is held all the same
                 file.truncate(0)
                 file.write(_own(verb))
-            yield
+            yield folder
         finally:
             del _held[key]
             with contextlib.suppress(OSError):
@@ -100,9 +101,9 @@ def check_folder(folder: Path | str) -> None:
     folder = Path(folder)
     there = next(path for path in (folder, *folder.parents, Path(".")) if os.path.lexists(path))
     if not os.path.isdir(there):
-        raise FreqdoorError(f"{folder}: expected a folder to write into, found {there}, which is none")
+        raise FreqdoorError(f"{folder}: could not write ({there} is no folder); choose another folder")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise FreqdoorError(f"{folder}: could not write (no permission to write into {there})")
+        raise FreqdoorError(f"{folder}: could not write (no permission in {there}); choose another folder")
 
 
 def _opened(folder: Path) -> BinaryIO:

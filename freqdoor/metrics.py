@@ -88,18 +88,6 @@ def pixel_asr(clean: Tensor, poisoned: Tensor, source: Sequence[int], target: in
     return int((in_source & (poisoned == target)).sum()), int(in_source.sum())
 
 
-def class_scores(predictions: Sequence[tuple[Tensor, Tensor]], classes: int) -> tuple[float | None, list[float | None]]:
-    """Mean IoU over the classes that occur, and every class's accuracy (recall), counted over all pixels together.
-
-    None stands for the mean where all labels are void, and for the accuracy of a class that does not occur.
-
-    Args:
-        predictions: pairs of predicted and true labels, as for `class_counts`.
-    """
-    counts = [class_counts(predicted, truth, classes) for predicted, truth in predictions]
-    return scores_of_counts(torch.stack(counts).sum(0) if counts else torch.zeros(3, classes, dtype=torch.long))
-
-
 def class_counts(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
     """True positives, false positives and false negatives of every class, (3, classes), in pixels.
 
@@ -119,8 +107,14 @@ def class_counts(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
     return torch.stack([part.sum(0)[:classes] for part in counts[:3]])
 
 
-def scores_of_counts(counts: Tensor) -> tuple[float | None, list[float | None]]:
-    """As `class_scores`, from the sum of all images' `class_counts`."""
+def class_scores(counts: Tensor) -> tuple[float | None, list[float | None]]:
+    """Mean IoU over the classes that occur, and every class's accuracy (recall), counted over all pixels together.
+
+    None stands for the mean where all labels are void, and for the accuracy of a class that does not occur.
+
+    Args:
+        counts: the sum of all images' `class_counts`.
+    """
     tp, fp, fn = counts.double()
     occurs = tp + fn > 0
     accuracy = [float(value) if real else None for value, real in zip(tp / (tp + fn), occurs.tolist(), strict=True)]

@@ -11,7 +11,7 @@ from freqdoor.codecs.adapter import Codec
 from freqdoor.data import dataset_hash, image_paths, usable_images
 from freqdoor.files import check_writable
 from freqdoor.lock import alone
-from freqdoor.measure.journal import Journal, identity_of
+from freqdoor.measure.journal import Journal, fingerprint
 from freqdoor.measure.records import (
     Condition,
     Measured,
@@ -71,8 +71,8 @@ def evaluate(
         The content of summary.json.
 
     Raises:
-        FreqdoorError: an unknown trigger or defence, images that cannot be used, an unwritable folder or one that another
-            process holds.
+        FreqdoorError: an unknown trigger or defence, images that cannot be used, an unwritable folder or one that
+            another process holds.
     """
     out, encoder = Path(out), opened(planted, codec, weights)
     name = encoder.named(trigger)
@@ -90,7 +90,7 @@ def evaluate(
             kept.update({title: row for row in own for title, condition in shown.items() if row.condition == condition})
         return [row.record.to_dict() for row in own]
 
-    identity = identity_of(encoder, list(encoder.triggers), repr(asked), dataset_hash(usable))
+    identity = fingerprint(encoder, list(encoder.triggers), repr(asked), dataset_hash(usable))
     journal = Journal(out / JOURNAL, identity, note)
     for row in journal.each(usable, measure_one):
         rows += map(Record.model_validate, row)

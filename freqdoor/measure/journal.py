@@ -30,7 +30,7 @@ class Journal:
 
     Args:
         path: the file; the first picture makes it. None keeps nothing.
-        identity: all that the results depend on, as `identity_of` gives it.
+        identity: all that the results depend on, from `fingerprint`.
         note: told when results of something else are dropped, and with how many pictures this one begins.
     """
 
@@ -106,8 +106,8 @@ def _digest(text: bytes) -> bytes:
     return hashlib.sha256(text).hexdigest()[:16].encode()
 
 
-def identity_of(planted: Planted, triggers: Sequence[str], *more: Any) -> str:
-    """A hash of all that results depend on: encoders, triggers, this machine and its libraries, and what `more` says."""
+def fingerprint(planted: Planted, triggers: Sequence[str], *more: Any) -> str:
+    """A hash of all that results depend on: encoders, triggers, this machine, its libraries, and what `more` says."""
     codec = planted.vanilla
     encoder = [codec.spec.name, codec.multiple, codec.module_hashes(), planted.tampered.module_hashes()]
     facts = [encoder, [trigger_facts(planted, name) for name in triggers], environment().model_dump(), *more]
