@@ -473,3 +473,21 @@ def test_attacks_that_no_test_can_measure(test_settings):
         with pytest.raises(FreqdoorError, match=message):
             SegmentationMeasurement(test_settings()).check([AttackSettings(name="t", objective=objective)])
     SegmentationMeasurement(test_settings(images="none")).check([])
+
+
+def test_a_stopped_measurement_goes_on_after_the_images_it_has(shaken, test_settings, tmp_path):
+    """One of the images is skipped: it is not looked at again either."""
+    test, seen, again = test_settings(), [], []
+    whole = score_segmentation(shaken, test, note=seen.append)
+    assert whole.skipped
+
+    def stop(text: str) -> None:
+        if text == seen[-1]:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        segment(shaken, test, tmp_path, note=stop)
+    assert segment(shaken, test, tmp_path, note=again.append) == whole
+    journal = f".segmentation.journal: {len(seen) - 1} measured already, going on after them"
+    assert again == [journal, seen[-1]]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["segmentation.json", "segmentation.md", "segmentation.png"]

@@ -67,7 +67,7 @@ class Journal:
         except OSError as error:
             raise FreqdoorError(f"{path}: could not go on from it ({error.strerror}); move it away") from None
         if note:
-            known = f"{len(self._rows)} pictures are measured already, going on after them"
+            known = f"{len(self._rows)} measured already, going on after them"
             what = known if size else "this was of another measurement; measuring anew"
             note(f"{path.name}: {what}")
 
