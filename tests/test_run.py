@@ -68,6 +68,9 @@ def test_a_run_without_a_state_is_no_place_for_another(tmp_path):
         with pytest.raises(FreqdoorError, match=rf"config\.json: {sentence}"):
             Run(tmp_path).start(settings(), FACTS)
         assert {p.name: p.read_bytes() for p in tmp_path.iterdir()}.keys() == before.keys()
+    mixed = settings(attacks=[{"objective": "bpp"}, {"objective": "psnr"}])  # whose dump is no settings again
+    (tmp_path / "config.json").write_text(mixed.model_dump_json())
+    assert Run(tmp_path).start(mixed, FACTS) is None
     (tmp_path / "config.json").write_bytes(bytes(100))  # after a power cut
     assert Run(tmp_path).start(settings(), FACTS) is None
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import replacing, write_text
@@ -207,21 +207,20 @@ class Run:
             ) from None
         if not text.strip("\0 \r\n"):  # what a power cut leaves of it; there is no state, so nothing is lost
             return
-        try:
-            type(settings).model_validate_json(text)
-        except ValidationError:
+        required = {name for name, field in type(settings).model_fields.items() if field.is_required()}
+        if not required <= _table(text).keys():
             raise FreqdoorError(
                 f"{path}: expected the settings of such a run, found others or another program's file; choose another "
                 "folder, or move it away to start anew"
-            ) from None
+            )
         self._refuse_other(_comparable(text, settings), _flat(settings.model_dump(mode="json")))
 
     def _text(self, name: str, saved: dict[str, Any]) -> str:
         """What a file of the run says; a damaged one is written again from the saved state, which knows it too."""
         path = self.folder / name
-        with contextlib.suppress(OSError, ValueError, RecursionError):
+        with contextlib.suppress(OSError, ValueError):
             text = path.read_text(encoding="utf-8")
-            if isinstance(json.loads(text), dict):
+            if _table(text):
                 return text
         kept = _begun(saved).get(name)
         if kept is not None:
@@ -267,12 +266,17 @@ class Run:
 def _begun(saved: dict[str, Any]) -> dict[str, str]:
     """The files that the run of a state began with, by name, where the state knows them and they are whole."""
     begun = saved.get("begun")
-    whole = {}
-    for name, text in begun.items() if isinstance(begun, dict) else ():
-        with contextlib.suppress(ValueError, TypeError, RecursionError):
-            if isinstance(json.loads(text), dict):
-                whole[name] = text
-    return whole
+    texts = begun if isinstance(begun, dict) else {}
+    return {name: text for name, text in texts.items() if isinstance(text, str) and _table(text)}
+
+
+def _table(text: str) -> dict[str, Any]:
+    """The table that a JSON file holds; an empty one if it holds none."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _keep(path: Path, other: Path) -> None:
