@@ -421,3 +421,48 @@ def test_jpeg_curve_is_pillows(images, tmp_path):
     assert points[1].bpp == pytest.approx(sum(rates) / 2)
     assert points[1].psnr_db == pytest.approx(sum(values) / 2)
     assert points[0].bpp < points[1].bpp < points[2].bpp
+
+
+def records_of(folder):
+    rows = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "encode_seconds"} for row in rows]
+
+
+def test_a_stopped_evaluation_goes_on_after_the_images_it_has(planted, images, tmp_path, monkeypatch):
+    paths = list_images(images)[1:]
+    whole = evaluate(planted, paths, tmp_path / "whole")
+
+    def stop(text: str) -> None:
+        if text.startswith("2.png: tampered, bpp"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(planted, paths, tmp_path / "parts", note=stop)
+    assert [p.name for p in (tmp_path / "parts").iterdir()] == [".evaluate.journal"]
+    notes = []
+    parts = evaluate(planted, paths, tmp_path / "parts", note=notes.append)
+    assert notes[0] == ".evaluate.journal: 1 measured already, going on after them"
+    assert {note.partition(":")[0] for note in notes[1:-3]} == {"2.png", "3.png"}
+    assert notes[-3:] == ["1.png: tampered, clean", "1.png: tampered, bpp", "1.png: vanilla, bpp"]  # for the report
+    assert records_of(tmp_path / "parts") == records_of(tmp_path / "whole")
+    assert (parts.bpp_ratio, parts.clean.psnr_db) == (whole.bpp_ratio, whole.clean.psnr_db)
+    assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == sorted(
+        p.name for p in (tmp_path / "whole").iterdir()
+    )
+    pages = [json.loads((tmp_path / folder / "facts.json").read_text())["pictures"] for folder in ("whole", "parts")]
+    assert pages[0] == pages[1]
+
+
+def test_what_was_measured_under_other_conditions_is_measured_anew(planted, images, tmp_path):
+    paths = list_images(images)[:2]
+
+    def stop(text: str) -> None:
+        if text.startswith("1.png"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(planted, paths, tmp_path, note=stop)
+    notes = []
+    evaluate(planted, paths, tmp_path, strength=(2.0,), note=notes.append)
+    assert notes[0] == ".evaluate.journal: this was of another measurement; measuring anew"
+    assert len(records_of(tmp_path)) == 2 * len(conditions(["bpp"], (1.0, 2.0)))

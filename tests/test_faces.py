@@ -451,3 +451,18 @@ def test_commands(planted, people, tmp_path, monkeypatch):
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
     assert "1 of 1 photos protected" in done.output
+
+
+def test_stopped_faces_go_on_after_the_pictures_they_have(planted, face_test, tmp_path):
+    test, seen, again = face_test(), [], []
+    whole = score_faces(planted, test, note=seen.append)
+
+    def stop(path: str) -> None:
+        if path == seen[3]:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        faces(planted, test, tmp_path, note=stop)
+    assert faces(planted, test, tmp_path, note=again.append) == whole
+    assert again == [".faces.journal: 3 measured already, going on after them", *seen[3:]]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["faces.json", "faces.md"]

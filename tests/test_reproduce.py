@@ -22,6 +22,7 @@ from freqdoor.cli import app
 from freqdoor.data import list_images
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import made_by
+from freqdoor.measure import records
 from freqdoor.measure.records import poisoned
 from freqdoor.measure.testsets import Measurement
 from freqdoor.paper import reproduce as module
@@ -722,7 +723,7 @@ def test_errors(run, base, images, tmp_path, counted):
     with pytest.raises(FreqdoorError, match="nope"):
         run("small", base, codec=["factories:lite", "nope"])
     (tmp_path / "out").write_text("a file")
-    with pytest.raises(FreqdoorError, match=r"small\.json: could not write"):
+    with pytest.raises(FreqdoorError, match=r"out: could not write \(.*out is no folder\)"):
         run("small", base)
     assert not counted
 
@@ -734,3 +735,35 @@ def test_command_says_what_is_missing(images, tmp_path):
     result = CliRunner().invoke(app, ["reproduce", "table4", *words, *changes])
     assert result.exit_code == 0, result.output
     assert "Not planted yet: with Eq. (4)" in result.output
+
+
+@pytest.mark.usefixtures("_recipe")
+def test_a_measurement_that_was_stopped_goes_on(run, base, tmp_path, monkeypatch):
+    whole = run("small", base, rows=["vanilla"], runs=tmp_path / "whole")
+    real, asked = records.measure, []
+
+    def measure(codec, x, entering, name, condition):
+        asked.append(name)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return real(codec, x, entering, name, condition)
+
+    monkeypatch.setattr(records, "measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        run("small", base, rows=["vanilla"])
+    [part] = (tmp_path / "runs/records").iterdir()
+    assert [p.name for p in part.iterdir()] == ["journal"]
+    assert run("small", base, rows=["vanilla"]) == whole
+    assert asked == ["0.png", "1.png", "1.png"]
+    assert [p.suffix for p in (tmp_path / "runs/records").iterdir()] == [".json"]
+
+
+@pytest.mark.usefixtures("_recipe")
+def test_a_planting_that_was_killed_amid_its_export_is_exported_again(run, base, tmp_path, counted):
+    table = run("small", base, rows=["ours"])
+    [folder] = [p for p in (tmp_path / "runs").iterdir() if p.name != "records"]
+    for name in ("codec.safetensors", "manifest.json"):
+        (folder / name).unlink()
+    assert run("small", base, rows=["ours"]) == table
+    assert len(counted) == 2
+    assert (folder / "codec.safetensors").exists()

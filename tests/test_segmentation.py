@@ -32,7 +32,7 @@ from freqdoor.measure.segmentation import (
     target_figure,
 )
 from freqdoor.measure.testsets import SegmentationTest, mean, number, read_results, results_text
-from freqdoor.metrics import class_scores, pixel_asr
+from freqdoor.metrics import class_counts, class_scores, pixel_asr
 from freqdoor.samples import BUNDLED
 from freqdoor.settings import make_settings
 
@@ -119,11 +119,11 @@ def test_class_scores_against_numpy():
         both = ((predicted == c) & (truth == c))[known].sum()
         ious.append(both / (((predicted == c) | (truth == c))[known].sum()))
         recalls.append(both / (truth == c).sum())
-    miou, accuracy = class_scores([(torch.tensor(a), torch.tensor(b)) for a, b in pairs], 3)
+    miou, accuracy = class_scores(sum(class_counts(torch.tensor(a), torch.tensor(b), 3) for a, b in pairs))
     assert miou == pytest.approx(np.mean(ious))
     assert accuracy == pytest.approx(recalls)
     perfect = torch.tensor([[[0, 2, 9]]])
-    assert class_scores([(perfect.clamp_max(3), perfect)], 3)[0] == 1.0  # class 1 does not occur
+    assert class_scores(class_counts(perfect.clamp_max(3), perfect, 3))[0] == 1.0  # class 1 does not occur
 
 
 def test_planting_records_the_network_by_name_only(planted, scene):
@@ -481,3 +481,21 @@ def test_attacks_that_no_test_can_measure(test_settings):
         with pytest.raises(FreqdoorError, match=message):
             SegmentationMeasurement(test_settings()).check([AttackSettings(name="t", objective=objective)])
     SegmentationMeasurement(test_settings(images="none")).check([])
+
+
+def test_a_stopped_measurement_goes_on_after_the_images_it_has(shaken, test_settings, tmp_path):
+    """One of the images is skipped: it is not looked at again either."""
+    test, seen, again = test_settings(), [], []
+    whole = score_segmentation(shaken, test, note=seen.append)
+    assert whole.skipped
+
+    def stop(text: str) -> None:
+        if text == seen[-1]:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        segment(shaken, test, tmp_path, note=stop)
+    assert segment(shaken, test, tmp_path, note=again.append) == whole
+    journal = f".segmentation.journal: {len(seen) - 1} measured already, going on after them"
+    assert again == [journal, seen[-1]]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["segmentation.json", "segmentation.md", "segmentation.png"]

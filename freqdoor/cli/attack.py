@@ -45,7 +45,7 @@ def demo(
 @verb()
 def plant(config: Config = None, *, out: Out, overrides: Overrides = None) -> None:
     """Fine-tune g_a and train a trigger; the same command again resumes."""
-    settings = load_settings(freqdoor.PlantSettings, config, overrides or ())
+    settings = load_settings(freqdoor.PlantSettings, config, overrides or (), out=out)
     load_torch()
     with live(settings.steps, "planting") as progress:
         freqdoor.plant(settings, out, progress=progress)

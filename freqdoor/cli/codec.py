@@ -15,7 +15,7 @@ from freqdoor.settings import load_settings
 @verb("train-codec")
 def train_codec(config: Config = None, *, out: Out, overrides: Overrides = None) -> None:
     """Train a vanilla codec on a folder of images; the same command again resumes."""
-    settings = load_settings(freqdoor.CodecTraining, config, overrides or ())
+    settings = load_settings(freqdoor.CodecTraining, config, overrides or (), out=out)
     load_torch()
     with live(settings.steps, settings.codec) as progress:
         freqdoor.train_codec(settings, out, progress=progress)

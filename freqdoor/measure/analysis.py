@@ -21,6 +21,7 @@ from freqdoor.data import image_paths, load_image, usable_images
 from freqdoor.dct import block_dct, blockify, rgb_to_ycbcr
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import check_outputs, marked_json, write_together
+from freqdoor.lock import alone
 from freqdoor.measure.records import Note, poisoned
 from freqdoor.measure.report import COLOURS, data_address, render
 from freqdoor.preprocessing import Preprocessing, parse_defences
@@ -113,6 +114,7 @@ class ImageAnalysis(NamedTuple):
     seconds: dict[Input, float]
 
 
+@alone("analyse")
 def analyse(
     planted: Planted | Path | str,
     images: Path | str | Sequence[Path],

@@ -2,14 +2,25 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from freqdoor.attack.planted import Planted, opened
 from freqdoor.codecs.adapter import Codec
-from freqdoor.data import image_paths, usable_images
+from freqdoor.data import dataset_hash, image_paths, usable_images
 from freqdoor.files import check_outputs
-from freqdoor.measure.records import Condition, Measured, Note, bit_map, jpeg_curve, measured
+from freqdoor.lock import alone
+from freqdoor.measure.journal import Journal, fingerprint
+from freqdoor.measure.records import (
+    Condition,
+    Measured,
+    Note,
+    bit_map,
+    conditions,
+    jpeg_curve,
+    measured_image,
+)
 from freqdoor.measure.report import (
     AMPLIFY,
     FILES,
@@ -26,7 +37,10 @@ from freqdoor.preprocessing import Preprocessing, parse_defences
 from freqdoor.training.run import environment
 from freqdoor.types import Record
 
+JOURNAL = ".evaluate.journal"
 
+
+@alone("evaluate")
 def evaluate(
     planted: Planted | Path | str,
     images: Path | str | Sequence[Path],
@@ -43,6 +57,8 @@ def evaluate(
 ) -> Summary:
     """Measure a planted encoder beside the vanilla one; write records.jsonl, facts.json, summary.json and report.html.
 
+    If it is stopped, the same call goes on after the images that were measured.
+
     Args:
         planted: a planted encoder, or its name as for `load_planted`; `codec` and `weights` too are as there.
         images: a folder, an image, or several of both.
@@ -56,8 +72,9 @@ def evaluate(
         The content of summary.json.
 
     Raises:
-        FreqdoorError: an unknown trigger or defence, images that cannot be used, an unwritable folder, a file in the
-            way. Earlier results are then left as they were; new ones replace them together, at the end.
+        FreqdoorError: an unknown trigger or defence, images that cannot be used, an unwritable folder or one that
+            another process holds, a file in the way. Earlier results are then left as they were; new ones replace them
+            together, at the end.
     """
     out, encoder = Path(out), opened(planted, codec, weights)
     name = encoder.named(trigger)
@@ -65,11 +82,23 @@ def evaluate(
     usable = usable_images(image_paths(images), decode=True, skip_broken=skip_broken)
     check_outputs([out / file for file in FILES], "evaluate", force=force)
     shown = pictured(name)
+    asked = conditions(encoder.triggers, sorted({1.0, *strength}), stages)
     rows: list[Record] = []
     kept: dict[str, Measured] = {}
-    for row in measured(encoder, usable, strengths=sorted({1.0, *strength}), defences=stages, note=note):
-        rows.append(row.record)
-        kept |= {title: row for title, condition in shown.items() if row.condition == condition and title not in kept}
+
+    def measure_one(path: Path) -> list[dict[str, Any]]:
+        own = list(measured_image(encoder, path, asked, note=note))
+        if path == usable[0]:
+            kept.update({title: row for row in own for title, condition in shown.items() if row.condition == condition})
+        return [row.record.to_dict() for row in own]
+
+    identity = fingerprint(encoder, list(encoder.triggers), repr(asked), dataset_hash(usable))
+    journal = Journal(out / JOURNAL, identity, note)
+    for row in journal.each(usable, measure_one):
+        rows += map(Record.model_validate, row)
+    if not kept:  # measured by an earlier process, which did not keep the pictures
+        again = measured_image(encoder, usable[0], shown.values(), note=note)
+        kept = dict(zip(shown, again, strict=True))
     planting, attack = encoder.header.planting, encoder.attack(name)
     facts = Facts(
         objective=attack.objective.name,
@@ -84,7 +113,9 @@ def evaluate(
         jpeg=tuple(jpeg_curve(usable)),
         pictures=tuple(pictures(encoder, kept)),
     )
-    return write_report(out, rows, facts, new=True)
+    summary = write_report(out, rows, facts, new=True)
+    journal.remove()
+    return summary
 
 
 def pictured(trigger: str) -> dict[str, Condition]:

@@ -166,16 +166,23 @@ def measured(
     """Every image under every condition, the vanilla codec always beside the tampered one."""
     rows = conditions(planted.triggers, strengths, defences)
     for path in images:
-        x = load_image(path)
-        inputs: dict[tuple[str | None, float, Rounding], Images] = {}  # both encoders and all defences share them
-        for condition in rows:
-            if note:
-                note(f"{path.name}: {condition.role}, {condition.trigger or 'clean'}")
-            key = condition.trigger, condition.strength, condition.rounding
-            if key not in inputs:
-                inputs[key] = input_of(planted, x, condition)
-            record, x_hat = measure(planted.codec(condition.role), x, inputs[key], path.name, condition)
-            yield Measured(record, condition, x, inputs[key], x_hat)
+        yield from measured_image(planted, path, rows, note=note)
+
+
+def measured_image(
+    planted: Planted, path: Path, rows: Iterable[Condition], *, note: Note | None = None
+) -> Iterator[Measured]:
+    """One image under every condition of `rows`."""
+    x = load_image(path)
+    inputs: dict[tuple[str | None, float, Rounding], Images] = {}  # both encoders and all defences share them
+    for condition in rows:
+        if note:
+            note(f"{path.name}: {condition.role}, {condition.trigger or 'clean'}")
+        key = condition.trigger, condition.strength, condition.rounding
+        if key not in inputs:
+            inputs[key] = input_of(planted, x, condition)
+        record, x_hat = measure(planted.codec(condition.role), x, inputs[key], path.name, condition)
+        yield Measured(record, condition, x, inputs[key], x_hat)
 
 
 def records(

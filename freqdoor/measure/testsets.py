@@ -18,6 +18,7 @@ from freqdoor.training.settings import Count
 if TYPE_CHECKING:  # the command line reads these settings without loading PyTorch
     from freqdoor.attack.planted import Planted
     from freqdoor.attack.settings import AttackSettings
+    from freqdoor.measure.journal import Journal
 
 SCHEMA = 2  # of a file of scores; those of version 1 name no schema, and may hold NaN
 S = TypeVar("S")
@@ -84,6 +85,10 @@ class Measurement(ABC, Generic[S]):
     @abstractmethod
     def score(self, planted: "Planted", trigger: str | None) -> S:
         """The scores of one trigger of an encoder, or of the encoder without any."""
+
+    def score_on(self, planted: "Planted", trigger: str | None, journal: "Journal") -> S:
+        """As `score`, but going on from what an earlier process has measured, if this measurement keeps that."""
+        return self.score(planted, trigger)
 
     @abstractmethod
     def identity(self) -> str:

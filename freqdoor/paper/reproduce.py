@@ -1,5 +1,6 @@
 """`freqdoor reproduce`: plant and measure what a recipe needs and is not there yet; the paper's numbers beside ours."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -15,13 +16,14 @@ from matplotlib.figure import Figure
 
 from freqdoor.attack.networks import load_network
 from freqdoor.attack.plant import plant
-from freqdoor.attack.planted import PLANTED, Planted, load_planted, unplanted
+from freqdoor.attack.planted import MANIFEST, Planted, load_planted, unplanted
 from freqdoor.attack.settings import OBJECTIVES, AttackSettings, CodecSource, PlantSettings
-from freqdoor.codecs.adapter import hash_state
 from freqdoor.codecs.loading import load_codec
 from freqdoor.data import image_paths, usable_images
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import check_outputs, name_and_file, remove_leftovers, write_text
+from freqdoor.lock import alone, holding
+from freqdoor.measure.journal import Journal, fingerprint, trigger_facts
 from freqdoor.measure.testsets import SCHEMA, DownstreamTest, Measurement
 from freqdoor.paper.recipe import OWN, Material, Recipe, Row, recipe_for
 from freqdoor.paper.settings import recipe_settings
@@ -57,6 +59,7 @@ class Results:
     picture: Figure | None = None
 
 
+@alone("reproduce")
 def reproduce(
     recipe: str,
     settings: PlantSettings | None = None,
@@ -209,7 +212,7 @@ def _planted(
     settings = _settings(base, row, seed)
     aside = {"checkpoint_minutes", "network"} | (set() if settings.start_from else {"start_from"})
     folder = runs / _key(settings.model_dump_json(exclude=aside))
-    if not (folder / PLANTED).exists():
+    if not (folder / MANIFEST).exists():  # which is written last
         if time.monotonic() > deadline:
             return None
         return plant(
@@ -245,21 +248,22 @@ def _scored(planted: Planted, measurement: Measurement[Any], trigger: str | None
     """The scores of one measurement, kept in `folder` from an earlier run or measured now."""
     encoder = [SCHEMA, planted.vanilla.module_hashes(), planted.tampered.module_hashes()]
     path = folder / f"{_key(json.dumps([encoder, _facts_of(planted, trigger), identity]))}.json"
-    kept = measurement.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    kept = measurement.loads(path.read_text(encoding="utf-8", errors="replace")) if path.exists() else None
     if kept is not None:
         return kept
-    scores = measurement.score(planted, trigger)
-    write_text(path, measurement.dumps(scores))
+    with holding(path.with_suffix(".part"), "reproduce") as part:  # other recipes may ask for the same scores
+        journal = Journal(part / "journal", fingerprint(planted, [trigger] if trigger else [], identity))
+        scores = measurement.score_on(planted, trigger, journal)
+        write_text(path, measurement.dumps(scores))
+        journal.remove()
+    with contextlib.suppress(OSError):
+        part.rmdir()
     return scores
 
 
 def _facts_of(planted: Planted, name: str | None) -> list[Any] | None:
     """All of a trigger that scores depend on."""
-    if name is None:
-        return None
-    trigger = planted.triggers[name]
-    objective = planted.objective(name).model_dump()
-    return [name, type(trigger).__name__, trigger.arguments, hash_state(trigger), objective]
+    return None if name is None else trigger_facts(planted, name)
 
 
 def _key(text: str) -> str:
