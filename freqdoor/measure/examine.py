@@ -12,15 +12,7 @@ from freqdoor.data import dataset_hash, image_paths, usable_images
 from freqdoor.files import check_outputs
 from freqdoor.lock import alone
 from freqdoor.measure.journal import Journal, fingerprint
-from freqdoor.measure.records import (
-    Condition,
-    Measured,
-    Note,
-    bit_map,
-    conditions,
-    jpeg_curve,
-    measured_image,
-)
+from freqdoor.measure.records import Condition, Measured, Note, bit_map, conditions, jpeg_curve, measured_image
 from freqdoor.measure.report import (
     AMPLIFY,
     FILES,
