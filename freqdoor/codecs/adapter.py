@@ -1,7 +1,7 @@
 """One thin adapter, `Codec`, over any network with CompressAI's protocol."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cache, cached_property
 from typing import Any, NamedTuple, Self
 
@@ -27,6 +27,8 @@ from freqdoor.codecs.protocol import (
     update_tables,
 )
 from freqdoor.codecs.sides import Sides, find_sides, padding
+from freqdoor.codecs.sizes import check_table_sizes
+from freqdoor.codecs.state import hash_tensors
 from freqdoor.errors import FreqdoorError
 from freqdoor.types import Bitstream, Images, Reconstruction
 
@@ -268,7 +270,15 @@ class Codec(nn.Module):
         return self
 
     def update(self, *, force: bool) -> None:
-        """Compute the coding tables that lack; with `force`, all of them anew from the weights."""
+        """Compute the coding tables that lack; with `force`, all of them anew from the weights.
+
+        Raises:
+            FreqdoorError: weights that ask for tables of an absurd size.
+        """
+        try:
+            check_table_sizes(self.net, force=force)
+        except FreqdoorError as error:
+            raise FreqdoorError(f"{self.spec.name}: {error}") from None
         update_tables(self.net, self.spec.name, force=force)
 
     def freeze(self, scope: str = "g_a") -> Self:
@@ -308,7 +318,7 @@ class Codec(nn.Module):
         for key, tensor in self.net.state_dict().items():
             name, _, rest = ("h_a", ".", key.removeprefix(h_a)) if key.startswith(h_a) else key.partition(".")
             parts.setdefault(name, {})[rest] = tensor
-        return {name: _hash_tensors(tensors) for name, tensors in parts.items()}
+        return {name: hash_tensors(tensors) for name, tensors in parts.items()}
 
     @property
     def decoder_hash(self) -> str:
@@ -357,15 +367,7 @@ def _is_float32(net: nn.Module) -> bool:
 
 def hash_state(module: nn.Module) -> str:
     """SHA-256 over a module's state dict: names, types, shapes and bytes, in order of name."""
-    return _hash_tensors(module.state_dict())
-
-
-def _hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
-    return digest.hexdigest()
+    return hash_tensors(module.state_dict())
 
 
 def build_codec(spec: CodecSpec) -> Codec:

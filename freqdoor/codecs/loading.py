@@ -4,10 +4,14 @@ import json
 import math
 import os
 import pickle
+import pickletools
+import re
 import warnings
+import zipfile
+from collections.abc import Collection
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from compressai.entropy_models import EntropyModel
@@ -20,16 +24,36 @@ from torch import Tensor, nn
 from freqdoor.codecs.adapter import Codec, build_codec, mask_contexts
 from freqdoor.codecs.architectures import ARCHITECTURES, LAMBDAS, MAX_GROUPS, VARIABLE_RATE, CodecSpec, parse_name
 from freqdoor.codecs.check import checked
-from freqdoor.codecs.state import bare, is_safetensors, unwrapped
+from freqdoor.codecs.sizes import TABLES, check_shapes, outline
+from freqdoor.codecs.state import bare, hash_tensors, is_safetensors, unwrapped
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import replacing
+from freqdoor.limits import check_memory, file_size, parse_json
 from freqdoor.samples import ASSETS, BUNDLED
 
 MAX_WIDTH = 1024  # channels; CompressAI's widest model has 320
 MAX_MULTIPLE = 4096  # pixels
-TABLES = ("_quantized_cdf", "_offset", "_cdf_length", "scale_table")
+MAX_DEPTH = 64  # residual blocks at each scale; the bundled network has 3
 SAME_TABLES = {"_quantized_cdf": 16, "_offset": 0, "_cdf_length": 0}  # counts of 65536: another machine's rounding
 SAME_SCALES = 1e-3
+PLURALS = {"matrix": "matrices", "bias": "biases", "factor": "factors"}  # of an entropy bottleneck
+LONGEST_TABLE = 4 * 2**20  # bytes that say which tensors a file holds: of a large network 50 000
+LEGACY = 5  # pickles in a file of PyTorch before 1.6: a number, a version, a system, the content, the storages' names
+READING = (  # what zipfile, pickletools and PyTorch raise on a damaged file
+    *(RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, OverflowError),
+    *(UnicodeDecodeError, NotImplementedError, zipfile.BadZipFile),
+)
+WIDEST = 4  # bytes of a tensor's element to one of the file's: float32 of what is stored in 8 bits, or twice in 16
+STORED = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")  # safetensors' names
+DTYPES = (  # PyTorch's names of the same
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+)
+GLOBALS = (  # what a state dict in a pickle is made of; of all else that PyTorch takes, some allocates at will
+    *("collections OrderedDict", "collections Counter", "_codecs encode", "__builtin__ set", "builtins set"),
+    *("torch Size", "torch device", "torch.nn.parameter Parameter", "torch._tensor _rebuild_from_type_v2"),
+    *(f"torch._utils _rebuild_{kind}" for kind in ("tensor", "tensor_v2", "parameter", "parameter_with_state")),
+)
 
 
 def load_codec(name: str, weights: Path | str | None = None, *, multiple: int | None = None) -> Codec:
@@ -81,7 +105,7 @@ def _with_weights(name: str, path: Path) -> Codec:
     if header is None:
         return _from_state_dict(tensors, path, spec)
     if spec.architecture not in ARCHITECTURES:  # the caller's factory, the file's weights
-        return _fill(build_codec(spec), tensors, path)
+        return _filled(spec, tensors, path)
     loaded = _load_file(path)
     if loaded.spec.architecture != spec.architecture:
         raise FreqdoorError(
@@ -98,10 +122,14 @@ def save_codec(codec: Codec, path: Path, **metadata: Any) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-    """Write a safetensors file with a JSON header under its metadata key "freqdoor"."""
+    """Write a safetensors file with a JSON header under its metadata key "freqdoor".
+
+    Under "digest" stands the SHA-256 of that text and of all tensors, which `read_tensors` and all others check.
+    """
     contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    text = json.dumps(header)
     with replacing(path) as partial:
-        save_file(contiguous, partial, metadata={"freqdoor": json.dumps(header)})
+        save_file(contiguous, partial, metadata={"freqdoor": text, "digest": hash_tensors(contiguous, text)})
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -127,14 +155,35 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], object]:
     """The tensors of a safetensors file, and what stands in its metadata under "freqdoor"."""
+    size = file_size(path, "a safetensors file")
     try:
+        with path.open("rb") as start:
+            table = int.from_bytes(start.read(8), "little")
+        if table > min(size, LONGEST_TABLE):
+            raise FreqdoorError(
+                f"{path}: not a readable safetensors file (expected a header of at most {min(size, LONGEST_TABLE)} "
+                f"bytes, found {table})"
+            )
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("freqdoor", "null"))
-            return {key: file.get_tensor(key) for key in file.keys()}, header  # noqa: SIM118
-    except FileNotFoundError:
-        raise FreqdoorError(f"{path}: expected a safetensors file, found nothing there") from None
+            metadata = file.metadata() or {}
+            text = metadata.get("freqdoor", "null")
+            header = parse_json(text, path)
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            kinds = {part.get_dtype() for part in slices.values()}
+            if strange := sorted(kinds - set(STORED)):
+                raise FreqdoorError(f"{path}: expected tensors of {', '.join(STORED)}, found {', '.join(strange)}")
+            claimed = sum(WIDEST * math.prod(part.get_shape()) for part in slices.values())
+            check_memory(2 * max(size, claimed), "its tensors and the network that holds them", path)
+            tensors = {key: file.get_tensor(key) for key in slices}
     except (SafetensorError, OSError, ValueError) as error:
         raise FreqdoorError(f"{path}: not a readable safetensors file ({error})") from None
+    digest = metadata.get("digest")  # none in the files of older versions
+    if digest is not None and digest != hash_tensors(tensors, text):
+        raise FreqdoorError(
+            f"{path}: its weights are not those that were written (digest {digest[:12]}...): the file is damaged; "
+            "get it again"
+        )
+    return tensors, header
 
 
 def _load_file(path: Path, name: str | None = None) -> Codec:
@@ -146,9 +195,10 @@ def _load_file(path: Path, name: str | None = None) -> Codec:
             f"{path}: holds {header.get('kind', 'something unknown')}, not a whole codec; "
             "pass it as --planted beside the codec it was planted in"
         )
-    codec = build_codec(_checked_spec(header.get("spec"), path, name))
+    spec = _checked_spec(header.get("spec"), path, name)
+    codec = _filled(spec, tensors, path)
     codec.metadata = {key: value for key, value in header.items() if key not in ("kind", "spec")}
-    return _fill(codec, tensors, path)
+    return codec
 
 
 def _checked_spec(content: object, path: Path, name: str | None) -> CodecSpec:
@@ -167,7 +217,8 @@ def _checked_spec(content: object, path: Path, name: str | None) -> CodecSpec:
         )
     if not _bounded(spec.arguments):
         raise FreqdoorError(
-            f"{path}: malformed header: expected widths from 1 to {MAX_WIDTH}, at most {MAX_GROUPS} in a list, "
+            f"{path}: malformed header: expected widths from 1 to {MAX_WIDTH}, at most {MAX_GROUPS} in a list, and a "
+            f"depth of at most {MAX_DEPTH}, "
             f"found {str(spec.arguments)[:160]}"
         )
     if spec.quality is not None and spec.quality not in LAMBDAS:
@@ -176,39 +227,95 @@ def _checked_spec(content: object, path: Path, name: str | None) -> CodecSpec:
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
-    """The state dict in a PyTorch file, without running anything that the file contains."""
+    """The state dict in a PyTorch file, without running anything that the file contains.
+
+    Tensors of today's format, a zip archive, are those of the file itself, mapped into memory and not copied.
+    """
+    size = file_size(path, "a checkpoint file")
     try:
+        zipped = _check_pickle(path, size)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's hints on odd pickles; the sentences below say what matters
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise FreqdoorError(f"{path}: expected a checkpoint file, found nothing there") from None
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         reason = str(error).split("\n")[0][:120]
         raise FreqdoorError(
             f"{path}: refused: this file is not a plain state dict, loading it could run code ({reason}); "
             "ask for a state dict or a safetensors file"
         ) from None
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except READING as error:
         raise FreqdoorError(f"{path}: not a readable PyTorch checkpoint ({str(error)[:120]})") from None
-    return unwrapped(content, path)
+    state = unwrapped(content, path)
+    for key, value in state.items():
+        if value.layout != torch.strided or value.device.type != "cpu" or value.dtype not in DTYPES:
+            raise FreqdoorError(f"{path}: {key[:80]}: expected plain numbers, found {value.dtype}, {value.layout}")
+    # a tensor that is spread over fewer numbers than it has, or many tensors that are the same numbers
+    claimed = sum(value.numel() * value.element_size() for value in state.values())
+    if claimed > WIDEST * size:
+        raise FreqdoorError(f"{path}: its tensors claim to be {claimed} bytes, and the file has {size}; it is damaged")
+    check_memory(2 * sum(WIDEST * value.numel() for value in state.values()), "its tensors and their network", path)
+    return state
+
+
+def _check_pickle(path: Path, size: int) -> bool:
+    """Whether a PyTorch file is a zip archive; raises where reading it would take more than the file has.
+
+    Raises:
+        UnpicklingError: names of code that no state dict needs; some make PyTorch take memory at will.
+    """
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\3\4":
+            check_memory(size, "the whole file", path)
+            file.seek(0)
+            for _ in range(LEGACY):
+                _check_globals(file)
+            return False
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        pickles = [entry for entry in entries if entry.filename.lower().endswith("data.pkl")]
+        packed = any(entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size for entry in entries)
+        if packed or len({entry.filename.lower() for entry in entries}) < len(entries) or len(pickles) != 1:
+            raise ValueError("expected an archive of one data.pkl without compression, as PyTorch writes it")
+        if pickles[0].file_size > LONGEST_TABLE:
+            raise ValueError(f"expected a data.pkl of at most {LONGEST_TABLE} bytes, found {pickles[0].file_size}")
+        with archive.open(pickles[0]) as file:
+            _check_globals(file)
+        if damaged := archive.testzip():
+            warnings.warn(f"{path}: the checksum of its part {damaged[:80]} is wrong; it may be damaged", stacklevel=2)
+    return True
+
+
+def _check_globals(file: IO[bytes]) -> None:
+    """Read one pickle without doing what it says; raises UnpicklingError at a name that is not in GLOBALS."""
+    for operation, argument, place in pickletools.genops(file):
+        if place is not None and place > LONGEST_TABLE:
+            raise ValueError(f"expected a pickle of at most {LONGEST_TABLE} bytes, found more")
+        if operation.name in ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"):
+            raise pickle.UnpicklingError(f"an operation of pickles that PyTorch does not write, {operation.name}")
+        if operation.name == "GLOBAL" and not _is_plain(str(argument)):
+            raise pickle.UnpicklingError(f"it names {str(argument)[:60]}")
+
+
+def _is_plain(name: str) -> bool:
+    """Whether "module name" is a type of numbers, or something else that state dicts are made of."""
+    module, _, attribute = name.partition(" ")
+    kind = getattr(torch, attribute, None) if module == "torch" else None
+    return name in GLOBALS or isinstance(kind, torch.dtype) or (module == "torch" and attribute.endswith("Storage"))
 
 
 def _from_state_dict(state: dict[str, Tensor], path: Path, spec: CodecSpec | None) -> Codec:
     """A codec whose architecture is the spec's, or the only one that the state dict fits."""
     if spec is not None and spec.architecture not in ARCHITECTURES:
-        codec = _fill(build_codec(spec), state, path)
+        codec = _filled(spec, state, path)
         _renew_tables(codec, str(path))
         return codec
     candidates = [spec.architecture] if spec else list(ARCHITECTURES)
     for architecture in candidates:
-        try:
-            codec = _rebuilt(architecture, state, spec or CodecSpec(name=path.name, architecture=architecture))
-        except (RuntimeError, KeyError, IndexError, ValueError, TypeError, FreqdoorError):
-            continue
-        check_weights(state, path)
-        _renew_tables(codec, str(path))  # as CompressAI's eval_model does
-        return codec
+        fitting = _fitting(architecture, state, spec or CodecSpec(name=path.name, architecture=architecture))
+        if fitting is not None:
+            codec = _filled(fitting, state, path)
+            _renew_tables(codec, str(path))  # as CompressAI's eval_model does
+            return codec
     if "Gain" in state:
         raise FreqdoorError(f"{path}: {VARIABLE_RATE}")
     raise FreqdoorError(
@@ -217,36 +324,57 @@ def _from_state_dict(state: dict[str, Tensor], path: Path, spec: CodecSpec | Non
     )
 
 
-def _rebuilt(architecture: str, state: dict[str, Tensor], spec: CodecSpec) -> Codec:
-    """A codec of the architecture with the weights of a state dict; raises where they do not fit."""
-    arguments = ARCHITECTURES[architecture].arguments(state)
-    if not _bounded(arguments):
-        raise ValueError(f"{arguments} are no widths")
-    codec = build_codec(replace(spec, architecture=architecture, arguments=arguments))
-    _load_state(codec.net, state)
-    return codec
+def _fitting(architecture: str, state: dict[str, Tensor], spec: CodecSpec) -> CodecSpec | None:
+    """The spec with the architecture's arguments as the weights' shapes say them; None where they do not fit it."""
+    try:
+        arguments = ARCHITECTURES[architecture].arguments(state)
+        if not _bounded(arguments):
+            return None
+        spec = replace(spec, architecture=architecture, arguments=arguments)
+        expected = outline(lambda: build_codec(spec).net)
+        check_shapes(expected, _renamed(state, expected))
+    except (RuntimeError, KeyError, IndexError, ValueError, TypeError, FreqdoorError):
+        return None
+    return spec
 
 
 def _bounded(arguments: dict[str, Any]) -> bool:
-    """Whether a constructor's arguments are widths, and lists of widths, as codecs have them."""
+    """Whether a constructor's arguments are widths, and lists of widths, as codecs have them, and a depth."""
+    if not isinstance(arguments.get("depth", 1), int) or arguments.get("depth", 1) > MAX_DEPTH:
+        return False
     lists = [value if isinstance(value, list) else [value] for value in arguments.values()]
     return all(len(v) <= MAX_GROUPS and all(isinstance(s, int) and 0 < s <= MAX_WIDTH for s in v) for v in lists)
 
 
-def _fill(codec: Codec, state: dict[str, Tensor], path: Path) -> Codec:
+def _filled(spec: CodecSpec, state: dict[str, Tensor], path: Path) -> Codec:
+    """The codec of a spec with the weights of a state dict, which have to fit it before it takes any memory."""
     try:
+        if spec.architecture in ARCHITECTURES:  # a factory is the user's own code
+            expected = outline(lambda: build_codec(spec).net)
+            check_shapes(expected, _renamed(state, expected))
+        codec = build_codec(spec)
         _load_state(codec.net, state)
     except (RuntimeError, KeyError, ValueError) as error:
         first = " ".join(str(error).split())[:160]
-        raise FreqdoorError(f"{path}: the weights do not fit {codec.spec.architecture} ({first})") from None
+        raise FreqdoorError(f"{path}: the weights do not fit {spec.architecture} ({first})") from None
     check_weights(state, path)
     return codec
 
 
+def _renamed(state: dict[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
+    """The state dict by a network's own keys where it has CompressAI's old ones."""
+
+    def name(key: str) -> str:
+        older = key if key in own else rename_key(key)
+        newer = re.sub(r"\._(matrix|bias|factor)(\d+)$", lambda match: f".{PLURALS[match[1]]}.{match[2]}", older)
+        return newer if newer in own else older
+
+    return {name(key): value for key, value in state.items()}
+
+
 def _load_state(net: nn.Module, state: dict[str, Tensor]) -> None:
     """net.load_state_dict for CompressAI's old keys too, and for coding tables of any size or none at all."""
-    own_keys = net.state_dict().keys()
-    state = {key if key in own_keys else rename_key(key): value for key, value in state.items()}
+    state = _renamed(state, net.state_dict().keys())
     for name, module in net.named_modules():
         for table in TABLES if isinstance(module, EntropyModel) else ():
             own = getattr(module, table, None)
