@@ -19,6 +19,7 @@ HALF = 2  # of the machine's memory, where that is less
 LONGEST_HEADER = UNITS["M"]  # characters of a file's own description
 LONGEST_TEXT = 64 * UNITS["M"]  # bytes of results, lists and settings
 DEEPEST = 32  # tables within tables
+MAX_MULTIPLE = 4096  # pixels that the sides of a codec's pictures have to be a multiple of
 _allowed: ContextVar[int | None] = ContextVar("max_memory", default=None)
 
 
@@ -112,26 +113,30 @@ def read_whole(path: Path | str, expected: str, longest: int | None = None) -> b
         raise FreqdoorError(f"{path}: expected {expected}, could not read it ({error.strerror})") from None
 
 
-def parse_json(text: str | bytes, path: Path | str, longest: int = LONGEST_HEADER) -> Any:
+def parse_json(
+    text: str | bytes, path: Path | str, longest: int = LONGEST_HEADER, *, expected: str = "JSON", nan_as_null: bool = False
+) -> Any:
     """What a stranger's JSON text says: of bounded length and depth, with finite numbers and every key once.
 
     Args:
         path: the file that it stands in, for the sentence.
         longest: characters.
+        expected: what the text is, for the sentence.
+        nan_as_null: take NaN and Infinity, which earlier versions wrote, as None.
 
     Raises:
         FreqdoorError: any other text.
     """
     if len(text) > longest:
-        raise FreqdoorError(f"{path}: expected JSON of at most {longest} characters, found {len(text)}")
+        raise FreqdoorError(f"{path}: expected {expected} of at most {longest} characters, found {len(text)}")
     try:
         content = json.loads(text, parse_constant=_no_number, parse_float=_finite, object_pairs_hook=_each_key_once)
     except RecursionError:
-        raise FreqdoorError(f"{path}: expected JSON at most {DEEPEST} tables deep, found more") from None
+        raise FreqdoorError(f"{path}: expected {expected} of at most {DEEPEST} tables in each other, found more") from None
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError as well
-        raise FreqdoorError(f"{path}: expected JSON, could not read it ({str(error)[:120]})") from None
+        raise FreqdoorError(f"{path}: expected {expected}, found something else ({str(error)[:120]})") from None
     if _deeper(content, DEEPEST):
-        raise FreqdoorError(f"{path}: expected JSON at most {DEEPEST} tables deep, found more")
+        raise FreqdoorError(f"{path}: expected {expected} of at most {DEEPEST} tables in each other, found more")
     return content
 
 

@@ -28,11 +28,10 @@ from freqdoor.codecs.sizes import TABLES, check_shapes, outline
 from freqdoor.codecs.state import bare, hash_tensors, is_safetensors, unwrapped
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import replacing
-from freqdoor.limits import check_memory, file_size, parse_json
+from freqdoor.limits import MAX_MULTIPLE, check_memory, file_size, parse_json
 from freqdoor.samples import ASSETS, BUNDLED
 
 MAX_WIDTH = 1024  # channels; CompressAI's widest model has 320
-MAX_MULTIPLE = 4096  # pixels
 MAX_DEPTH = 64  # residual blocks at each scale; the bundled network has 3
 SAME_TABLES = {"_quantized_cdf": 16, "_offset": 0, "_cdf_length": 0}  # counts of 65536: another machine's rounding
 SAME_SCALES = 1e-3
