@@ -5,6 +5,7 @@ import math
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -19,6 +20,8 @@ HALF = 2  # of the machine's memory, where that is less
 LONGEST_HEADER = UNITS["M"]  # characters of a file's own description
 LONGEST_TEXT = 64 * UNITS["M"]  # bytes of results, lists and settings
 DEEPEST = 32  # tables within tables
+MAX_PIXELS = 2**24  # of a picture: a codec's activations at this size take about 10 GiB
+MAX_PADDED = MAX_PIXELS + MAX_PIXELS // 4  # of a picture as a codec pads it: what is long and thin grows to many times
 MAX_MULTIPLE = 4096  # pixels that the sides of a codec's pictures have to be a multiple of
 _allowed: ContextVar[int | None] = ContextVar("max_memory", default=None)
 
@@ -89,7 +92,11 @@ def file_size(path: Path | str, expected: str) -> int:
         status = os.stat(path)
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
         nothing = isinstance(error, FileNotFoundError)
-        reason = "found nothing there" if nothing else f"could not read it ({getattr(error, 'strerror', error)})"
+        reason = (
+            "found nothing there (no such file)"
+            if nothing
+            else f"could not read it ({getattr(error, 'strerror', error)})"
+        )
         raise FreqdoorError(f"{path}: expected {expected}, {reason}") from None
     if not stat.S_ISREG(status.st_mode):
         kind = "folder" if stat.S_ISDIR(status.st_mode) else "device or a pipe"
@@ -114,7 +121,12 @@ def read_whole(path: Path | str, expected: str, longest: int | None = None) -> b
 
 
 def parse_json(
-    text: str | bytes, path: Path | str, longest: int = LONGEST_HEADER, *, expected: str = "JSON", nan_as_null: bool = False
+    text: str | bytes,
+    path: Path | str,
+    longest: int = LONGEST_HEADER,
+    *,
+    expected: str = "JSON",
+    nan_as_null: bool = False,
 ) -> Any:
     """What a stranger's JSON text says: of bounded length and depth, with finite numbers and every key once.
 
@@ -129,14 +141,16 @@ def parse_json(
     """
     if len(text) > longest:
         raise FreqdoorError(f"{path}: expected {expected} of at most {longest} characters, found {len(text)}")
+    too_deep = f"{path}: expected {expected} of at most {DEEPEST} tables within each other, found more"
+    constant = (lambda name: None) if nan_as_null else _no_number
     try:
-        content = json.loads(text, parse_constant=_no_number, parse_float=_finite, object_pairs_hook=_each_key_once)
+        content = json.loads(text, parse_constant=constant, parse_float=_finite, object_pairs_hook=_each_key_once)
     except RecursionError:
-        raise FreqdoorError(f"{path}: expected {expected} of at most {DEEPEST} tables in each other, found more") from None
+        raise FreqdoorError(too_deep) from None
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError as well
         raise FreqdoorError(f"{path}: expected {expected}, found something else ({str(error)[:120]})") from None
     if _deeper(content, DEEPEST):
-        raise FreqdoorError(f"{path}: expected {expected} of at most {DEEPEST} tables in each other, found more")
+        raise FreqdoorError(too_deep)
     return content
 
 
@@ -152,8 +166,8 @@ def _finite(text: str) -> float:
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)[:40]!r} stands there twice")
+        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"{name[:40]!r} stands there twice")
     return table
 
 

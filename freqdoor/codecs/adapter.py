@@ -26,7 +26,7 @@ from freqdoor.codecs.protocol import (
     read_forward,
     update_tables,
 )
-from freqdoor.codecs.sides import Sides, find_sides, padding
+from freqdoor.codecs.sides import Sides, check_padded, find_sides, padding
 from freqdoor.codecs.sizes import check_table_sizes
 from freqdoor.codecs.state import hash_tensors
 from freqdoor.errors import FreqdoorError
@@ -168,6 +168,7 @@ class Codec(nn.Module):
 
     def padded(self, x: Images) -> Images:
         """The images as the network gets them, with zeros around: (b, 3, h, w) -> (b, 3, >= h, >= w)."""
+        check_padded(x.shape[-2], x.shape[-1], *self.sides)
         pad, _ = padding(x.shape[-2], x.shape[-1], *self.sides)
         return F.pad(x, pad)
 
@@ -175,8 +176,8 @@ class Codec(nn.Module):
         """Differentiable pass: noise in train mode, rounding in eval mode, as in CompressAI."""
         self._check_modes()
         height, width = x.shape[-2:]
-        pad, unpad = padding(height, width, *self.sides)
-        x = F.pad(x, pad)
+        _, unpad = padding(height, width, *self.sides)
+        x = self.padded(x)
         transforms = self._transforms
         transforms.watching = True
         try:
@@ -248,8 +249,10 @@ class Codec(nn.Module):
         """The latents of an image of (height, width), nested as the network nests them.
 
         Raises:
-            ValueError: the latents of the padded image would not be a whole number of rows and columns.
+            FreqdoorError: the padded image would have too many pixels.
+            ValueError: its latents would not be a whole number of rows and columns.
         """
+        check_padded(*image_size, *self.sides)
         (left, right, top, bottom), _ = padding(*image_size, *self.sides)
         height, width = image_size
         return grown(self.tile.shape, (self.tile.side, self.tile.side), (height + top + bottom, width + left + right))

@@ -123,12 +123,17 @@ def save_codec(codec: Codec, path: Path, **metadata: Any) -> None:
 def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
     """Write a safetensors file with a JSON header under its metadata key "freqdoor".
 
-    Under "digest" stands the SHA-256 of that text and of all tensors, which `read_tensors` and all others check.
+    Its "digest" is the SHA-256 of the rest of it and of all tensors; whatever reads the file checks it.
     """
     contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    text = json.dumps(header)
+    content = json.loads(json.dumps(header))  # as whoever reads it has it
+    text = json.dumps(content | {"digest": _digest(contiguous, content)})
     with replacing(path) as partial:
-        save_file(contiguous, partial, metadata={"freqdoor": text, "digest": hash_tensors(contiguous, text)})
+        save_file(contiguous, partial, metadata={"freqdoor": text})
+
+
+def _digest(tensors: dict[str, Tensor], header: dict[str, Any]) -> str:
+    return hash_tensors(tensors, json.dumps(header, sort_keys=True))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -164,9 +169,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], object]:
                 f"bytes, found {table})"
             )
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            text = metadata.get("freqdoor", "null")
-            header = parse_json(text, path)
+            header = parse_json((file.metadata() or {}).get("freqdoor", "null"), path)
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
             kinds = {part.get_dtype() for part in slices.values()}
             if strange := sorted(kinds - set(STORED)):
@@ -176,11 +179,11 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], object]:
             tensors = {key: file.get_tensor(key) for key in slices}
     except (SafetensorError, OSError, ValueError) as error:
         raise FreqdoorError(f"{path}: not a readable safetensors file ({error})") from None
-    digest = metadata.get("digest")  # none in the files of older versions
-    if digest is not None and digest != hash_tensors(tensors, text):
+    digest = header.pop("digest", None) if isinstance(header, dict) else None  # none in files of older versions
+    if digest is not None and digest != (found := _digest(tensors, header)):
         raise FreqdoorError(
-            f"{path}: its weights are not those that were written (digest {digest[:12]}...): the file is damaged; "
-            "get it again"
+            f"{path}: its weights are not those that were written (digest {found[:12]}, not {str(digest)[:12]}): the "
+            "file is damaged; get it again"
         )
     return tensors, header
 
