@@ -232,7 +232,10 @@ def _trigger(attack: PlantedAttack, tensors: dict[str, Tensor]) -> Trigger:
     def build() -> Trigger:
         return build_trigger(attack.trigger, **attack.arguments)
 
-    check_shapes(outline(build), tensors)
+    try:
+        check_shapes(outline(build), tensors)
+    except FreqdoorError as error:  # arguments that are none
+        raise ValueError(str(error)) from None
     trigger = build()
     trigger.load_state_dict(tensors)
     return trigger.eval()

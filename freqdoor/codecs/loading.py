@@ -6,8 +6,10 @@ import os
 import pickle
 import pickletools
 import re
+import struct
 import warnings
 import zipfile
+import zlib
 from collections.abc import Collection
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -32,6 +34,7 @@ from freqdoor.limits import MAX_MULTIPLE, check_memory, file_size, parse_json
 from freqdoor.samples import ASSETS, BUNDLED
 
 MAX_WIDTH = 1024  # channels; CompressAI's widest model has 320
+LONGEST_NAME = 1024  # characters: it may be a path
 MAX_DEPTH = 64  # residual blocks at each scale; the bundled network has 3
 SAME_TABLES = {"_quantized_cdf": 16, "_offset": 0, "_cdf_length": 0}  # counts of 65536: another machine's rounding
 SAME_SCALES = 1e-3
@@ -39,8 +42,8 @@ PLURALS = {"matrix": "matrices", "bias": "biases", "factor": "factors"}  # of an
 LONGEST_TABLE = 4 * 2**20  # bytes that say which tensors a file holds: of a large network 50 000
 LEGACY = 5  # pickles in a file of PyTorch before 1.6: a number, a version, a system, the content, the storages' names
 READING = (  # what zipfile, pickletools and PyTorch raise on a damaged file
-    *(RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, OverflowError),
-    *(UnicodeDecodeError, NotImplementedError, zipfile.BadZipFile),
+    *(RuntimeError, OSError, EOFError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError),
+    *(AssertionError, MemoryError, struct.error, zlib.error, zipfile.BadZipFile),
 )
 WIDEST = 4  # bytes of a tensor's element to one of the file's: float32 of what is stored in 8 bits, or twice in 16
 STORED = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")  # safetensors' names
@@ -208,7 +211,10 @@ def _checked_spec(content: object, path: Path, name: str | None) -> CodecSpec:
     try:
         spec = CodecSpec(**(content | ({"name": name} if name else {})))  # type: ignore[operator]
         kinds = {"name": str, "architecture": str, "quality": int | None, "arguments": dict}
-        if not all(isinstance(getattr(spec, key), kind) for key, kind in kinds.items()):
+        if (
+            not all(isinstance(getattr(spec, key), kind) for key, kind in kinds.items())
+            or len(spec.name) > LONGEST_NAME
+        ):
             raise TypeError
     except TypeError:
         raise FreqdoorError(f"{path}: malformed header: expected a codec's spec, found {str(content)[:80]}") from None
