@@ -3,17 +3,12 @@
 import json
 import math
 import os
-import pickle
-import pickletools
 import re
-import struct
 import warnings
-import zipfile
-import zlib
 from collections.abc import Collection
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from compressai.entropy_models import EntropyModel
@@ -26,8 +21,9 @@ from torch import Tensor, nn
 from freqdoor.codecs.adapter import Codec, build_codec, mask_contexts
 from freqdoor.codecs.architectures import ARCHITECTURES, LAMBDAS, MAX_GROUPS, VARIABLE_RATE, CodecSpec, parse_name
 from freqdoor.codecs.check import checked
+from freqdoor.codecs.pickles import LONGEST_TABLE, WIDEST, read_pickle
 from freqdoor.codecs.sizes import TABLES, check_shapes, outline
-from freqdoor.codecs.state import bare, hash_tensors, is_safetensors, unwrapped
+from freqdoor.codecs.state import bare, hash_tensors, is_safetensors
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import replacing
 from freqdoor.limits import MAX_MULTIPLE, check_memory, file_size, parse_json
@@ -39,23 +35,7 @@ MAX_DEPTH = 64  # residual blocks at each scale; the bundled network has 3
 SAME_TABLES = {"_quantized_cdf": 16, "_offset": 0, "_cdf_length": 0}  # counts of 65536: another machine's rounding
 SAME_SCALES = 1e-3
 PLURALS = {"matrix": "matrices", "bias": "biases", "factor": "factors"}  # of an entropy bottleneck
-LONGEST_TABLE = 4 * 2**20  # bytes that say which tensors a file holds: of a large network 50 000
-LEGACY = 5  # pickles in a file of PyTorch before 1.6: a number, a version, a system, the content, the storages' names
-READING = (  # what zipfile, pickletools and PyTorch raise on a damaged file
-    *(RuntimeError, OSError, EOFError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError),
-    *(AssertionError, MemoryError, struct.error, zlib.error, zipfile.BadZipFile),
-)
-WIDEST = 4  # bytes of a tensor's element to one of the file's: float32 of what is stored in 8 bits, or twice in 16
 STORED = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")  # safetensors' names
-DTYPES = (  # PyTorch's names of the same
-    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
-    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
-)
-GLOBALS = (  # what a state dict in a pickle is made of; of all else that PyTorch takes, some allocates at will
-    *("collections OrderedDict", "collections Counter", "_codecs encode", "__builtin__ set", "builtins set"),
-    *("torch Size", "torch device", "torch.nn.parameter Parameter", "torch._tensor _rebuild_from_type_v2"),
-    *(f"torch._utils _rebuild_{kind}" for kind in ("tensor", "tensor_v2", "parameter", "parameter_with_state")),
-)
 
 
 def load_codec(name: str, weights: Path | str | None = None, *, multiple: int | None = None) -> Codec:
@@ -150,14 +130,14 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """The tensors of a file and the header that we wrote; None and a bare state dict for files of others."""
     if not is_safetensors(path):
-        return bare(_read_pickle(path), path), None
+        return bare(read_pickle(path), path), None
     tensors, header = _read_safetensors(path)
     return (tensors, header) if isinstance(header, dict) else (bare(tensors, path), None)
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
     """A plain state dict from a safetensors or PyTorch file, without running anything that the file contains."""
-    return _read_safetensors(path)[0] if is_safetensors(path) else _read_pickle(path)
+    return _read_safetensors(path)[0] if is_safetensors(path) else read_pickle(path)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], object]:
@@ -232,83 +212,6 @@ def _checked_spec(content: object, path: Path, name: str | None) -> CodecSpec:
     if spec.quality is not None and spec.quality not in LAMBDAS:
         raise FreqdoorError(f"{path}: malformed header: expected a quality from 1 to 8, found {spec.quality}")
     return spec
-
-
-def _read_pickle(path: Path) -> dict[str, Tensor]:
-    """The state dict in a PyTorch file, without running anything that the file contains.
-
-    Tensors of today's format, a zip archive, are those of the file itself, mapped into memory and not copied.
-    """
-    size = file_size(path, "a checkpoint file")
-    try:
-        zipped = _check_pickle(path, size)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's hints on odd pickles; the sentences below say what matters
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0][:120]
-        raise FreqdoorError(
-            f"{path}: refused: this file is not a plain state dict, loading it could run code ({reason}); "
-            "ask for a state dict or a safetensors file"
-        ) from None
-    except READING as error:
-        raise FreqdoorError(f"{path}: not a readable PyTorch checkpoint ({str(error)[:120]})") from None
-    state = unwrapped(content, path)
-    for key, value in state.items():
-        if value.layout != torch.strided or value.device.type != "cpu" or value.dtype not in DTYPES:
-            raise FreqdoorError(f"{path}: {key[:80]}: expected plain numbers, found {value.dtype}, {value.layout}")
-    # a tensor that is spread over fewer numbers than it has, or many tensors that are the same numbers
-    claimed = sum(value.numel() * value.element_size() for value in state.values())
-    if claimed > WIDEST * size:
-        raise FreqdoorError(f"{path}: its tensors claim to be {claimed} bytes, and the file has {size}; it is damaged")
-    check_memory(2 * sum(WIDEST * value.numel() for value in state.values()), "its tensors and their network", path)
-    return state
-
-
-def _check_pickle(path: Path, size: int) -> bool:
-    """Whether a PyTorch file is a zip archive; raises where reading it would take more than the file has.
-
-    Raises:
-        UnpicklingError: names of code that no state dict needs; some make PyTorch take memory at will.
-    """
-    with path.open("rb") as file:
-        if file.read(4) != b"PK\3\4":
-            check_memory(size, "the whole file", path)
-            file.seek(0)
-            for _ in range(LEGACY):
-                _check_globals(file)
-            return False
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-        pickles = [entry for entry in entries if entry.filename.lower().endswith("data.pkl")]
-        packed = any(entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size for entry in entries)
-        if packed or len({entry.filename.lower() for entry in entries}) < len(entries) or len(pickles) != 1:
-            raise ValueError("expected an archive of one data.pkl without compression, as PyTorch writes it")
-        if pickles[0].file_size > LONGEST_TABLE:
-            raise ValueError(f"expected a data.pkl of at most {LONGEST_TABLE} bytes, found {pickles[0].file_size}")
-        with archive.open(pickles[0]) as file:
-            _check_globals(file)
-        if damaged := archive.testzip():
-            warnings.warn(f"{path}: the checksum of its part {damaged[:80]} is wrong; it may be damaged", stacklevel=2)
-    return True
-
-
-def _check_globals(file: IO[bytes]) -> None:
-    """Read one pickle without doing what it says; raises UnpicklingError at a name that is not in GLOBALS."""
-    for operation, argument, place in pickletools.genops(file):
-        if place is not None and place > LONGEST_TABLE:
-            raise ValueError(f"expected a pickle of at most {LONGEST_TABLE} bytes, found more")
-        if operation.name in ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"):
-            raise pickle.UnpicklingError(f"an operation of pickles that PyTorch does not write, {operation.name}")
-        if operation.name == "GLOBAL" and not _is_plain(str(argument)):
-            raise pickle.UnpicklingError(f"it names {str(argument)[:60]}")
-
-
-def _is_plain(name: str) -> bool:
-    """Whether "module name" is a type of numbers, or something else that state dicts are made of."""
-    module, _, attribute = name.partition(" ")
-    kind = getattr(torch, attribute, None) if module == "torch" else None
-    return name in GLOBALS or isinstance(kind, torch.dtype) or (module == "torch" and attribute.endswith("Storage"))
 
 
 def _from_state_dict(state: dict[str, Tensor], path: Path, spec: CodecSpec | None) -> Codec:

@@ -52,7 +52,7 @@ def unwrapped(content: object, path: Path) -> dict[str, Tensor]:
         and state
         and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items())
     ):
-        held = f" of {', '.join(map(str, list(state)[:6]))}" if isinstance(state, dict) and state else ""
+        held = f" of {', '.join(str(key)[:40] for key in list(state)[:6])}" if isinstance(state, dict) and state else ""
         raise FreqdoorError(
             f"{path}: expected a state dict (names to tensors), alone or under one of {', '.join(WRAPPERS)}, found "
             f"{type(state).__name__}{held}"
