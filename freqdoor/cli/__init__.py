@@ -2,12 +2,11 @@
 
 import errno
 import sys
-import traceback
 import warnings
 
 from freqdoor.cli import attack, codec, downstream, research, watermark
 from freqdoor.cli.options import app
-from freqdoor.cli.terminal import fail, warn
+from freqdoor.cli.terminal import fail, show_every_name, show_trace, warn
 from freqdoor.errors import FreqdoorError
 
 __all__ = ["app", "attack", "codec", "downstream", "main", "research", "watermark"]
@@ -15,14 +14,15 @@ __all__ = ["app", "attack", "codec", "downstream", "main", "research", "watermar
 
 def main() -> None:
     """Run a command; every expected failure ends in one sentence and exit code 2."""
+    show_every_name()
     warnings.showwarning = warn
     debug = "--debug" in sys.argv
     try:
         app(args=[word for word in sys.argv[1:] if word != "--debug"])
-    except (FreqdoorError, OSError, MemoryError, RuntimeError) as error:
+    except Exception as error:
         sentence = _sentence(error)
         if debug or sentence is None:
-            traceback.print_exception(error)
+            show_trace(error)
         fail(sentence or f"{type(error).__name__}: {error}; this is a defect of freqdoor, please report it")
 
 

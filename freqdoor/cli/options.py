@@ -4,16 +4,33 @@ import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, ParamSpec
+from typing import Annotated, Any, ParamSpec
 
 import typer
+from typer.core import TyperGroup
 
 from freqdoor import __version__
-from freqdoor.cli.terminal import errors, every_minute, note, say
+from freqdoor.cli.terminal import every_minute, harmless, note, say, stopped
 from freqdoor.errors import STOPPED, stop_code
 
 P = ParamSpec("P")
+
+
+class _Verbs(TyperGroup):
+    """The verbs; what is said of a wrong command line repeats parts of it, and these may be names of files."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the verb of the command line."""
+        try:
+            return super().invoke(ctx)
+        except Exception as error:  # typer has no public name for its errors of a command line
+            if isinstance(message := getattr(error, "message", None), str):
+                error.message = harmless(message)  # type: ignore[attr-defined]
+            raise
+
+
 app = typer.Typer(
+    cls=_Verbs,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -66,7 +83,7 @@ def verb(name: str | None = None) -> Callable[[Callable[P, None]], Callable[P, N
                 with every_minute(title):
                     function(*arguments, **options)
             except KeyboardInterrupt as stop:
-                errors.print(f"freqdoor: {STOPPED}", highlight=False, markup=False, soft_wrap=True)
+                stopped(STOPPED)
                 raise SystemExit(stop_code(stop)) from None
 
         return run
