@@ -2,7 +2,8 @@
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec
 
@@ -16,17 +17,29 @@ from freqdoor.errors import STOPPED, stop_code
 P = ParamSpec("P")
 
 
+@contextmanager
+def _harmless_words() -> Iterator[None]:
+    """What is said of a wrong command line repeats parts of it, and these may be names of files."""
+    try:
+        yield
+    except Exception as error:  # typer has no public name for its errors of a command line
+        if isinstance(message := getattr(error, "message", None), str):
+            error.message = harmless(message)  # type: ignore[attr-defined]
+        raise
+
+
 class _Verbs(TyperGroup):
-    """The verbs; what is said of a wrong command line repeats parts of it, and these may be names of files."""
+    """The verbs, and what stands before them."""
+
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        """What stands before the verb."""
+        with _harmless_words():
+            return super().make_context(*arguments, **options)
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the verb of the command line."""
-        try:
+        """Run the verb."""
+        with _harmless_words():
             return super().invoke(ctx)
-        except Exception as error:  # typer has no public name for its errors of a command line
-            if isinstance(message := getattr(error, "message", None), str):
-                error.message = harmless(message)  # type: ignore[attr-defined]
-            raise
 
 
 app = typer.Typer(
