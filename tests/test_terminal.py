@@ -13,7 +13,7 @@ from rich.table import Table
 import freqdoor.cli as cli
 from freqdoor.cli import terminal
 from freqdoor.cli.options import app
-from freqdoor.cli.terminal import every_minute, harmless, live, note, say, show_trace, warn
+from freqdoor.cli.terminal import every_minute, harmless, live, note, say, say_page, show_trace, warn
 from freqdoor.errors import STOPPED
 
 pytestmark = pytest.mark.whole
@@ -122,6 +122,7 @@ def test_nothing_hostile_goes_out_whatever_way_it_takes(at_a_terminal, capfd):
     table.add_row(HOSTILE)
     terminal.console.print(table)
     say(HOSTILE)
+    say_page(f"| {HOSTILE} |\n|---|\n")
     note(HOSTILE)
     warn(UserWarning(HOSTILE))
     show_trace(ValueError(HOSTILE))
@@ -135,7 +136,7 @@ def test_nothing_hostile_goes_out_whatever_way_it_takes(at_a_terminal, capfd):
         assert "\x1b[2J" not in text
         assert "\x1b]" not in text
     assert err.count(SHOWN) == 3  # a warning, a trace and a sentence; what is noted is broken into lines
-    assert SHOWN in out
+    assert f"{SHOWN}\n| {SHOWN} |\n|---|\n" in out
 
 
 @pytest.mark.parametrize("words", [("compress", "a", "b", HOSTILE), (HOSTILE,), (f"--{HOSTILE}",)])

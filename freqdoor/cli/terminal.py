@@ -63,6 +63,12 @@ def say(text: str) -> None:
     console.print(text, soft_wrap=True)
 
 
+def say_page(text: str) -> None:
+    """Print a page of several lines to the standard output."""
+    for line in text.rstrip("\n").split("\n"):
+        say(line)
+
+
 def note(text: str) -> None:
     """Tell a person at a terminal what is being done; a log is told once a minute (`every_minute`)."""
     _place["text"] = text
