@@ -35,6 +35,7 @@ from .data import save_image as save_image
 from .demonstration import DEMO_STEPS as DEMO_STEPS
 from .demonstration import demo as demo
 from .errors import FreqdoorError as FreqdoorError
+from .limits import max_memory as max_memory
 from .measure.analysis import Analysis as Analysis
 from .measure.analysis import analyse as analyse
 from .measure.examine import evaluate as evaluate

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import os
-import stat
 import struct
 import warnings
 import zlib
@@ -21,10 +20,11 @@ from torch import Tensor
 
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import OTHER_PICTURES, PICTURES, read_text, replacing, with_slashes
+from freqdoor.limits import MAX_PIXELS as MAX_PIXELS
+from freqdoor.limits import check_memory, file_size
 from freqdoor.types import Images, as_picture, from_uint8
 
 FORMATS = sorted(set(PICTURES.values()))  # no other is tried: for some, Pillow starts a program
-MAX_PIXELS = 2**24  # 16.8 million: a codec's activations at this size take about 10 GiB
 CACHE_BYTES = 2**30  # decoded training images kept in memory; beyond it they are decoded again
 Size = tuple[int, int]  # (height, width) in pixels
 MODES = {  # Pillow's mode -> what a user calls it
@@ -126,14 +126,9 @@ def _open(path: Path | str, what: str) -> Iterator[Image.Image]:
     """An image file of a format that is read; a device or a pipe would let the program wait for ever."""
     with contextlib.ExitStack() as stack:
         try:
-            mode = os.stat(path).st_mode
-            if not stat.S_ISREG(mode):
-                kind = "folder" if stat.S_ISDIR(mode) else "device or a pipe"
-                raise FreqdoorError(f"{path}: expected {what}, found a {kind}")
+            check_memory(file_size(path, what), "the whole file", path)  # WebP is read as one
             file = stack.enter_context(Path(path).open("rb"))  # by its name, Pillow maps grey TIFF files in wrong order
             image = stack.enter_context(Image.open(file, formats=FORMATS))
-        except FileNotFoundError:
-            raise FreqdoorError(f"{path}: expected {what}, found no such file") from None
         except (Image.DecompressionBombError, Image.DecompressionBombWarning):
             raise FreqdoorError(
                 f"{path}: too many pixels; at most {MAX_PIXELS} are accepted, crop or reduce it"

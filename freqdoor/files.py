@@ -13,6 +13,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from freqdoor.errors import FreqdoorError
+from freqdoor.limits import LONGEST_TEXT, size_text
 
 PICTURES = {  # endings of pictures that are read -> Pillow's name of the format
     ".png": "PNG",
@@ -142,6 +143,10 @@ def read_text(path: Path | str, what: str = "this text") -> str:
     Raises:
         FreqdoorError: an unreadable file, or one that is no text.
     """
+    if os.path.isfile(path) and (size := os.path.getsize(path)) > LONGEST_TEXT:
+        raise FreqdoorError(
+            f"{path}: could not read {what} (expected at most {size_text(LONGEST_TEXT)}, found {size_text(size)})"
+        )
     try:
         content = Path(path).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte

@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from torch import Tensor
 
 from freqdoor.errors import FreqdoorError
+from freqdoor.limits import LONGEST_TEXT, read_whole
 
 if TYPE_CHECKING:
     from freqdoor.codecs.coder import Symbols
@@ -86,9 +87,7 @@ class Result(BaseModel):
     def read(cls, path: Path, expected: str) -> Self:
         """The content of a JSON file; FreqdoorError says that `expected` was expected in it."""
         try:
-            return cls.model_validate_json(path.read_bytes())
-        except OSError as error:
-            raise FreqdoorError(f"{path}: expected {expected} ({error.strerror})") from None
+            return cls.model_validate_json(read_whole(path, expected, LONGEST_TEXT))
         except ValidationError as error:
             raise FreqdoorError(f"{path}: expected {expected} ({problem_of(error)})") from None
 

@@ -302,7 +302,7 @@ def test_other_files_are_no_scores(tmp_path, text, message):
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(FreqdoorError, match=message):
         read_results(SegmentationScores, path)
-    with pytest.raises(FreqdoorError, match="could not read these scores"):
+    with pytest.raises(FreqdoorError, match="expected scores, found nothing there"):
         read_scores(tmp_path / "none.json")
 
 

@@ -12,7 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from freqdoor.errors import FreqdoorError
+from freqdoor.limits import check_memory, read_whole
 from freqdoor.types import Images, round8
+
+COPIES = 4  # of a file in memory at once: its bytes, what is parsed of them, the network, and that in float32
+MAX_NODES = 100_000  # operations; a ResNet-152 has 500
+MAX_BATCH = 256  # pictures
 
 
 @contextmanager
@@ -74,10 +79,11 @@ def read_onnx(path: Path, *, output: str | None, classes: int, normalised: bool)
     import onnx
     import onnx2torch
 
-    if not path.is_file():
-        raise FreqdoorError(f"{path}: expected an ONNX file, found nothing there")
-    try:  # weights beside the file are not read: a stranger's file names no other
-        model = onnx.load(io.BytesIO(path.read_bytes()), load_external_data=False)
+    content = read_whole(path, "an ONNX file")
+    check_memory(COPIES * len(content), "its network", path)
+    try:
+        model = onnx.load(io.BytesIO(content), load_external_data=False)
+        _check_graph(path, model)
         image = _image_of(path, model)
         answer = _output_of(path, model, output)
         takes_bytes = image.type.tensor_type.elem_type == onnx.TensorProto.UINT8
@@ -92,6 +98,30 @@ def read_onnx(path: Path, *, output: str | None, classes: int, normalised: bool)
     ends = _dimensions(answer)[1::2]
     classes_last = classes > 0 and len(ends) == 2 and ends[0] != classes and ends[1] == classes
     return OnnxNetwork(net, _dimensions(image), takes_bytes, classes_last)
+
+
+def _check_graph(path: Path, model: Any) -> None:
+    """Refuse weights in other files, which a stranger's file would name, and a graph of absurd length."""
+    from onnx import TensorProto
+
+    nodes, graphs = 0, [model.graph, *model.functions]
+    while graphs:
+        graph = graphs.pop()
+        sparse = list(getattr(graph, "sparse_initializer", ()))  # functions have no initial values
+        tensors = list(getattr(graph, "initializer", ()))
+        nodes += len(graph.node)
+        for attribute in (attribute for node in graph.node for attribute in node.attribute):
+            graphs += [attribute.g, *attribute.graphs] if attribute.HasField("g") else attribute.graphs
+            sparse += [attribute.sparse_tensor, *attribute.sparse_tensors]
+            tensors += [attribute.t, *attribute.tensors]
+        tensors += [part for whole in sparse for part in (whole.values, whole.indices)]
+        if any(tensor.data_location == TensorProto.EXTERNAL for tensor in tensors):
+            raise FreqdoorError(
+                f"{path}: keeps weights in another file, and no other file is read; save it with its weights, as "
+                "onnx.save_model does by default"
+            )
+    if nodes > MAX_NODES:
+        raise FreqdoorError(f"{path}: expected a graph of at most {MAX_NODES} operations, found {nodes}")
 
 
 def _dimensions(value: Any) -> list[int | None]:
@@ -115,6 +145,11 @@ def _image_of(path: Path, model: Any) -> Any:
     if kind not in (TensorProto.FLOAT, TensorProto.UINT8, *_other_floats()):
         name = TensorProto.DataType.Name(kind)
         raise FreqdoorError(f"{path}: expected an input of floating-point numbers or 8-bit pixels, found {name}")
+    if dimensions and (dimensions[0] or 1) > MAX_BATCH:
+        raise FreqdoorError(
+            f"{path}: takes {dimensions[0]} pictures at once; export it for a batch of 1, or of any size (at most "
+            f"{MAX_BATCH})"
+        )
     if dimensions and (len(dimensions) != 4 or dimensions[3 if _channels_last(dimensions) else 1] not in (3, None)):
         shape = ", ".join(str(side or "any") for side in dimensions)
         raise FreqdoorError(f"{path}: expected an input of (batch, 3, height, width), found ({shape})")

@@ -3,13 +3,17 @@
 import errno
 import sys
 import warnings
+from contextlib import nullcontext
 
 from freqdoor.cli import attack, codec, downstream, research, watermark
 from freqdoor.cli.options import app
 from freqdoor.cli.terminal import fail, show_every_name, show_trace, warn
 from freqdoor.errors import FreqdoorError
+from freqdoor.limits import max_memory
 
 __all__ = ["app", "attack", "codec", "downstream", "main", "research", "watermark"]
+
+MEMORY = "--max-memory"
 
 
 def main() -> None:
@@ -18,12 +22,28 @@ def main() -> None:
     warnings.showwarning = warn
     debug = "--debug" in sys.argv
     try:
-        app(args=[word for word in sys.argv[1:] if word != "--debug"])
+        words, size = _without_memory([word for word in sys.argv[1:] if word != "--debug"])
+        with nullcontext() if size is None else max_memory(size):
+            app(args=words)
     except Exception as error:
         sentence = _sentence(error)
         if debug or sentence is None:
             show_trace(error)
         fail(sentence or f"{type(error).__name__}: {error}; this is a defect of freqdoor, please report it")
+
+
+def _without_memory(words: list[str]) -> tuple[list[str], str | None]:
+    """The command without --max-memory SIZE, which may stand anywhere before a lone --, and the last such size."""
+    end = words.index("--") if "--" in words else len(words)
+    rest, size = [], None
+    before = iter(words[:end])
+    for word in before:
+        option, equals, value = word.partition("=")
+        if option == MEMORY:
+            size = value if equals else next(before, "")
+        else:
+            rest.append(word)
+    return rest + words[end:], size
 
 
 def _sentence(error: Exception) -> str | None:

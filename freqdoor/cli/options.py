@@ -79,8 +79,12 @@ def options(
     debug: Annotated[
         bool, typer.Option("--debug", help="Show the whole trace of an error; may stand anywhere.")
     ] = False,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="What reading one file may take, as 2G; default 4G; may stand anywhere."),
+    ] = None,
 ) -> None:
-    """What may stand before the verb; `main` looks for --debug itself, wherever it stands."""
+    """What may stand before the verb; `main` looks for --debug and --max-memory itself, wherever they stand."""
 
 
 def verb(name: str | None = None) -> Callable[[Callable[P, None]], Callable[P, None]]:

@@ -1,7 +1,7 @@
 """One thin adapter, `Codec`, over any network with CompressAI's protocol."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, cached_property
 from typing import Any, NamedTuple, Self
@@ -29,7 +29,9 @@ from freqdoor.codecs.protocol import (
     surroundings,
     update_tables,
 )
-from freqdoor.codecs.sides import Sides, find_sides, padding
+from freqdoor.codecs.sides import Sides, check_padded, find_sides, padding
+from freqdoor.codecs.sizes import check_table_sizes
+from freqdoor.codecs.state import hash_tensors
 from freqdoor.errors import FreqdoorError
 from freqdoor.types import Bitstream, Images, Reconstruction
 
@@ -198,6 +200,7 @@ class Codec(nn.Module):
 
     def padded(self, x: Images) -> Images:
         """The images as the network gets them, with zeros around: (b, 3, h, w) -> (b, 3, >= h, >= w)."""
+        check_padded(x.shape[-2], x.shape[-1], *self.sides)
         pad, _ = padding(x.shape[-2], x.shape[-1], *self.sides)
         return F.pad(x, pad)
 
@@ -205,8 +208,8 @@ class Codec(nn.Module):
         """Differentiable pass: noise in train mode, rounding in eval mode, as in CompressAI."""
         self._check_modes()
         height, width = x.shape[-2:]
-        pad, unpad = padding(height, width, *self.sides)
-        x = F.pad(x, pad)
+        _, unpad = padding(height, width, *self.sides)
+        x = self.padded(x)
         transforms = self._transforms
         transforms.watching = True
         try:
@@ -294,8 +297,10 @@ class Codec(nn.Module):
         """The latents of an image of (height, width), nested as the network nests them.
 
         Raises:
-            ValueError: the latents of the padded image would not be a whole number of rows and columns.
+            FreqdoorError: the padded image would have too many pixels.
+            ValueError: its latents would not be a whole number of rows and columns.
         """
+        check_padded(*image_size, *self.sides)
         (left, right, top, bottom), _ = padding(*image_size, *self.sides)
         height, width = image_size
         return grown(self.tile.shape, (self.tile.side, self.tile.side), (height + top + bottom, width + left + right))
@@ -316,7 +321,15 @@ class Codec(nn.Module):
         return self
 
     def update(self, *, force: bool) -> None:
-        """Compute the coding tables that lack; with `force`, all of them anew from the weights."""
+        """Compute the coding tables that lack; with `force`, all of them anew from the weights.
+
+        Raises:
+            FreqdoorError: weights that ask for tables of an absurd size.
+        """
+        try:
+            check_table_sizes(self.net, force=force)
+        except FreqdoorError as error:
+            raise FreqdoorError(f"{self.spec.name}: {error}") from None
         update_tables(self.net, self.spec.name, force=force)
 
     def freeze(self, scope: str = "g_a") -> Self:
@@ -356,7 +369,7 @@ class Codec(nn.Module):
         for key, tensor in self.net.state_dict().items():
             name, _, rest = ("h_a", ".", key.removeprefix(h_a)) if key.startswith(h_a) else key.partition(".")
             parts.setdefault(name, {})[rest] = tensor
-        return {name: _hash_tensors(tensors) for name, tensors in parts.items()}
+        return {name: hash_tensors(tensors) for name, tensors in parts.items()}
 
     @property
     def decoder_hash(self) -> str:
@@ -405,15 +418,7 @@ def _is_float32(net: nn.Module) -> bool:
 
 def hash_state(module: nn.Module) -> str:
     """SHA-256 over a module's state dict: names, types, shapes and bytes, in order of name."""
-    return _hash_tensors(module.state_dict())
-
-
-def _hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
-    return digest.hexdigest()
+    return hash_tensors(module.state_dict())
 
 
 def build_codec(spec: CodecSpec) -> Codec:
