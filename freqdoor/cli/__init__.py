@@ -2,13 +2,12 @@
 
 import errno
 import sys
-import traceback
 import warnings
 from contextlib import nullcontext
 
 from freqdoor.cli import attack, codec, downstream, research, watermark
 from freqdoor.cli.options import app
-from freqdoor.cli.terminal import fail, warn
+from freqdoor.cli.terminal import fail, show_every_name, show_trace, warn
 from freqdoor.errors import FreqdoorError
 from freqdoor.limits import max_memory
 
@@ -19,16 +18,17 @@ MEMORY = "--max-memory"
 
 def main() -> None:
     """Run a command; every expected failure ends in one sentence and exit code 2."""
+    show_every_name()
     warnings.showwarning = warn
     debug = "--debug" in sys.argv
     try:
         words, size = _without_memory([word for word in sys.argv[1:] if word != "--debug"])
         with nullcontext() if size is None else max_memory(size):
             app(args=words)
-    except (FreqdoorError, OSError, MemoryError, RuntimeError) as error:
+    except Exception as error:
         sentence = _sentence(error)
         if debug or sentence is None:
-            traceback.print_exception(error)
+            show_trace(error)
         fail(sentence or f"{type(error).__name__}: {error}; this is a defect of freqdoor, please report it")
 
 

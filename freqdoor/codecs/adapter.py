@@ -26,6 +26,7 @@ from freqdoor.codecs.protocol import (
     read_compress,
     read_decompress,
     read_forward,
+    surroundings,
     update_tables,
 )
 from freqdoor.codecs.sides import Sides, check_padded, find_sides, padding
@@ -429,4 +430,6 @@ def build_codec(spec: CodecSpec) -> Codec:
             reason = str(error) or f"{spec.arguments} do not go together"  # CompressAI asserts without a sentence
             raise FreqdoorError(f"{spec.name}: wrong arguments for {spec.architecture}: {reason}") from None
     factory = import_object(spec.architecture)
-    return Codec(call(spec.name, "factory", factory, **spec.arguments), spec)
+    with surroundings(spec.name):
+        net = call(spec.name, "factory", factory, **spec.arguments)
+    return Codec(net, spec)
