@@ -260,7 +260,16 @@ def test_time_that_is_up_leaves_gaps(run, base, tmp_path, counted):
     assert "| ours | - | - |" in (tmp_path / "out/small.md").read_text()
     run("small", base, budget=10, rows=["ours"])
     assert len(counted) == 1
+    before = contents(tmp_path / "out")
     assert run("small", base, budget=0)["ours"]  # what is there already is measured
+    complete = contents(tmp_path / "out")
+    assert complete != before
+    with pytest.warns(UserWarning, match=r"small\.json has more values than there was time for now, and stays"):
+        run("small", base.model_copy(update={"seed": 9}), budget=0)
+    assert contents(tmp_path / "out") == complete
+    (tmp_path / "out/small.json").write_text("[]")
+    run("small", base.model_copy(update={"seed": 9}), budget=0, force=True)
+    assert contents(tmp_path / "out") != complete
 
 
 @pytest.mark.usefixtures("_recipe")

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,7 +28,7 @@ from freqdoor.measure.journal import Journal, fingerprint, trigger_facts
 from freqdoor.measure.testsets import SCHEMA, DownstreamTest, Measurement
 from freqdoor.paper.recipe import OWN, Material, Recipe, Row, recipe_for
 from freqdoor.paper.settings import recipe_settings
-from freqdoor.paper.tables import Cell, Facts, Table, write
+from freqdoor.paper.tables import Cell, Facts, Table, values_in, write
 from freqdoor.samples import held_out
 from freqdoor.settings import file_name, make_settings, merge
 from freqdoor.training.loop import Progress
@@ -57,6 +58,7 @@ class Results:
     values: dict[tuple[str, str], list[float]] = field(default_factory=dict)  # by row's label and column, of each seed
     seconds: list[float] = field(default_factory=list)  # of every planting
     picture: Figure | None = None
+    late: bool = False  # something was not planted because the time was up
 
 
 @alone("reproduce")
@@ -85,7 +87,8 @@ def reproduce(
         runs: where plantings lie, one folder for each set of settings: recipes share them. Scores are kept beside them.
         rows: names of the rows to take; by default all.
         seeds: plantings of every row, with the seeds settings.seed, settings.seed + 1, ...
-        budget: minutes after which nothing new is started; the table then has gaps, and the same call goes on.
+        budget: minutes after which nothing new is started; the table then has gaps, does not replace one that has more
+            values, and the same call goes on.
         test: what attacks on downstream networks are measured on, for the recipes with such attacks.
         force: overwrite tables and pictures of these names that `reproduce` did not make.
         announce: told what is planted next, and in how many steps.
@@ -109,6 +112,13 @@ def reproduce(
     remove_leftovers(runs / "records")
     results = _run(plan, runs, deadline, announce)
     table = _table(plan, results)
+    earlier, count = out / f"{recipe}.json", sum(map(len, results.values.values()))
+    if results.late and values_in(earlier) > count:
+        warnings.warn(
+            f"{earlier} has more values than there was time for now, and stays as it is; the same command goes on",
+            stacklevel=2,
+        )
+        return table
     write(chosen, table, Facts(base, list(codecs), paths, seeds, results.seconds), out, results.picture)
     return table
 
@@ -122,6 +132,7 @@ def _run(plan: Plan, runs: Path, deadline: float, announce: Announce | None) -> 
         base = plan.base.model_copy(update={"codec": source})
         planted = _planted(base, row, seed, runs, deadline, announce)
         if planted is None:
+            results.late = True
             continue
         if row.changes is not None:
             results.seconds.append(planted.header.planting.seconds)

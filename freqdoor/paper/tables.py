@@ -98,6 +98,15 @@ def write(recipe: Recipe, table: Table, facts: Facts, out: Path, picture: Figure
     write_together(contents)
 
 
+def values_in(path: Path) -> int:
+    """How many values the cells of a NAME.json have together; 0 if there is no such file."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["table"].values()
+        return sum(len(cell["values"]) for cells in rows for cell in cells.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return 0
+
+
 def _page(recipe: Recipe, table: Table, facts: Facts) -> str:
     where, base = to_jsonable_python(environment()), facts.base
     trained_against = file_name(base.network or "")
