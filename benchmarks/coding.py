@@ -9,7 +9,6 @@ Kodak pictures through the bundled codec, the two coders in turn, picture by pic
 """
 
 import argparse
-import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -21,13 +20,14 @@ from compressai import ans
 from torch import Tensor
 
 import freqdoor
-from freqdoor.codecs import coding
+from freqdoor.codecs import coder as our
 from freqdoor.codecs.adapter import Codec
+from freqdoor.codecs.coding import CoderName, coding
 from freqdoor.codecs.loading import load_codec
 from freqdoor.data import load_image
 
 KODAK = Path(freqdoor.__file__).parent / "assets/kodak"
-CODERS: tuple[coding.CoderName, ...] = ("compressai", "freqdoor")
+CODERS: tuple[CoderName, ...] = ("compressai", "freqdoor")
 
 
 def timed(work: Callable[[], Any], seconds: list[float]) -> Any:
@@ -43,25 +43,27 @@ def by_pixel(decoder: Any, string: bytes, pixels: list[list[int]], tables: tuple
 
 
 @torch.no_grad()
-def results(codec: Codec, coder: coding.CoderName, x: Tensor, seconds: dict[str, dict[str, list[float]]]) -> list[Any]:
+def results(codec: Codec, coder: CoderName, x: Tensor, seconds: dict[str, dict[str, list[float]]]) -> list[Any]:
     """All works of one picture, and what came out: the same for both coders."""
-    net = codec.net
+    net, codec.coder = codec.net, coder
     bottleneck, conditional = net.entropy_bottleneck, net.gaussian_conditional
     y = net.g_a(x)
     z = net.h_a(y)
     z_hat = bottleneck.decompress(bottleneck.compress(z), z.shape[-2:])
     scales, means = net.h_s(z_hat).chunk(2, 1)
     indexes = conditional.build_indexes(scales)
-    z_strings, y_strings = timed(
-        lambda: (bottleneck.compress(z), conditional.compress(y, indexes, means)), seconds["encode"][coder]
-    )
-    timed(
-        lambda: (
-            bottleneck.decompress(z_strings, z.shape[-2:]),
-            conditional.decompress(y_strings, indexes, means=means),
-        ),
-        seconds["decode"][coder],
-    )
+
+    def encode() -> tuple[list[bytes], list[bytes]]:
+        with coding(coder):
+            return bottleneck.compress(z), conditional.compress(y, indexes, means)
+
+    def decode() -> None:
+        with coding(coder):
+            bottleneck.decompress(z_strings, z.shape[-2:])
+            conditional.decompress(y_strings, indexes, means=means)
+
+    z_strings, y_strings = timed(encode, seconds["encode"][coder])
+    timed(decode, seconds["decode"][coder])
     [bitstream] = timed(lambda: codec.compress(x), seconds["compress"][coder])
     x_hat = timed(lambda: codec.decompress(bitstream), seconds["decompress"][coder])
 
@@ -69,9 +71,9 @@ def results(codec: Codec, coder: coding.CoderName, x: Tensor, seconds: dict[str,
     [string] = conditional.compress(y_crop, index_crop)
     pixels = index_crop.reshape(256, -1).tolist()
     tables = tuple(getattr(conditional, name).tolist() for name in ("_quantized_cdf", "_cdf_length", "_offset"))
-    decoder = coding.Decoder() if coder == "freqdoor" else ans.RansDecoder()
+    decoder = our.Decoder() if coder == "freqdoor" else ans.RansDecoder()
     symbols = timed(lambda: by_pixel(decoder, string, pixels, tables), seconds["decode by pixel"][coder])
-    return [z_strings, y_strings, bitstream, x_hat.numpy().tobytes(), symbols]
+    return [z_strings, y_strings, bitstream.strings, x_hat.numpy().tobytes(), symbols]
 
 
 def main() -> None:
@@ -80,20 +82,17 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=24)
     arguments = parser.parse_args()
     started = time.perf_counter()
-    coding.encode([], [], coding.checked_tables([[0, 1, 1 << 16]], [3], [0]))
+    our.encode([], [], our.checked_tables([[0, 1, 1 << 16]], [3], [0]))
     print(f"first use: {time.perf_counter() - started:.2f} s, to import numba and to compile or to load the loops")
 
     codec = load_codec("lite-hyperprior:3")
-    codecs = {coder: copy.deepcopy(codec) for coder in CODERS}
-    for coder in CODERS:
-        coding.use_coder(codecs[coder].net, coder)
     works = ("encode", "decode", "compress", "decompress", "decode by pixel")
     seconds: dict[str, dict[str, list[float]]] = {work: {coder: [] for coder in CODERS} for work in works}
     pictures = [load_image(path) for path in sorted(KODAK.glob("*.png"))[: arguments.pictures]]
     for turn in range(arguments.rounds):
         for i, x in enumerate(pictures):
             order = CODERS if (turn + i) % 2 else CODERS[::-1]
-            first, second = (results(codecs[coder], coder, x, seconds) for coder in order)
+            first, second = (results(codec, coder, x, seconds) for coder in order)
             if first != second:
                 raise SystemExit("the two coders differ")
 

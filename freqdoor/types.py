@@ -9,7 +9,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self, get_args
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from torch import Tensor
 
 from freqdoor.errors import FreqdoorError
 from freqdoor.limits import LONGEST_TEXT, read_whole
+
+if TYPE_CHECKING:
+    from freqdoor.codecs.coder import Symbols
 
 Images = Tensor  # (b, 3, h, w), RGB, [0, 1]
 Masks = Tensor  # (b, 1, h, w), 1 where the trigger may act
@@ -48,6 +51,7 @@ class Bitstream:
     strings: tuple[bytes, ...]
     latent_shape: tuple[int, int]  # (height, width) of the coarsest latents; all others follow from the codec
     image_size: tuple[int, int]  # (height, width) to crop to
+    symbols: tuple["Symbols", ...] = ()  # that each string has to decode to; none where CompressAI's coder wrote them
 
     @property
     def num_bytes(self) -> int:

@@ -1,7 +1,8 @@
 """One thin adapter, `Codec`, over any network with CompressAI's protocol."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, cached_property
 from typing import Any, NamedTuple, Self
 
@@ -12,7 +13,8 @@ from compressai.layers import MaskedConv2d
 from torch import Tensor, nn
 
 from freqdoor.codecs.architectures import ARCHITECTURES, CodecSpec, import_object
-from freqdoor.codecs.coding import check_tables
+from freqdoor.codecs.coder import NotDecodable, symbols_of
+from freqdoor.codecs.coding import CoderName, check_tables, coding
 from freqdoor.codecs.protocol import (
     SHORTEST,
     Compressed,
@@ -32,6 +34,11 @@ from freqdoor.codecs.state import hash_tensors
 from freqdoor.errors import FreqdoorError
 from freqdoor.types import Bitstream, Images, Reconstruction
 
+ELSEWHERE = (
+    "the strings are damaged, or this machine computes other coding tables' rows than the one that wrote them (another "
+    "processor, device or PyTorch): decode them there"
+)
+
 
 class Tile(NamedTuple):
     """What the smallest padded picture is compressed to; all others follow from it, and it from the network alone."""
@@ -44,10 +51,11 @@ class Tile(NamedTuple):
 
 
 class _Transforms:
-    """What hangs on g_a and g_s as hooks: their precision, and the latents of the pass that is under way."""
+    """What hangs on g_a and g_s as hooks: their precision and threads, and the latents of the pass under way."""
 
     def __init__(self, g_a: nn.Module, g_s: nn.Module) -> None:
         self.precision = torch.float32
+        self.threads: int | None = None  # that they run on where all else runs on one
         self.watching = False
         self.y: Tensor | None = None
         self.entered: list[torch.autocast] = []
@@ -63,12 +71,32 @@ class _Transforms:
         if precision != torch.float32:
             self.begin, self.end = _outside_graphs()
 
+    @contextmanager
+    def others_on_one_thread(self) -> Iterator[None]:
+        """Run all but g_a and g_s on one thread in the block.
+
+        How many threads share a sum decides on its last bit, and this one on the row of a table that a latent is coded
+        with: a decoder with other threads than the encoder would read another picture.
+        """
+        threads = torch.get_num_threads()
+        self.threads = threads
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            self.threads = None
+
     def enter(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
         if self.precision != torch.float32:
             device = next((part.device.type for part in inputs if isinstance(part, Tensor)), "cpu")
             self.begin(self.entered, device, self.precision)
 
     def leave(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+        if self.threads is not None:
+            torch.set_num_threads(1)
         if self.precision == torch.float32:
             return None
         self.end(self.entered)
@@ -106,7 +134,10 @@ class Codec(nn.Module):
         spec: how to rebuild it.
         metadata: what the file it came from says of it (`tampered`, `attacks`, ...).
         stated_multiple: what the user says that sides have to be a multiple of; None lets it be found by trying.
+        coder: whose entropy coder writes and reads bitstreams: ours, or CompressAI's own for comparison.
     """
+
+    coder: CoderName = "freqdoor"
 
     def __init__(
         self,
@@ -212,24 +243,40 @@ class Codec(nn.Module):
                     f"{len(coded.strings)} strings for latents of {str(coded.shape)[:80]} where the smallest picture "
                     f"has {self.tile.strings} for {str(self.tile.shape)[:80]}; they could not be put together again"
                 )
-            streams.append(Bitstream(coded.strings, coarsest(coded.shape), size))
+            streams.append(Bitstream(coded.strings, coarsest(coded.shape), size, coded.symbols))
         return streams
 
     @torch.no_grad()
     def compressed(self, x: Images) -> Compressed:
         """What the network itself writes of one padded image, (1, 3, h, w)."""
-        return read_compress(self._answer("compress", x), self.spec.name)
+        with coding(self.coder) as tally, self._transforms.others_on_one_thread():
+            coded = read_compress(self._answer("compress", x), self.spec.name)
+        return coded._replace(symbols=symbols_of(coded.strings, tally.encoded)) if tally.encoded else coded
 
     @torch.no_grad()
     def decompress(self, bitstream: Bitstream) -> Images:
-        """The decoded image, (1, 3, h, w), clamped to [0, 1]."""
+        """The decoded image, (1, 3, h, w), clamped to [0, 1].
+
+        Raises:
+            FreqdoorError: strings of another codec, or ones that decode to other latents than were encoded.
+        """
         self.prepare()
         if len(bitstream.strings) != self.tile.strings:
             raise FreqdoorError(
                 f"{self.spec.name}: expected a bitstream of {self.tile.strings} strings, found {len(bitstream.strings)}"
             )
         strings = nested(bitstream.strings, self.tile.nesting)
-        answer = self._answer("decompress", strings, self.shapes(bitstream.image_size))
+        shapes = self.shapes(bitstream.image_size)
+        try:
+            with coding(self.coder) as tally, self._transforms.others_on_one_thread():
+                answer = self._answer("decompress", strings, shapes)
+        except NotDecodable as error:
+            raise FreqdoorError(f"{self.spec.name}: {error}; {ELSEWHERE}") from None
+        decoded = symbols_of(bitstream.strings, tally.decoded)
+        if bitstream.symbols and self.coder == "freqdoor" and decoded != bitstream.symbols:
+            raise FreqdoorError(
+                f"{self.spec.name}: the decoded latents are not those that were encoded, by their checksum; {ELSEWHERE}"
+            )
         pad, unpad = padding(*bitstream.image_size, *self.sides)
         height, width = bitstream.image_size
         size = (1, 3, height + pad[2] + pad[3], width + pad[0] + pad[1])
@@ -242,7 +289,7 @@ class Codec(nn.Module):
         """How the network nests its latents and strings, found by compressing the smallest black picture."""
         self.prepare()
         black = next(self.parameters()).new_zeros(1, 3, self.least, self.least)
-        strings, nesting, shape = self.compressed(black)
+        strings, nesting, shape, _ = self.compressed(black)
         return Tile(self.least, len(strings), nesting, tuple(len(string) < SHORTEST for string in strings), shape)
 
     def shapes(self, image_size: tuple[int, int]) -> Any:

@@ -1,10 +1,12 @@
 """The file format of one compressed image, `.fqd`: header, entropy coder's strings, checksum.
 
 Little-endian: magic "FQDR", version (u16), the first 16 bytes of the codec's decoder hash, height and width (u32),
-height and width of the coarsest latents (u32), number of strings (u16), their lengths (u32 each), the strings, and
-the CRC-32 of everything before it. The decoder hash leaves out g_a and h_a: a file decodes with every codec that has
-the same decoder, which is what lets a tampered encoder go unnoticed. How the strings and the finer latents nest in a
-codec like ELIC, and what the picture was padded to, is not stored: it follows from the codec (`Codec.tile`, `sides`).
+height and width of the coarsest latents (u32), number of strings (u16), for each string its length, how many symbols
+it holds and their checksum (u32 each, `coder.Symbols`), the strings, and the CRC-32 of everything before it. Version 1
+has the lengths alone. The decoder hash leaves out g_a and h_a but has the coding tables: a file decodes with every
+codec that has the same decoder, which is what lets a tampered encoder go unnoticed. How the strings and the finer
+latents nest in a codec like ELIC, and what the picture was padded to, is not stored: it follows from the codec
+(`Codec.tile`, `sides`). A machine that decodes other symbols than were encoded says so instead of showing a picture.
 """
 
 import struct
@@ -13,6 +15,7 @@ import zlib
 from pathlib import Path
 
 from freqdoor.codecs.adapter import Codec
+from freqdoor.codecs.coder import Symbols
 from freqdoor.codecs.loading import load_codec
 from freqdoor.codecs.protocol import SHORTEST
 from freqdoor.data import MAX_PIXELS, load_image, save_image
@@ -22,23 +25,26 @@ from freqdoor.samples import BUNDLED
 from freqdoor.types import Bitstream
 
 MAGIC = b"FQDR"
-VERSION = 1
+VERSION = 2
 HEADER = struct.Struct("<4sH16sIIIIH")
+ENTRY = {1: struct.Struct("<I"), 2: struct.Struct("<III")}  # of a string in the header, by version
 CHECKSUM = struct.Struct("<I")
 
 
 def pack(bitstream: Bitstream, codec: Codec) -> bytes:
     """The bytes of a file that holds the bitstream."""
+    version = VERSION if bitstream.symbols else 1
     header = HEADER.pack(
         MAGIC,
-        VERSION,
+        version,
         bytes.fromhex(codec.decoder_hash)[:16],
         *bitstream.image_size,
         *bitstream.latent_shape,
         len(bitstream.strings),
     )
-    lengths = struct.pack(f"<{len(bitstream.strings)}I", *map(len, bitstream.strings))
-    body = header + lengths + b"".join(bitstream.strings)
+    numbers = bitstream.symbols or ((),) * len(bitstream.strings)
+    entries = [ENTRY[version].pack(len(s), *symbols) for s, symbols in zip(bitstream.strings, numbers, strict=True)]
+    body = b"".join((header, *entries, *bitstream.strings))
     return body + CHECKSUM.pack(zlib.crc32(body))
 
 
@@ -49,8 +55,8 @@ def unpack(content: bytes, codec: Codec) -> Bitstream:
     if len(content) < HEADER.size + CHECKSUM.size:
         raise FreqdoorError(f"truncated: {len(content)} bytes are less than a header")
     _, version, codec_hash, height, width, latent_height, latent_width, count = HEADER.unpack_from(content)
-    if version != VERSION:
-        raise FreqdoorError(f"format version {version}, this freqdoor reads version {VERSION}")
+    if version not in ENTRY:
+        raise FreqdoorError(f"format version {version}, this freqdoor reads versions up to {VERSION}")
     body = content[: -CHECKSUM.size]
     if zlib.crc32(body) != CHECKSUM.unpack(content[-CHECKSUM.size :])[0]:
         raise FreqdoorError("damaged or truncated: the checksum does not match")
@@ -67,10 +73,12 @@ def unpack(content: bytes, codec: Codec) -> Bitstream:
             f"damaged, or written with pictures padded to another multiple than {codec.multiple} pixels: the sizes in "
             "the header do not belong together"
         )
-    start = HEADER.size + 4 * count
+    start = HEADER.size + count * ENTRY[version].size
     if start > len(body):
         raise FreqdoorError("damaged: the sizes in the header do not add up")
-    lengths = struct.unpack_from(f"<{count}I", body, HEADER.size)
+    entries = list(ENTRY[version].iter_unpack(body[HEADER.size : start]))
+    lengths = [entry[0] for entry in entries]
+    symbols = tuple(Symbols(*entry[1:]) for entry in entries) if version > 1 else ()
     short = any(n < SHORTEST and not may_be for n, may_be in zip(lengths, codec.tile.short, strict=True))
     if start + sum(lengths) != len(body) or short:
         raise FreqdoorError("damaged: the sizes in the header do not add up")
@@ -78,7 +86,7 @@ def unpack(content: bytes, codec: Codec) -> Bitstream:
     for length in lengths:
         strings.append(body[start : start + length])
         start += length
-    return Bitstream(tuple(strings), (latent_height, latent_width), (height, width))
+    return Bitstream(tuple(strings), (latent_height, latent_width), (height, width), symbols)
 
 
 def compress(
@@ -123,10 +131,10 @@ def decompress(
         raise FreqdoorError(f"{file}: could not read ({error.strerror})") from None
     codec = _opened(codec, weights)
     try:
-        bitstream = unpack(content, codec)
+        x_hat = codec.decompress(unpack(content, codec))
     except FreqdoorError as error:
         raise FreqdoorError(f"{file}: {error}") from None
-    save_image(Path(out), codec.decompress(bitstream))
+    save_image(Path(out), x_hat)
 
 
 def _opened(codec: Codec | str, weights: Path | str | None) -> Codec:

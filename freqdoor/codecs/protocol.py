@@ -18,6 +18,7 @@ import torch
 from compressai.entropy_models import EntropyModel
 from torch import Tensor, nn
 
+from freqdoor.codecs.coder import Symbols
 from freqdoor.errors import FreqdoorError
 
 OURS = (
@@ -46,6 +47,7 @@ class Compressed(NamedTuple):
     strings: tuple[bytes, ...]  # all of them, in order
     nesting: Any  # lists, tuples and dicts as the network returns them, with `bytes` in place of every string
     shape: Any  # as decompress takes it: (..., height, width) of latents, or lists and dicts of such
+    symbols: tuple[Symbols, ...] = ()  # that each string stands for, where our coder wrote it
 
 
 def call(name: str, part: str, function: Any, *arguments: Any, **named: Any) -> Any:
