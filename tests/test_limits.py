@@ -27,18 +27,20 @@ from torch import nn
 import freqdoor
 from freqdoor import load_codec, load_planted, save_codec
 from freqdoor.attack.onnx_files import read_onnx
-from freqdoor.attack.planted import _checked_header
+from freqdoor.attack.planted import Header, _checked_header
+from freqdoor.attack.settings import PlantSettings
 from freqdoor.codecs.adapter import build_codec
 from freqdoor.codecs.architectures import ARCHITECTURES, CodecSpec
 from freqdoor.codecs.loading import read_checkpoint, read_state, read_tensors, write_tensors
 from freqdoor.codecs.sides import check_padded
 from freqdoor.codecs.sizes import LONGEST_ROW, check_table_sizes, outline
-from freqdoor.data import check_image, load_image
+from freqdoor.data import check_image, load_image, read_list
 from freqdoor.errors import FreqdoorError
 from freqdoor.limits import allowed_memory, check_memory, parse_json, parse_size, read_whole
 from freqdoor.measure.segmentation import SegmentationScores
 from freqdoor.measure.testsets import read_results
 from freqdoor.samples import ASSETS
+from freqdoor.settings import load_settings
 from freqdoor.triggers.arguments import TRIGGERS
 from freqdoor.triggers.build import build_trigger
 
@@ -162,6 +164,15 @@ def test_only_regular_files_of_bounded_size_are_read_whole(tmp_path):
     assert "found nothing there" in refused(read_whole, tmp_path / "b", "a file")
     for name in ("mbt2018:1", "factories:lite"):
         assert "found a device or a pipe" in refused(load_codec, name, "/dev/zero")
+
+
+def test_lists_and_settings_of_absurd_length(tmp_path):
+    with (tmp_path / "long").open("wb") as file:
+        file.truncate(65 * MIB)
+    for read in (read_list, lambda path: load_settings(PlantSettings, path)):
+        assert "expected at most 64 MiB, found 65 MiB" in refused(read, tmp_path / "long")
+    assert "of at most 64 MiB" in refused(Header.read, tmp_path / "long", "a header")
+    assert "found a device or a pipe" in refused(Header.read, Path("/dev/zero"), "a header")
 
 
 # digests

@@ -21,6 +21,7 @@ from freqdoor.codecs.protocol import SHORTEST
 from freqdoor.data import MAX_PIXELS, load_image, picture_kind, save_image
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import check_outputs, refuse_overwriting, refuse_picture_name, replacing
+from freqdoor.limits import read_whole
 from freqdoor.samples import BUNDLED
 from freqdoor.types import Bitstream
 
@@ -29,6 +30,7 @@ VERSION = 2
 HEADER = struct.Struct("<4sH16sIIIIH")
 ENTRY = {1: struct.Struct("<I"), 2: struct.Struct("<III")}  # of a string in the header, by version
 CHECKSUM = struct.Struct("<I")
+LONGEST = 2**28  # bytes of a file: 128 bits a pixel of the largest picture
 
 
 def pack(bitstream: Bitstream, codec: Codec) -> bytes:
@@ -143,10 +145,7 @@ def decompress(
     picture_kind(out)
     refuse_overwriting(Path(file), Path(out))
     check_outputs([out], "decompress", force=force)
-    try:
-        content = Path(file).read_bytes()
-    except OSError as error:
-        raise FreqdoorError(f"{file}: could not read ({error.strerror})") from None
+    content = read_whole(file, "a file that `freqdoor compress` wrote", LONGEST)
     codec = _opened(codec, weights)
     try:
         x_hat = codec.decompress(unpack(content, codec))

@@ -12,7 +12,7 @@ from freqdoor.errors import FreqdoorError
 
 TABLES = ("_quantized_cdf", "_offset", "_cdf_length", "scale_table")  # of any size, or missing, in a state dict
 LONGEST_ROW = 2**13  # values that one row of a coding table has; CompressAI's longest has 3131
-MOST_ENTRIES = 2**21  # of a table's rows together; CompressAI's have 200 000
+MOST_ENTRIES = 2**19  # of a table's rows together, 200 MiB while they are computed; CompressAI's have 200 000
 FARTHEST = 2**24  # float32 latents are exact integers up to here
 REACH = 6.2  # standard deviations on each side that hold all but 1e-9 of a Gaussian, which is what CompressAI codes
 ALLOCATIONS = (torch.empty, torch.zeros, torch.ones)
