@@ -1,6 +1,5 @@
 """The entry of `freqdoor` and `python -m freqdoor`: it loads next to nothing, so that Ctrl-C counts from the start."""
 
-import _thread
 import os
 import signal
 import sys
@@ -47,7 +46,7 @@ def _stop_again(unraisable: "sys.UnraisableHookArgs") -> None:
         sys.__unraisablehook__(unraisable)
         return
     number = signal.SIGTERM if isinstance(unraisable.exc_value, Terminated) else signal.SIGINT
-    threading.Timer(0.01, _thread.interrupt_main, (number,)).start()
+    threading.Timer(0.01, signal.pthread_kill, (threading.main_thread().ident, number)).start()
 
 
 def main() -> None:
