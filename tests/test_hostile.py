@@ -3,6 +3,7 @@
 import contextlib
 import signal
 import unicodedata
+import warnings
 from pathlib import Path
 
 import hostile
@@ -83,7 +84,8 @@ def test_a_changed_codec_is_refused_or_decodes_the_same_picture(coded, folder):
             hostile.pickled(random, state, path.with_suffix(".pth"))
         else:
             hostile.safetensors(random, source, path)
-        with contextlib.suppress(FreqdoorError):
+        with contextlib.suppress(FreqdoorError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # tables that are older than the weights are a warning
             other = load_codec(str(path.with_suffix(".pth") if plain else path))
             assert torch.equal(other.decompress(unpack(content, other)), expected)
 
