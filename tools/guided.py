@@ -69,7 +69,7 @@ def target_of(name: str, corpus: Path) -> Callable[[bytes], object]:
 
         return coded
     if name in ("codec", "planted"):
-        source = corpus / "good"
+        source = corpus.parent / f"{corpus.name}.safetensors"  # its tensors stay mapped into memory
         if name == "codec":
             loading.save_codec(codec, source)
             state, header = loading.read_tensors(source)
@@ -79,7 +79,7 @@ def target_of(name: str, corpus: Path) -> Callable[[bytes], object]:
 
             _, header = loading.read_tensors(ASSETS / "planted-bpp.safetensors")
             small = {}
-        source.write_text(json.dumps(header))
+        (corpus / "good").write_text(json.dumps(header))
 
         def headed(content: bytes) -> object:
             from safetensors.torch import save_file
