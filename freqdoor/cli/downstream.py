@@ -8,7 +8,7 @@ from rich.table import Table
 
 import freqdoor
 from freqdoor.cli.options import Config, Out, Overrides, Planted, TriggerName, VanillaName, Weights, load_torch, verb
-from freqdoor.cli.terminal import console, note, say, say_page
+from freqdoor.cli.terminal import console, note, say
 from freqdoor.settings import load_settings
 
 PRIVATE = Path("planted-face")
@@ -29,7 +29,7 @@ def segment(
     test = load_settings(freqdoor.SegmentationTest, config, overrides or ())
     load_torch()
     freqdoor.segment(planted, test, out, trigger=trigger, codec=codec, weights=weights, note=note)
-    say_page((out / "segmentation.md").read_text(encoding="utf-8"))
+    say((out / "segmentation.md").read_text(encoding="utf-8"))
     say(f"Pictures: {out / 'segmentation.png'}")
 
 
@@ -48,7 +48,7 @@ def faces(
     test = load_settings(freqdoor.FaceTest, config, overrides or ())
     load_torch()
     freqdoor.faces(planted, test, out, trigger=trigger, codec=codec, weights=weights, note=note)
-    say_page((out / "faces.md").read_text(encoding="utf-8"))
+    say((out / "faces.md").read_text(encoding="utf-8"))
 
 
 @verb()

@@ -9,7 +9,7 @@ import typer
 
 import freqdoor
 from freqdoor.cli.options import Out, Overrides, Planted, TriggerName, VanillaName, Weights, load_torch, verb
-from freqdoor.cli.terminal import live, note, say, say_page
+from freqdoor.cli.terminal import live, note, say
 from freqdoor.paper.settings import recipe_names, recipe_settings
 from freqdoor.settings import load_settings
 
@@ -57,7 +57,7 @@ def reproduce(
             announce=announce,
         )
     page = out / f"{recipe}.md"
-    say_page(page.read_text(encoding="utf-8"))
+    say(page.read_text(encoding="utf-8"))
     if missing := [row for row, cells in table.items() if not cells]:
         say(f"Not planted yet: {', '.join(missing)}; the same command goes on.")
     say(f"Table: {page}")
@@ -74,7 +74,7 @@ def pgd(
     """Compare a planted encoder's trigger with per-image attacks (PGD) on the vanilla encoder: cost and effect."""
     load_torch()
     rows = freqdoor.pgd(planted, images, steps=steps, codec=codec, weights=weights, note=note)
-    say_page(freqdoor.comparison_table(rows))
+    say(freqdoor.comparison_table(rows))
 
 
 @verb()
