@@ -8,6 +8,7 @@ from pathlib import Path
 
 import hostile
 import pytest
+import running
 import torch
 from conftest import natural
 from factories import tiny
@@ -202,3 +203,16 @@ def test_results_are_compared_but_for_what_clocks_say():
     assert differences(one, {"a.json": one["a.json"], "b.md": []}) == ["b.md"]
     assert differences(one, {"a.json": {}}) == ["a.json"]
     assert differences(one, dict(one)) == []
+
+
+def test_a_new_table_takes_the_place_of_the_old_one(tmp_path, monkeypatch):
+    page = tmp_path / "security.md"
+    page.write_text("before\n<!-- kills -->\nold\n<!-- end of kills -->\nafter\n")
+    monkeypatch.setattr(running, "PAGE", page)
+    for table in ("first", "second"):
+        running.write("kills", table, {"runs": 1}, tmp_path / "kills.json", page=True)
+    assert page.read_text() == "before\n<!-- kills -->\n\nsecond\n<!-- end of kills -->\nafter\n"
+    assert (tmp_path / "kills.json").read_text() == '{\n "runs": 1\n}\n'
+    text = (Path(__file__).parents[1] / "docs/security.md").read_text()
+    for subject in ("fuzz", "kills", "faults", "memcheck"):
+        assert text.count(f"<!-- {subject} -->\n") == text.count(f"<!-- end of {subject} -->") == 1
