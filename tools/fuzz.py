@@ -223,7 +223,7 @@ def main() -> None:
     kinds = {kind: max(1, round(share * options.cases)) for kind, share in SHARES.items()}
     if options.short:
         kinds = dict(SHORT)
-        options.seconds = options.seconds or 50
+        options.seconds = options.seconds or 40
     if options.kind:
         kinds = {options.kind: options.cases}
     load_everything()

@@ -87,9 +87,9 @@ def make_material(folder: Path) -> Material:
         run(["decompress", str(file), str(decoded), "--codec", str(codec)], folder / "run")
         bitstreams.append((file, codec, decoded))
     photos = folder / "photos"
-    photos.mkdir(exist_ok=True)
-    for i in range(2):
-        picture(i, 64, 64).save(photos / f"{i}.png")
+    for i, person in enumerate("aabb"):
+        (photos / person).mkdir(parents=True, exist_ok=True)
+        picture(i, 64, 64).save(photos / f"{person}/{i % 2}.png")
     planted = []
     for name in ("adaptive-dct", "lira", "ftrojan"):
         settings = planting(codecs[0], photos, name)
@@ -691,7 +691,7 @@ def lists(random: Random, material: Material, folder: Path) -> Case:
         "/etc/passwd",
         "/dev/zero",
         "a b",
-        "0.png\0",
+        "a/0.png\0",
         "é.png",
     ]
     for name in ("gallery", "probes", "pairs"):
@@ -738,18 +738,19 @@ def networks(random: Random, material: Material, folder: Path) -> Case:
     else:
         file.write_bytes(source.read_bytes())
         toml_file.write_bytes(settings_text(random, spec))
-    photos = str(material.folder / "photos")
-    codec = ("--codec", str(material.codec))
+    photos = material.folder / "photos"
     if source.stem == "face":
-        lines = folder / "list.txt"
-        lines.write_text("0.png\n1.png\n")
-        sets = [f"folder={photos}", f"gallery={lines}", f"probes={lines}", f"networks=[{json.dumps(str(toml_file))}]"]
-        verb = "faces"
+        for name, number in (("gallery", 0), ("probes", 1)):
+            (folder / f"{name}.txt").write_text(f"a/{number}.png\nb/{number}.png\n")
+        sets = [f"folder={photos}", f"gallery={folder}/gallery.txt", f"probes={folder}/probes.txt"]
+        sets.append(f"networks=[{json.dumps(str(toml_file))}]")
+        words = ["faces", str(material.planted[0]), "--out", "out", "--codec", str(material.codec)]
     else:
-        sets = [f"images={photos}", f"networks=[{json.dumps(str(toml_file))}]"]
-        verb = "segment"
-    more = [word for text in sets for word in ("--set", text)]
-    return Case((verb, str(material.planted[0]), "--out", "out", *codec, *more))
+        sets = [*planting(material.codec, photos), "objective.name=segmentation", f"network={toml_file}"]
+        sets += ["objective.arguments.source=car", "objective.arguments.target=road", f"auxiliary.folder={photos}"]
+        sets += ["auxiliary.crop=64", "auxiliary.batch_size=1"]
+        words = ["plant", "--out", "out"]
+    return Case((*words, *(word for text in sets for word in ("--set", text))))
 
 
 def onnx_model(random: Random, content: bytes) -> bytes:

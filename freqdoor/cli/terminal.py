@@ -59,14 +59,9 @@ def show_every_name() -> None:
 
 
 def say(text: str) -> None:
-    """Print a line to the standard output."""
-    console.print(text, soft_wrap=True)
-
-
-def say_page(text: str) -> None:
-    """Print a page of several lines to the standard output."""
-    for line in text.rstrip("\n").split("\n"):
-        say(line)
+    """Print a line, or a page of results, to the standard output."""
+    for line in text.removesuffix("\n").split("\n"):
+        console.print(line, soft_wrap=True)
 
 
 def note(text: str) -> None:
