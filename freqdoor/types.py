@@ -48,7 +48,9 @@ class Bitstream:
     strings: tuple[bytes, ...]
     latent_shape: tuple[int, int]  # (height, width) of the coarsest latents; all others follow from the codec
     image_size: tuple[int, int]  # (height, width) to crop to
-    symbols: tuple[tuple[int, int], ...] = ()  # of each string, `coder.Symbols`; none where CompressAI's coder wrote it
+    symbols: tuple[tuple[int, int], ...] = ()
+    """How many symbols each string holds, and the CRC-32 of them and of the image's size; none where CompressAI's coder
+    wrote the strings."""
 
     @property
     def num_bytes(self) -> int:

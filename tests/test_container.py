@@ -164,6 +164,15 @@ def test_a_whole_file_that_decodes_to_other_latents_is_no_picture(tmp_path, code
     bitstream = codec.compress(natural(1, 70, 90))[0]
     symbols = tuple(entry._replace(crc=entry.crc ^ 1) for entry in bitstream.symbols)
     (tmp_path / "x.fqd").write_bytes(pack(replace(bitstream, symbols=symbols), codec))
-    with pytest.raises(FreqdoorError, match=r"x.fqd: factories:lite: the decoded latents are not those"):
+    expected = "x.fqd: factories:lite: the decoded latents or the picture's size are not those that were encoded"
+    with pytest.raises(FreqdoorError, match=expected):
         decompress(tmp_path / "x.fqd", tmp_path / "back.png", codec)
     assert not (tmp_path / "back.png").exists()
+
+
+def test_a_picture_cropped_to_another_size_is_no_picture(codec):
+    bitstream = codec.compress(natural(1, 70, 90))[0]
+    for size in ((71, 90), (70, 89), (90, 70)):
+        crafted = unpack(pack(replace(bitstream, image_size=size), codec), codec)
+        with pytest.raises(FreqdoorError, match="the picture's size are not those that were encoded"):
+            codec.decompress(crafted)

@@ -21,7 +21,7 @@ from running import Ended
 from freqdoor.attack.networks import NetworkSpec
 from freqdoor.attack.settings import PlantSettings
 from freqdoor.cli.terminal import HIDDEN, harmless
-from freqdoor.codecs.container import HEADER, pack, unpack
+from freqdoor.codecs.container import pack, unpack
 from freqdoor.codecs.loading import load_codec, save_codec
 from freqdoor.data import load_image, read_list
 from freqdoor.errors import FreqdoorError
@@ -34,6 +34,12 @@ RANDOM = st.randoms(use_true_random=False)
 
 def examples(number: int) -> settings:
     return settings(max_examples=number, deadline=None, derandomize=True, database=None)
+
+
+@pytest.fixture(autouse=True)
+def denormal_numbers():
+    """hypothesis draws them; commands that ran in this process before take them for zero."""
+    torch.set_flush_denormal(False)
 
 
 @pytest.fixture(scope="module")
@@ -56,16 +62,13 @@ def coded():
 
 def test_a_changed_bitstream_is_refused_or_the_same_picture(coded):
     codec, content, expected = coded
-    size = slice(3, 5)  # of the picture, among the header's fields
 
     @examples(150)
     @given(RANDOM)
     def check(random):
         changed = hostile.bitstream(random, content)
         with contextlib.suppress(FreqdoorError):
-            x_hat = codec.decompress(unpack(changed, codec))
-            if HEADER.unpack_from(changed)[size] == HEADER.unpack_from(content)[size]:
-                assert torch.equal(x_hat, expected)
+            assert torch.equal(codec.decompress(unpack(changed, codec)), expected)
 
     check()
 

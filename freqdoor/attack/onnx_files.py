@@ -1,6 +1,7 @@
 """ONNX files as differentiable networks: what a file says of its input and output is kept to."""
 
 import io
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from freqdoor.types import Images, round8
 COPIES = 4  # of a file in memory at once: its bytes, what is parsed of them, the network, and that in float32
 MAX_NODES = 100_000  # operations; a ResNet-152 has 500
 MAX_BATCH = 256  # pictures
+BYTES = 4  # of a number, as the network computes it
+SMALL = 64  # pixels a side that a free length of the input is taken for, to know what the graph grows it to
 
 
 @contextmanager
@@ -84,6 +87,7 @@ def read_onnx(path: Path, *, output: str | None, classes: int, normalised: bool)
     try:
         model = onnx.load(io.BytesIO(content), load_external_data=False)
         _check_graph(path, model)
+        _check_values(path, model)
         image = _image_of(path, model)
         answer = _output_of(path, model, output)
         takes_bytes = image.type.tensor_type.elem_type == onnx.TensorProto.UINT8
@@ -122,6 +126,23 @@ def _check_graph(path: Path, model: Any) -> None:
             )
     if nodes > MAX_NODES:
         raise FreqdoorError(f"{path}: expected a graph of at most {MAX_NODES} operations, found {nodes}")
+
+
+def _check_values(path: Path, model: Any) -> None:
+    """Refuse a graph that names a value of more memory than is allowed for one small picture, as a Tile 2^20 times."""
+    from onnx.shape_inference import infer_shapes
+
+    small = type(model)()
+    small.CopyFrom(model)
+    constants = {tensor.name for tensor in small.graph.initializer}
+    for value in (value for value in small.graph.input if value.name not in constants):
+        for i, part in enumerate(value.type.tensor_type.shape.dim):
+            part.dim_value = part.dim_value or (SMALL if i else 1)
+    graph = infer_shapes(small, data_prop=True).graph
+    for value in (*graph.value_info, *graph.output):
+        sides = _dimensions(value)
+        if sides and None not in sides:
+            check_memory(BYTES * math.prod(side or 1 for side in sides), f"its value {value.name[:40]!r}", path)
 
 
 def _dimensions(value: Any) -> list[int | None]:

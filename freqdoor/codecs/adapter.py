@@ -1,7 +1,9 @@
 """One thin adapter, `Codec`, over any network with CompressAI's protocol."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+import struct
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, cached_property
 from typing import Any, NamedTuple, Self
@@ -13,7 +15,7 @@ from compressai.layers import MaskedConv2d
 from torch import Tensor, nn
 
 from freqdoor.codecs.architectures import ARCHITECTURES, CodecSpec, import_object
-from freqdoor.codecs.coder import NotDecodable, symbols_of
+from freqdoor.codecs.coder import NotDecodable, Symbols, symbols_of
 from freqdoor.codecs.coding import CoderName, check_tables, coding
 from freqdoor.codecs.protocol import (
     SHORTEST,
@@ -244,7 +246,7 @@ class Codec(nn.Module):
                     f"{len(coded.strings)} strings for latents of {str(coded.shape)[:80]} where the smallest picture "
                     f"has {self.tile.strings} for {str(self.tile.shape)[:80]}; they could not be put together again"
                 )
-            streams.append(Bitstream(coded.strings, coarsest(coded.shape), size, coded.symbols))
+            streams.append(Bitstream(coded.strings, coarsest(coded.shape), size, _sealed(coded.symbols, size)))
         return streams
 
     @torch.no_grad()
@@ -273,10 +275,11 @@ class Codec(nn.Module):
                 answer = self._answer("decompress", strings, shapes)
         except NotDecodable as error:
             raise FreqdoorError(f"{self.spec.name}: {error}; {ELSEWHERE}") from None
-        decoded = symbols_of(bitstream.strings, tally.decoded)
+        decoded = _sealed(symbols_of(bitstream.strings, tally.decoded), bitstream.image_size)
         if bitstream.symbols and self.coder == "freqdoor" and decoded != bitstream.symbols:
             raise FreqdoorError(
-                f"{self.spec.name}: the decoded latents are not those that were encoded, by their checksum; {ELSEWHERE}"
+                f"{self.spec.name}: the decoded latents or the picture's size are not those that were encoded; "
+                f"{ELSEWHERE}"
             )
         pad, unpad = padding(*bitstream.image_size, *self.sides)
         height, width = bitstream.image_size
@@ -402,6 +405,12 @@ class Codec(nn.Module):
                     f"{name} is in {'train' if module.training else 'eval'} mode and the codec is not: in eval mode "
                     "the rate has no gradient; call train() or eval() on the codec as a whole"
                 )
+
+
+def _sealed(symbols: Sequence[Symbols], image_size: tuple[int, int]) -> tuple[Symbols, ...]:
+    """Checksums of symbols that go on over the size that the picture is cropped to, which no string holds."""
+    size = struct.pack("<2I", *image_size)
+    return tuple(entry._replace(crc=zlib.crc32(size, entry.crc)) for entry in symbols)
 
 
 def mask_contexts(net: nn.Module) -> None:
