@@ -3,8 +3,8 @@
 Little-endian: magic "FQDR", version (u16), the first 16 bytes of the codec's decoder hash, height and width (u32),
 height and width of the coarsest latents (u32), number of strings (u16), for each string its length, how many symbols
 it holds and their checksum (u32 each, `Bitstream.symbols`), the strings, and the CRC-32 of everything before it.
-Version 1 has the lengths alone. The decoder hash leaves out g_a and h_a but has the coding tables: a file decodes with every
-codec that has the same decoder, which is what lets a tampered encoder go unnoticed. How the strings and the finer
+Version 1 has the lengths alone. The decoder hash leaves out g_a and h_a but has the coding tables: a file decodes with
+every codec that has the same decoder, which is what lets a tampered encoder go unnoticed. How the strings and the finer
 latents nest in a codec like ELIC, and what the picture was padded to, is not stored: it follows from the codec
 (`Codec.tile`, `sides`). A machine that decodes other symbols than were encoded says so instead of showing a picture.
 """
