@@ -663,7 +663,11 @@ def external(name):
 
 
 def test_onnx_files_of_a_stranger(tmp_path, monkeypatch):
-    from onnx import helper
+    from onnx import TensorProto, helper
+
+    def bomb(operation, sides):
+        shape = helper.make_tensor("large", TensorProto.INT64, [4], sides)
+        return graph([helper.make_node(operation, ["x", "large"], ["z"])], [shape])
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "secret").write_bytes(bytes(4))
@@ -673,6 +677,8 @@ def test_onnx_files_of_a_stranger(tmp_path, monkeypatch):
         "keeps weights in another file": (graph(initial=[external("secret")]), graph([constant]), graph([inner])),
         "at most 100000 operations, found 100011": (graph([helper.make_node("Relu", ["x"], ["z"])] * 100_010),),
         "takes 100000 pictures at once": (graph(batch=100_000),),
+        "operation Expand would take 4.19e+06 TiB": (bomb("Expand", [1, 1, 2**30, 2**30]),),
+        "value 'z' would take 768 GiB": (bomb("Tile", [1, 1, 2**15, 2**15]),),
     }
     for words, models in hostile.items():
         for model in models:

@@ -26,7 +26,8 @@ from running import Command, counted, ended, load_everything, report, run, start
 
 from freqdoor.errors import STOPPED
 
-TIMED = ("second", "time", "date", "minutes", "created", "started", "finished", "speed")  # in names of what clocks tell
+# in names of what clocks tell, or what hashes it
+TIMED = ("second", "time", "date", "minutes", "created", "started", "finished", "speed", "records_sha256")
 COMPARED = (".json", ".jsonl", ".md", ".safetensors", ".csv")
 VERBS = ("plant", "train-codec", "evaluate", "reproduce")
 

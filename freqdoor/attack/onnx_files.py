@@ -20,6 +20,7 @@ COPIES = 4  # of a file in memory at once: its bytes, what is parsed of them, th
 MAX_NODES = 100_000  # operations; a ResNet-152 has 500
 MAX_BATCH = 256  # pictures
 BYTES = 4  # of a number, as the network computes it
+SIZED = {"Expand": 1, "ConstantOfShape": 0, "Resize": 3, "Reshape": 1}  # the input that says how large what comes is
 SMALL = 64  # pixels a side that a free length of the input is taken for, to know what the graph grows it to
 
 
@@ -130,8 +131,15 @@ def _check_graph(path: Path, model: Any) -> None:
 
 def _check_values(path: Path, model: Any) -> None:
     """Refuse a graph that names a value of more memory than is allowed for one small picture, as a Tile 2^20 times."""
+    import onnx
     from onnx.shape_inference import infer_shapes
 
+    numbers = {tensor.name: tensor for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.INT64}
+    for node in model.graph.node:
+        place = SIZED.get(node.op_type, len(node.input))
+        if place < len(node.input) and (tensor := numbers.get(node.input[place])) is not None:
+            sides = [max(1, abs(side)) for side in onnx.numpy_helper.to_array(tensor).ravel().tolist()]
+            check_memory(BYTES * math.prod(sides), f"its operation {node.op_type}", path)
     small = type(model)()
     small.CopyFrom(model)
     constants = {tensor.name for tensor in small.graph.initializer}
