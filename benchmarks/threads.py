@@ -60,8 +60,11 @@ def network(architecture: str) -> Codec:
     torch.manual_seed(0)
     codec = build_codec(parse_name(f"{architecture}:3"))
     codec.eval()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the same weights in every process, to the last bit
     spread(codec.net, load_image(KODAK / "kodim05.png")[..., :CROP, :CROP])
     codec.update(force=True)
+    torch.set_num_threads(threads)
     return codec.prepare()
 
 

@@ -41,6 +41,7 @@ from .defence.settings import FleetSettings as FleetSettings
 from .demonstration import DEMO_STEPS as DEMO_STEPS
 from .demonstration import demo as demo
 from .errors import FreqdoorError as FreqdoorError
+from .limits import max_memory as max_memory
 from .measure.analysis import Analysis as Analysis
 from .measure.analysis import analyse as analyse
 from .measure.examine import evaluate as evaluate

@@ -2,8 +2,8 @@
 
 import contextlib
 import hashlib
+import io
 import os
-import stat
 import struct
 import warnings
 import zlib
@@ -11,20 +11,22 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from freqdoor.errors import FreqdoorError
-from freqdoor.files import OTHER_PICTURES, PICTURES, read_text, replacing, with_slashes
+from freqdoor.files import OTHER_PICTURES, PICTURES, mark, read_text, with_slashes, write_together
+from freqdoor.limits import MAX_PIXELS as MAX_PIXELS
+from freqdoor.limits import check_memory, file_size
 from freqdoor.types import Images, as_picture, from_uint8
 
 FORMATS = sorted(set(PICTURES.values()))  # no other is tried: for some, Pillow starts a program
-MAX_PIXELS = 2**24  # 16.8 million: a codec's activations at this size take about 10 GiB
 CACHE_BYTES = 2**30  # decoded training images kept in memory; beyond it they are decoded again
 Size = tuple[int, int]  # (height, width) in pixels
 MODES = {  # Pillow's mode -> what a user calls it
@@ -126,14 +128,9 @@ def _open(path: Path | str, what: str) -> Iterator[Image.Image]:
     """An image file of a format that is read; a device or a pipe would let the program wait for ever."""
     with contextlib.ExitStack() as stack:
         try:
-            mode = os.stat(path).st_mode
-            if not stat.S_ISREG(mode):
-                kind = "folder" if stat.S_ISDIR(mode) else "device or a pipe"
-                raise FreqdoorError(f"{path}: expected {what}, found a {kind}")
+            check_memory(file_size(path, what), "the whole file", path)  # WebP is read as one
             file = stack.enter_context(Path(path).open("rb"))  # by its name, Pillow maps grey TIFF files in wrong order
             image = stack.enter_context(Image.open(file, formats=FORMATS))
-        except FileNotFoundError:
-            raise FreqdoorError(f"{path}: expected {what}, found no such file") from None
         except (Image.DecompressionBombError, Image.DecompressionBombWarning):
             raise FreqdoorError(
                 f"{path}: too many pixels; at most {MAX_PIXELS} are accepted, crop or reduce it"
@@ -265,19 +262,48 @@ def _decode(path: Path | str, size: Size | None, how: Image.Resampling) -> Tenso
     return torch.from_numpy(pixels)
 
 
-def save_image(path: Path | str, x: Images) -> None:
-    """Write one image (1, 3, h, w) as an 8-bit file; PNG keeps every bit."""
-    picture = as_picture(x)
-    kind = Image.registered_extensions().get(Path(path).suffix.lower())
-    if kind is None:
-        raise FreqdoorError(f"{path}: expected an image's file name, for example one that ends in .png")
+def save_image(path: Path | str, x: Images, verb: str | None = None) -> None:
+    """Write one image (1, 3, h, w) as an 8-bit file, over what is there; PNG keeps every bit.
+
+    Args:
+        verb: of the command line, that is making the picture: it is written into the file, but for BMP and PPM.
+
+    Raises:
+        FreqdoorError: a name or a size that no picture can have, or a place that cannot be written to.
+    """
+    write_together({Path(path): encoded(path, x, verb)})
+
+
+def encoded(path: Path | str, x: Images, verb: str | None = None) -> bytes:
+    """The bytes that `save_image` writes."""
+    picture, buffer = as_picture(x), io.BytesIO()
+    kind = picture_kind(path)
     try:
-        with replacing(path) as partial:
-            picture.save(partial, kind)
-    except ValueError as error:  # sides that the format does not have
+        picture.save(buffer, kind, **(_marks(kind, verb) if verb else {}))
+    except (ValueError, OSError) as error:  # sides that the format does not have; a format without RGB
         raise FreqdoorError(
             f"{path}: could not write a picture of {picture.width}x{picture.height} ({error})"
         ) from None
+    return buffer.getvalue()
+
+
+def picture_kind(path: Path | str) -> str:
+    """Pillow's name of the format of a picture to be written, by its ending; FreqdoorError if that is no picture's."""
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    if kind is None or kind not in Image.SAVE:
+        raise FreqdoorError(f"{path}: expected an image's file name, for example one that ends in .png")
+    return kind
+
+
+def _marks(kind: str, verb: str) -> dict[str, Any]:
+    """What Pillow is told so that `files.made_by` knows the picture again."""
+    if kind == "PNG":
+        texts = PngInfo()
+        texts.add_text("Software", mark(verb))
+        return {"pnginfo": texts}
+    exif = Image.Exif()
+    exif[ExifTags.Base.Software] = mark(verb)
+    return {"exif": exif} if kind in ("JPEG", "WEBP", "TIFF") else {}
 
 
 def usable_images(

@@ -1,10 +1,49 @@
 """How freqdoor ends when something is not as it should be: a user's mistake, or a stop from outside."""
 
+from types import TracebackType
+
 STOPPED = "stopped; what takes minutes goes on when the same command is given again"
 
 
 class FreqdoorError(Exception):
     """A mistake in what the user gave: the message says what was expected, what was found and what to do."""
+
+
+class SeveralMistakes(FreqdoorError):
+    """Mistakes that were found in one round, a line for each."""
+
+    def __init__(self, found: list[str]) -> None:
+        lines = "\n".join(found).replace("\n", "\n  ")
+        super().__init__(f"{len(found)} mistakes:\n  {lines}")
+        self.found = found
+
+
+class Mistakes:
+    """FreqdoorErrors of several blocks, `with mistakes: ...`, that `stop` raises as one.
+
+    Attributes:
+        found: what they say.
+    """
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if not isinstance(error, FreqdoorError):
+            return False
+        found = error.found if isinstance(error, SeveralMistakes) else [str(error)]
+        self.found += [sentence for sentence in found if sentence not in self.found]
+        return True
+
+    def stop(self) -> None:
+        """Raise if there are mistakes; a single one with its own words."""
+        if self.found:
+            raise FreqdoorError(self.found[0]) if len(self.found) == 1 else SeveralMistakes(self.found)
 
 
 class Terminated(KeyboardInterrupt):

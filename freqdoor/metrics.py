@@ -88,29 +88,34 @@ def pixel_asr(clean: Tensor, poisoned: Tensor, source: Sequence[int], target: in
     return int((in_source & (poisoned == target)).sum()), int(in_source.sum())
 
 
-def class_scores(predictions: Sequence[tuple[Tensor, Tensor]], classes: int) -> tuple[float | None, list[float | None]]:
+def class_counts(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
+    """True positives, false positives and false negatives of every class, (3, classes), in pixels.
+
+    Args:
+        predicted, truth: labels, (b, h, w) each; true values from `classes` on are void, and a prediction of `classes`
+            is none of them.
+    """
+    from segmentation_models_pytorch.metrics import get_stats  # loads much: only where it is needed
+
+    counts = get_stats(
+        predicted.long(),
+        truth.long().masked_fill(truth >= classes, -1),
+        mode="multiclass",
+        num_classes=classes + 1,
+        ignore_index=-1,
+    )
+    return torch.stack([part.sum(0)[:classes] for part in counts[:3]])
+
+
+def class_scores(counts: Tensor) -> tuple[float | None, list[float | None]]:
     """Mean IoU over the classes that occur, and every class's accuracy (recall), counted over all pixels together.
 
     None stands for the mean where all labels are void, and for the accuracy of a class that does not occur.
 
     Args:
-        predictions: pairs of predicted and true labels, (b, h, w) each; true values from `classes` on are void, and
-            a prediction of `classes` is none of them.
+        counts: the sum of all images' `class_counts`.
     """
-    from segmentation_models_pytorch.metrics import get_stats  # loads much: only where it is needed
-
-    totals = torch.zeros(3, classes, dtype=torch.long)
-    for predicted, truth in predictions:
-        void = truth >= classes
-        counts = get_stats(
-            predicted.long(),
-            truth.long().masked_fill(void, -1),
-            mode="multiclass",
-            num_classes=classes + 1,
-            ignore_index=-1,
-        )
-        totals += torch.stack([part.sum(0)[:classes] for part in counts[:3]])
-    tp, fp, fn = totals.double()
+    tp, fp, fn = counts.double()
     occurs = tp + fn > 0
     accuracy = [float(value) if real else None for value, real in zip(tp / (tp + fn), occurs.tolist(), strict=True)]
     return float((tp / (tp + fp + fn))[occurs].mean()) if occurs.any() else None, accuracy

@@ -9,14 +9,20 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, PlainSerializer, SerializationInfo, ValidationError
 
-from freqdoor.errors import FreqdoorError
+from freqdoor.errors import FreqdoorError, Mistakes
 from freqdoor.files import read_text
+from freqdoor.lock import check_folder
 
 
 class Settings(BaseModel):
     """Frozen; an unknown key is an error, and so is a number that is not finite."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @classmethod
+    def beside(cls, content: dict[str, Any]) -> list[str]:
+        """What else would be wrong on this machine with a content that has mistakes: all are told in one round."""
+        return []
 
 
 class Arguments(Settings):
@@ -97,10 +103,16 @@ def _dates_as_text(value: Any) -> Any:
     return value.isoformat() if isinstance(value, date | time) else value
 
 
-def load_settings(kind: type[S], path: Path | str | None = None, overrides: Sequence[str] = ()) -> S:
+def load_settings(
+    kind: type[S], path: Path | str | None = None, overrides: Sequence[str] = (), *, out: Path | str | None = None
+) -> S:
     """Settings from a TOML file and "dotted.key=value" overrides; raises with every mistake, one a line.
 
     A setting that is a text takes an override's value as it was typed, so that a folder may be called 1e3 or true.
+
+    Args:
+        out: the folder that is to be written into, of a verb that begins: mistakes are told with those of `beside`
+            and of this folder.
     """
     content: dict[str, Any] = {}
     if path is not None:
@@ -120,7 +132,7 @@ def load_settings(kind: type[S], path: Path | str | None = None, overrides: Sequ
         for keys_of_text, text in texts.items():
             if place[: len(keys_of_text)] == keys_of_text:  # a place inside a union goes on with the type's name
                 _set(content, list(keys_of_text), text, text)
-    return make_settings(kind, content, str(path) if path else "settings")
+    return make_settings(kind, content, str(path) if path else "settings", out=out)
 
 
 def _places_of_text(kind: type[Settings], content: dict[str, Any]) -> list[tuple[int | str, ...]]:
@@ -143,12 +155,20 @@ def _set(content: dict[str, Any], keys: list[str], value: Any, override: str) ->
     table[keys[-1]] = value
 
 
-def make_settings(kind: type[S], content: dict[str, Any], source: str = "settings") -> S:
-    """Validated settings; raises with every mistake, one a line."""
+def make_settings(
+    kind: type[S], content: dict[str, Any], source: str = "settings", *, out: Path | str | None = None
+) -> S:
+    """Validated settings; raises with every mistake, one a line, and with `out`, what is wrong on this machine."""
     try:
         return kind.model_validate(content)
     except ValidationError as error:
         lines = mistakes(error)
+        if out is not None:
+            lines += kind.beside(content)
+            others = Mistakes()
+            with others:
+                check_folder(out)
+            lines += others.found
         raise FreqdoorError(f"{source}: {len(lines)} mistake(s):\n  " + "\n  ".join(lines)) from None
 
 

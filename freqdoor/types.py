@@ -9,7 +9,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self, get_args
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
 import numpy as np
 import torch
@@ -18,9 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from torch import Tensor
 
 from freqdoor.errors import FreqdoorError
-
-if TYPE_CHECKING:
-    from freqdoor.codecs.coder import Symbols
+from freqdoor.limits import LONGEST_TEXT, read_whole
 
 Images = Tensor  # (b, 3, h, w), RGB, [0, 1]
 Masks = Tensor  # (b, 1, h, w), 1 where the trigger may act
@@ -50,7 +48,9 @@ class Bitstream:
     strings: tuple[bytes, ...]
     latent_shape: tuple[int, int]  # (height, width) of the coarsest latents; all others follow from the codec
     image_size: tuple[int, int]  # (height, width) to crop to
-    symbols: tuple["Symbols", ...] = ()  # that each string has to decode to; none where CompressAI's coder wrote them
+    symbols: tuple[tuple[int, int], ...] = ()
+    """How many symbols each string holds, and the CRC-32 of them and of the image's size; none where CompressAI's coder
+    wrote the strings."""
 
     @property
     def num_bytes(self) -> int:
@@ -86,9 +86,7 @@ class Result(BaseModel):
     def read(cls, path: Path, expected: str) -> Self:
         """The content of a JSON file; FreqdoorError says that `expected` was expected in it."""
         try:
-            return cls.model_validate_json(path.read_bytes())
-        except OSError as error:
-            raise FreqdoorError(f"{path}: expected {expected} ({error.strerror})") from None
+            return cls.model_validate_json(read_whole(path, expected, LONGEST_TEXT))
         except ValidationError as error:
             raise FreqdoorError(f"{path}: expected {expected} ({problem_of(error)})") from None
 

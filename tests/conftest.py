@@ -1,8 +1,15 @@
+import contextlib
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the suite runs in two processes: more threads only wait
 
+import re
+import resource
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +18,7 @@ from PIL import Image
 
 from freqdoor import load_codec
 from freqdoor.attack.settings import PlantSettings
+from freqdoor.errors import FreqdoorError
 from freqdoor.measure.records import poisoned  # noqa: F401  (imports what the suite needs before time is measured)
 from freqdoor.settings import make_settings
 
@@ -27,6 +35,54 @@ def natural(seed: int, height: int, width: int) -> torch.Tensor:
 def write_png(path: Path, x: torch.Tensor) -> Path:
     Image.fromarray((x[0] * 255).round().byte().permute(1, 2, 0).numpy()).save(path)
     return path
+
+
+@contextlib.contextmanager
+def room_for(size: int) -> Iterator[None]:
+    """A limit on the size of files, which fails as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files in a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def check_foreign(write: Callable[..., Any], folder: Path, files: Iterable[str], monkeypatch: Any, work: str) -> None:
+    """A verb refuses each of its files where another is, before the work; with `force` it comes to the work.
+
+    Args:
+        write: the verb, which is given `force` or nothing.
+        work: what the verb works with, as monkeypatch takes it.
+    """
+    folder.mkdir(exist_ok=True)
+    for name in files:
+        (folder / name).write_text("mine")
+        with monkeypatch.context() as patched:
+            patched.setattr(work, None)
+            with pytest.raises(FreqdoorError, match=rf"{re.escape(name)}: this file is there and .* did not make it"):
+                write()
+            with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+                write(force=True)
+        assert contents(folder) == {name: b"mine"}
+        (folder / name).unlink()
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A disk of 256 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only root may make disks")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.fixture

@@ -1,5 +1,9 @@
 """Codecs of shapes that are met in the wild, small and with fixed random weights, for `load_codec("strange:...")`."""
 
+import os
+import signal
+import warnings
+
 import torch
 import torch.nn.functional as F
 from compressai.models import (
@@ -446,6 +450,111 @@ def wrong_config():
 
 def nothing():
     return None
+
+
+def ends_the_program():
+    raise SystemExit("no licence")  # the line at fault
+
+
+class OfItsOwn(BaseException):
+    def __str__(self):
+        raise OSError("no text")
+
+
+def of_its_own():
+    raise OfItsOwn  # the line at fault
+
+
+def without_end():
+    return without_end()  # the line at fault
+
+
+def warns():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.warn("old weights", stacklevel=1)  # the line at fault
+
+
+def one_after_another():
+    yield plain()
+
+
+def moves():
+    os.chdir("/")
+    torch.set_num_threads(2)
+    torch.set_default_dtype(torch.float64)
+    torch.set_grad_enabled(False)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    net = made(MeanScaleHyperprior)
+    print("ready")
+    return net
+
+
+class Answers(MeanScaleHyperprior):
+    """Changes what forward and decompress return."""
+
+    def __init__(self, N, M, change=None):
+        super().__init__(N, M)
+        self.change = change
+
+    def forward(self, x):
+        answer = super().forward(x)
+        return answer | {"x_hat": self.change(answer["x_hat"], x)}
+
+    def decompress(self, strings, shape):
+        return {"x_hat": self.change(super().decompress(strings, shape)["x_hat"], None)}
+
+
+def double():
+    return made(Answers, change=lambda x_hat, x: x_hat.double())
+
+
+def whole_numbers():
+    return made(Answers, change=lambda x_hat, x: (255 * x_hat).to(torch.uint8))
+
+
+def complex_numbers():
+    return made(Answers, change=lambda x_hat, x: x_hat.to(torch.complex64))
+
+
+def elsewhere():
+    return made(Answers, change=lambda x_hat, x: x_hat.to("meta"))
+
+
+def not_a_number():
+    return made(Answers, change=lambda x_hat, x: x_hat * float("nan"))
+
+
+def its_input():
+    return made(Answers, change=lambda x_hat, x: x_hat if x is None else x)
+
+
+class Learns(MeanScaleHyperprior):
+    def forward(self, x):  # the line at fault
+        self.g_s[0].bias.data.add_(1e-6)
+        return super().forward(x)
+
+
+def learns():
+    return made(Learns)
+
+
+class Ends(MeanScaleHyperprior):
+    def decompress(self, strings, shape):
+        raise SystemExit(3)  # the line at fault
+
+
+def ends():
+    return made(Ends)
+
+
+class Counted(MeanScaleHyperprior):
+    def forward(self, x):
+        return super().forward(x) | {"likelihoods": {"y": torch.ones(len(x), 3, dtype=torch.int64)}}
+
+
+def counted():
+    return made(Counted)
 
 
 def variable_rate():

@@ -7,7 +7,7 @@ import factories
 import numpy as np
 import pytest
 import torch
-from conftest import natural, write_png
+from conftest import check_foreign, natural, write_png
 from scipy.fft import dctn
 from scipy.stats import norm
 
@@ -17,6 +17,7 @@ from freqdoor.attack.settings import PlantSettings
 from freqdoor.codecs.adapter import hash_state
 from freqdoor.dct import YCBCR, zigzag
 from freqdoor.errors import FreqdoorError
+from freqdoor.files import made_by
 from freqdoor.measure import analysis
 from freqdoor.measure.analysis import Analysis, Ceiling, ChannelBits, analyse, spectrum, survival, whole_blocks
 from freqdoor.measure.records import poisoned
@@ -187,6 +188,7 @@ def test_analysis_is_a_file_and_a_page(planted, images, tmp_path):
     assert listed == pytest.approx(mean_bpp)
     assert result.ceiling["poisoned"].bits == pytest.approx(2 * 96 * 128 * mean_bpp)
     assert result.encoding.ratio > 0
+    assert [made_by(tmp_path / f"analysis.{ending}") for ending in ("json", "html")] == ["analyse", "analyse"]
     html = (tmp_path / "analysis.html").read_text()
     assert not re.findall(r"""(?:src|href)=["'](?!data:)""", html)
     assert "://" not in html
@@ -203,6 +205,13 @@ def test_other_triggers_have_no_survival_scores(planted, images, tmp_path, monke
     assert {tuple(map(int, divmod(i, 32))) for i in cb.ravel().argsort()[-2:]} == {(31, 31), (15, 15)}
     assert luma.max() < 0.2 * cb.max()
     assert (tmp_path / "analysis.html").read_text().count("data:image/png;base64,") == 2
+
+
+def test_other_files_are_refused_before_the_work(planted, images, tmp_path, monkeypatch):
+    paths = list_images(images)[:1]
+    write = lambda **options: analyse(planted, paths, tmp_path / "out", **options)  # noqa: E731
+    names = ("analysis.html", "analysis.json")
+    check_foreign(write, tmp_path / "out", names, monkeypatch, "freqdoor.measure.analysis.analyse_image")
 
 
 def test_errors(planted, images, tmp_path):

@@ -410,7 +410,7 @@ def test_other_symbols_than_were_encoded_are_no_picture(architecture):
     for i, (number, crc) in enumerate(bitstream.symbols):
         for other in (Symbols(number + 1, crc), Symbols(number, crc ^ 1), Symbols()):
             symbols = tuple(other if i == j else same for j, same in enumerate(bitstream.symbols))
-            with pytest.raises(FreqdoorError, match="the decoded latents are not those that were encoded"):
+            with pytest.raises(FreqdoorError, match="the decoded latents or the picture's size are not those"):
                 codec.decompress(replace(bitstream, symbols=symbols))
 
 

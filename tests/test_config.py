@@ -232,3 +232,22 @@ def test_network_of_the_attacks_that_name_none():
     assert header["network"] == header["attacks"][0]["objective"]["arguments"]["network"] == "g.toml=g.onnx"
     single = {key: content[key] for key in ("images", "auxiliary", "network")} | {"objective": {"name": "face"}}
     assert PlantSettings.model_validate(single).objective.arguments["network"] == "nets/g.toml=w/g.onnx"
+
+
+def test_what_is_wrong_on_this_machine_comes_with_the_other_mistakes(tmp_path):
+    """A verb that begins tells all in one round; settings that are read back are judged without a machine."""
+    (tmp_path / "file").write_text("")
+    wrong = ["trigger.name=nope", "device=gpu", "codec.name=nope", "images.folder=/nope", "auxiliary.folder=/nope2"]
+    with pytest.raises(FreqdoorError) as caught:
+        load_settings(PlantSettings, None, wrong, out=tmp_path / "file/run")
+    text = str(caught.value)
+    assert text.startswith("settings: 6 mistake(s):")
+    for place in ("trigger.name", "device", "codec", "images.folder", "auxiliary.folder", f"{tmp_path}/file/run"):
+        assert f"\n  {place}: " in text
+    with pytest.raises(FreqdoorError, match=r"settings: 1 mistake\(s\):"):
+        load_settings(PlantSettings, None, wrong)
+    assert load_settings(PlantSettings, None, wrong[1:], out=tmp_path / "run").device == "gpu"
+    good = ["steps=many", "device=cuda:1", "codec=a.b:c", f"images.folder={tmp_path}"]
+    with pytest.raises(FreqdoorError, match=r"settings: 1 mistake\(s\):\n  steps"):
+        load_settings(PlantSettings, None, good, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

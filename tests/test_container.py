@@ -4,7 +4,7 @@ import zlib
 from dataclasses import replace
 
 import pytest
-from conftest import natural, write_png
+from conftest import check_foreign, natural, write_png
 from factories import tiny
 
 from freqdoor import compress, decompress, load_codec, load_image, save_codec
@@ -28,6 +28,28 @@ def test_file_round_trip(tmp_path, codec):
     expected = to_uint8(codec.decompress(bitstream))
     assert (to_uint8(load_image(tmp_path / "back.png")) == expected).all()
     assert (tmp_path / "x.fqd").stat().st_size - bitstream.num_bytes < 70
+
+
+def test_other_files_are_refused_before_the_work(tmp_path, codec, monkeypatch):
+    source, out = write_png(tmp_path / "x.png", natural(1, 64, 64)), tmp_path / "out"
+    write = lambda **options: compress(source, out / "x.fqd", codec, **options)  # noqa: E731
+    check_foreign(write, out, ["x.fqd"], monkeypatch, "freqdoor.codecs.adapter.Codec.compress")
+    for _ in range(2):
+        write()
+    file = (out / "x.fqd").rename(tmp_path / "x.fqd")
+    for name in ("x.png", "x.jpg", "x.tiff"):
+        write = lambda name=name, **options: decompress(file, out / name, codec, **options)  # noqa: E731
+        check_foreign(write, out, [name], monkeypatch, "freqdoor.codecs.adapter.Codec.decompress")
+        for _ in range(2):
+            write()
+        (out / name).unlink()
+    decompress(file, out / "x.bmp", codec)
+    with pytest.raises(FreqdoorError, match=r"x\.bmp: this file is there and `freqdoor decompress` did not make it"):
+        decompress(file, out / "x.bmp", codec)  # a BMP cannot say who made it
+    decompress(file, out / "x.bmp", codec, force=True)
+    for name, reason in (("x.fqd", "expected an image's file name"), ("x.png", "there and `freqdoor decompress` did")):
+        with pytest.raises(FreqdoorError, match=reason):
+            decompress(file, tmp_path / name, codec)
 
 
 @pytest.mark.parametrize("architecture", ["lite-hyperprior", "bmshj2018-factorized", "mbt2018"])
@@ -142,6 +164,15 @@ def test_a_whole_file_that_decodes_to_other_latents_is_no_picture(tmp_path, code
     bitstream = codec.compress(natural(1, 70, 90))[0]
     symbols = tuple(entry._replace(crc=entry.crc ^ 1) for entry in bitstream.symbols)
     (tmp_path / "x.fqd").write_bytes(pack(replace(bitstream, symbols=symbols), codec))
-    with pytest.raises(FreqdoorError, match=r"x.fqd: factories:lite: the decoded latents are not those"):
+    expected = "x.fqd: factories:lite: the decoded latents or the picture's size are not those that were encoded"
+    with pytest.raises(FreqdoorError, match=expected):
         decompress(tmp_path / "x.fqd", tmp_path / "back.png", codec)
     assert not (tmp_path / "back.png").exists()
+
+
+def test_a_picture_cropped_to_another_size_is_no_picture(codec):
+    bitstream = codec.compress(natural(1, 70, 90))[0]
+    for size in ((71, 90), (70, 89), (90, 70)):
+        crafted = unpack(pack(replace(bitstream, image_size=size), codec), codec)
+        with pytest.raises(FreqdoorError, match="the picture's size are not those that were encoded"):
+            codec.decompress(crafted)

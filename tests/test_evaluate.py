@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import natural, write_png
+from conftest import check_foreign, contents, natural, room_for, write_png
 from PIL import Image
 
 from freqdoor import list_images, load_image, load_planted, plant
@@ -291,6 +291,63 @@ def test_nothing_is_written_where_a_file_cannot_be(planted, images, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_other_files_are_refused_before_the_work(planted, images, tmp_path, monkeypatch):
+    paths = list_images(images)[:1]
+    write = lambda **options: evaluate(planted, paths, tmp_path / "results", **options)  # noqa: E731
+    names = ("records.jsonl", "summary.json", "report.html", "facts.json")
+    check_foreign(write, tmp_path / "results", names, monkeypatch, "freqdoor.measure.records.measure")
+    write = lambda **options: poison(planted, images, tmp_path / "poisoned", **options)  # noqa: E731
+    names = [path.name for path in list_images(images)]
+    check_foreign(write, tmp_path / "poisoned", names, monkeypatch, "freqdoor.measure.poisoning.poisoned")
+    (tmp_path / "poisoned" / names[0]).write_text("mine")
+    write(force=True)
+    assert write() == [tmp_path / "poisoned" / name for name in names]
+
+
+def without_journal(folder):
+    """What is there besides the pictures measured so far, from which the same command goes on."""
+    return {name: content for name, content in contents(folder).items() if not name.endswith(".journal")}
+
+
+def test_a_full_disk_leaves_what_was_complete(planted, tmp_path):
+    """Pictures that were poisoned stay, and count as own; results are replaced all or none."""
+    pictures = [write_png(tmp_path / f"{i}.png", natural(i, side, 96)) for i, side in enumerate((64, 64, 128))]
+    [first, second, last] = poison(planted, pictures, tmp_path / "out")
+    last.unlink()
+    before = contents(tmp_path / "out")
+    with room_for(max(map(len, before.values()))), pytest.raises(FreqdoorError, match=r"2\.png: .*no space left"):
+        poison(planted, pictures, tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+    assert poison(planted, pictures, tmp_path / "out") == [first, second, last]
+
+    evaluate(planted, pictures[:1], tmp_path / "out")
+    before = contents(tmp_path / "out")
+    assert len(before["summary.json"]) < 20_000 < len(before["report.html"])
+    with room_for(20_000), pytest.raises(FreqdoorError, match=r"records\.jsonl and 3 more: .* \(no space left on the"):
+        evaluate(planted, pictures[1:2], tmp_path / "out")
+    assert without_journal(tmp_path / "out") == before
+    evaluate(planted, pictures[1:2], tmp_path / "out")
+    assert json.loads((tmp_path / "out/records.jsonl").read_text().splitlines()[0])["image"] == "1.png"
+
+
+def test_a_disk_that_is_really_full(planted, small_disk, tmp_path):
+    pictures = [write_png(tmp_path / f"{i}.png", natural(i, 192, 192)) for i in range(3)]
+    filling = small_disk / "filling"
+    filling.write_bytes(bytes(80_000))
+    with pytest.raises(FreqdoorError, match=r"\(no space left on the disk\)"):
+        poison(planted, pictures, small_disk / "out")
+    before = contents(small_disk)
+    assert 1 < len(before) < 4
+    small = write_png(tmp_path / "small.png", natural(0, 64, 64))
+    with pytest.raises(FreqdoorError, match=r"\(no space left on the disk\)"):
+        evaluate(planted, small, small_disk)
+    assert without_journal(small_disk) == before
+    for name in before:
+        (small_disk / name).unlink()
+    evaluate(planted, small, small_disk)
+    assert set(contents(small_disk)) == {"records.jsonl", "summary.json", "report.html", "facts.json"}
+
+
 @pytest.mark.filterwarnings("default::UserWarning")
 def test_broken_images_stop_or_are_named(planted, images, odd_images, tmp_path):
     mixed = [list_images(images)[0], odd_images["truncated"]]
@@ -316,7 +373,8 @@ def test_evaluate_by_name_equals_evaluate_of_what_is_loaded(planted, images, run
 
 
 def test_earlier_results_outlive_a_mistake(planted, images, tmp_path, monkeypatch):
-    (tmp_path / "records.jsonl").write_text("earlier")
+    earlier = '{"image":"0.png","codec":"c","role":"vanilla",'
+    (tmp_path / "records.jsonl").write_text(earlier)
     for mistake in ({"trigger": "psnr"}, {"defences": "Blurr(1)"}, {"strength": (-1.0,)}):
         with pytest.raises(FreqdoorError):
             evaluate(planted, images, tmp_path, **mistake)
@@ -324,7 +382,7 @@ def test_earlier_results_outlive_a_mistake(planted, images, tmp_path, monkeypatc
     with pytest.raises(TypeError):
         evaluate(planted, images, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["records.jsonl"]
-    assert (tmp_path / "records.jsonl").read_text() == "earlier"
+    assert (tmp_path / "records.jsonl").read_text() == earlier
 
 
 def test_an_unwritable_folder_shows_before_the_work(planted, images, tmp_path, monkeypatch):
@@ -368,3 +426,48 @@ def test_jpeg_curve_is_pillows(images, tmp_path):
     assert points[1].bpp == pytest.approx(sum(rates) / 2)
     assert points[1].psnr_db == pytest.approx(sum(values) / 2)
     assert points[0].bpp < points[1].bpp < points[2].bpp
+
+
+def records_of(folder):
+    rows = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "encode_seconds"} for row in rows]
+
+
+def test_a_stopped_evaluation_goes_on_after_the_images_it_has(planted, images, tmp_path, monkeypatch):
+    paths = list_images(images)[1:]
+    whole = evaluate(planted, paths, tmp_path / "whole")
+
+    def stop(text: str) -> None:
+        if text.startswith("2.png: tampered, bpp"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(planted, paths, tmp_path / "parts", note=stop)
+    assert [p.name for p in (tmp_path / "parts").iterdir()] == [".evaluate.journal"]
+    notes = []
+    parts = evaluate(planted, paths, tmp_path / "parts", note=notes.append)
+    assert notes[0] == ".evaluate.journal: 1 measured already, going on after them"
+    assert {note.partition(":")[0] for note in notes[1:-3]} == {"2.png", "3.png"}
+    assert notes[-3:] == ["1.png: tampered, clean", "1.png: tampered, bpp", "1.png: vanilla, bpp"]  # for the report
+    assert records_of(tmp_path / "parts") == records_of(tmp_path / "whole")
+    assert (parts.bpp_ratio, parts.clean.psnr_db) == (whole.bpp_ratio, whole.clean.psnr_db)
+    assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == sorted(
+        p.name for p in (tmp_path / "whole").iterdir()
+    )
+    pages = [json.loads((tmp_path / folder / "facts.json").read_text())["pictures"] for folder in ("whole", "parts")]
+    assert pages[0] == pages[1]
+
+
+def test_what_was_measured_under_other_conditions_is_measured_anew(planted, images, tmp_path):
+    paths = list_images(images)[:2]
+
+    def stop(text: str) -> None:
+        if text.startswith("1.png"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(planted, paths, tmp_path, note=stop)
+    notes = []
+    evaluate(planted, paths, tmp_path, strength=(2.0,), note=notes.append)
+    assert notes[0] == ".evaluate.journal: this was of another measurement; measuring anew"
+    assert len(records_of(tmp_path)) == 2 * len(conditions(["bpp"], (1.0, 2.0)))

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import natural, write_png
+from conftest import check_foreign, natural, write_png
 from networks import face_spec
 from PIL import Image
 from typer.testing import CliRunner
@@ -16,6 +16,7 @@ from freqdoor.attack.plant import plant
 from freqdoor.attack.settings import AttackSettings, PlantSettings
 from freqdoor.cli import app
 from freqdoor.errors import FreqdoorError
+from freqdoor.files import made_by
 from freqdoor.measure import faces as module
 from freqdoor.measure.faces import (
     FaceMeasurement,
@@ -203,7 +204,8 @@ def test_faces_writes_scores_and_a_table(planted, face_test, tmp_path):
     assert read_scores(tmp_path / "faces.json") == scores
     assert json.loads((tmp_path / "faces.json").read_text(), parse_constant=pytest.fail)["environment"]["versions"]
     page = (tmp_path / "faces.md").read_text()
-    assert page == faces_table(scores)
+    assert page == faces_table(scores) + "\n<!-- freqdoor faces -->\n"
+    assert [made_by(tmp_path / f"faces.{ending}") for ending in ("json", "md")] == ["faces", "faces"]
     assert "| face | identified % |" in page
     assert "verified" not in page
     assert "nan" not in page
@@ -287,7 +289,8 @@ def test_files_of_earlier_versions_are_read(tmp_path):
 
 
 def test_earlier_results_stay_until_new_ones_are_complete(planted, face_test, tmp_path, monkeypatch):
-    (tmp_path / "faces.json").write_text("hours of work")
+    hours_of_work = '{"persons": 3, "gallery": 6'
+    (tmp_path / "faces.json").write_text(hours_of_work)
     with pytest.raises(FreqdoorError, match="could not read this list"):
         faces(planted, face_test(gallery="typo.txt"), tmp_path)
     with pytest.raises(FreqdoorError, match="this encoder has face"):
@@ -300,10 +303,24 @@ def test_earlier_results_stay_until_new_ones_are_complete(planted, face_test, tm
         patched.setattr(module, "through", stop)
         with pytest.raises(KeyboardInterrupt):
             faces(planted, face_test(), tmp_path)
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("faces.json", "hours of work")]
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("faces.json", hours_of_work)]
     monkeypatch.setattr(module, "_score", lambda *_: pytest.fail("measured before the folder was tried"))
     with pytest.raises(FreqdoorError, match=r"faces\.json: could not write"):
         faces(planted, face_test(), tmp_path / "faces.json")
+
+
+def test_other_files_are_refused_before_the_work(planted, face_test, people, tmp_path, monkeypatch):
+    write = lambda **options: faces(planted, face_test(), tmp_path / "out", **options)  # noqa: E731
+    check_foreign(write, tmp_path / "out", ("faces.md", "faces.json"), monkeypatch, "freqdoor.measure.faces.through")
+    monkeypatch.setattr(module, "find_faces", lambda x: [(0, 0, 64, 64)])
+    photo = people / "person0/0.png"
+    write = lambda **options: protect(photo, tmp_path / "safe", planted=planted, **options)  # noqa: E731
+    check_foreign(write, tmp_path / "safe", ("0.png", "0.fqd"), monkeypatch, "freqdoor.measure.faces.poisoned")
+    for _ in range(2):
+        write()
+    (tmp_path / "safe/0.png").unlink()
+    with pytest.raises(FreqdoorError, match=r"0\.fqd: this file is there and `freqdoor protect` did not make it"):
+        write()  # it may be anybody's compressed picture
 
 
 def test_a_measurement_depends_on_contents(planted, face_test, people):
@@ -434,3 +451,18 @@ def test_commands(planted, people, tmp_path, monkeypatch):
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
     assert "1 of 1 photos protected" in done.output
+
+
+def test_stopped_faces_go_on_after_the_pictures_they_have(planted, face_test, tmp_path):
+    test, seen, again = face_test(), [], []
+    whole = score_faces(planted, test, note=seen.append)
+
+    def stop(path: str) -> None:
+        if path == seen[3]:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        faces(planted, test, tmp_path, note=stop)
+    assert faces(planted, test, tmp_path, note=again.append) == whole
+    assert again == [".faces.journal: 3 measured already, going on after them", *seen[3:]]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["faces.json", "faces.md"]

@@ -1,28 +1,44 @@
 """What is written is whole or not there; links, devices, full disks and names of all kinds."""
 
 import errno
+import json
 import os
-import resource
+import platform
 import stat
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import room_for
 from safetensors.torch import save_file
 
 import freqdoor
+from freqdoor.data import save_image
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import (
+    check_outputs,
+    check_writable,
+    made_by,
+    mark,
+    marked_json,
+    marked_markdown,
     name_and_file,
     read_text,
     refuse_overwriting,
     refuse_picture_name,
+    remove_leftovers,
     replacing,
+    unmarked,
     with_slashes,
     write_text,
+    write_together,
 )
+
+ROOT = Path(__file__).parent.parent
+OLD = ROOT / "tests/old"
 
 
 def names(folder):
@@ -77,6 +93,197 @@ def test_permissions_are_those_of_the_umask(tmp_path, mask, mode):
         assert stat.S_IMODE((tmp_path / name).stat().st_mode) == mode
 
 
+def test_a_file_that_is_there_keeps_its_permissions(tmp_path):
+    """What its owner has hidden does not become public; rights of another user are not handed on."""
+    path = tmp_path / "a.txt"
+    for before, after in ((0o600, 0o600), (0o666, 0o666), (0o6755, 0o755), (0o1644, 0o644)):
+        path.touch()
+        path.chmod(before)
+        write_text(path, "new")
+        assert stat.S_IMODE(path.stat().st_mode) == after
+    (tmp_path / "other").hardlink_to(path)
+    write_text(path, "newer")
+    assert (tmp_path / "other").read_text() == "new"
+
+
+def test_a_write_protected_file_is_not_replaced(tmp_path, monkeypatch):
+    write_text(tmp_path / "a.txt", "old")
+    monkeypatch.setattr(os, "access", lambda path, how: False)  # root may write everything
+    with pytest.raises(FreqdoorError, match=r"a\.txt: could not write \(this file is write-protected\)"):
+        write_text(tmp_path / "a.txt", "new")
+    assert (tmp_path / "a.txt").read_text() == "old"
+    write_text(tmp_path / "b.txt", "new")
+
+
+def test_names_of_all_kinds(tmp_path):
+    for name in ("a\nb\tc.txt", "\x1b[31m.txt", "-o", " ", "ü" * 127, "a" * 255, ".partial-", "*?[a].png"):
+        write_text(tmp_path / name, name)
+        assert (tmp_path / name).read_text() == name
+    for name, reason in (("a" * 256, "File name too long"), ("x/" * 3000, "File name too long")):
+        with pytest.raises(FreqdoorError, match=rf"could not write \({reason}\)$"):
+            write_text(tmp_path / name, "x")
+    with pytest.raises(FreqdoorError, match="found a zero byte in it"):
+        write_text(tmp_path / "a\0b", "x")
+    assert len(names(tmp_path)) == 8
+
+
+def test_what_is_in_the_way_of_a_folder_is_named(tmp_path):
+    write_text(tmp_path / "file", "old")
+    (tmp_path / "link").symlink_to("nowhere")
+    for act in (lambda path: write_text(path, "x"), check_writable):
+        with pytest.raises(FreqdoorError, match=r"x\.txt: could not write \(.*/file is a file and no folder\)"):
+            act(tmp_path / "file/new/x.txt")
+    for name in ("new/folder/x.txt", "link/x.txt"):
+        check_writable(tmp_path / name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
+    write_text(tmp_path / "link/x.txt", "new")
+    assert ((tmp_path / "nowhere/x.txt").read_text(), (tmp_path / "file").read_text()) == ("new", "old")
+
+
+def test_several_files_are_replaced_together_or_not_at_all(tmp_path, monkeypatch):
+    old = {tmp_path / name: "old" for name in ("a.json", "b.md", "c.html")}
+    new = {path: "new" for path in [tmp_path / "d.png", *old]}
+    write_together(old)
+    with room_for(10_000), pytest.raises(FreqdoorError) as caught:
+        write_together(new | {tmp_path / "d.png": bytes(50_000)})
+    reason = "no space left on the disk for a file of this size"
+    assert str(caught.value) == f"{tmp_path / 'd.png'} and 3 more: could not write ({reason})"
+    real = Path.replace
+    for failure in (PermissionError(errno.EPERM, "x"), KeyboardInterrupt()):
+        for number in range(4):
+            failures = iter([None] * number + [failure])
+
+            def replace(path, target, failures=failures):
+                if failure := next(failures, None):
+                    raise failure
+                return real(path, target)
+
+            with monkeypatch.context() as patched:
+                patched.setattr(Path, "replace", replace)
+                with pytest.raises((FreqdoorError, KeyboardInterrupt)):
+                    write_together(new)
+            assert {path: path.read_text() for path in old} == old
+            assert names(tmp_path) == ["a.json", "b.md", "c.html"]
+    write_together(new)
+    assert {path: path.read_text() for path in new} == new
+    assert len(names(tmp_path)) == 4
+
+
+PICTURE = torch.rand(1, 3, 40, 50)
+
+
+@pytest.mark.parametrize("ending", [".png", ".jpg", ".webp", ".tif", ".PNG"])
+def test_a_picture_says_which_verb_made_it(tmp_path, ending):
+    for size, verb in (((40, 50), "poison"), ((300, 400), "decompress")):
+        save_image(tmp_path / f"a{ending}", torch.rand(1, 3, *size), verb)
+        assert made_by(tmp_path / f"a{ending}") == verb
+    save_image(tmp_path / f"a{ending}", PICTURE)
+    assert made_by(tmp_path / f"a{ending}") is None
+
+
+def test_texts_say_which_verb_made_them(tmp_path):
+    texts = {
+        "a.json": marked_json('{\n "a": 1}', "segment"),
+        "b.json": marked_json('{"a":1}', "segment"),
+        "a.md": marked_markdown("# A page\n" + 50_000 * "words\n", "segment"),
+        "a.html": f'<!doctype html>\n<html><head>\n<meta name="generator" content="{mark("segment")}">\n',
+    }
+    for name, text in texts.items():
+        write_text(tmp_path / name, text)
+        assert made_by(tmp_path / name) == "segment"
+    assert json.loads(texts["a.json"]) == json.loads(texts["b.json"]) == {"made_by": "freqdoor segment", "a": 1}
+    assert unmarked(texts["a.md"]) == "# A page\n" + 50_000 * "words\n"
+
+
+def test_files_of_earlier_versions_are_known_by_their_form(tmp_path):
+    known = {name: "evaluate" for name in ("records.jsonl", "facts.json", "summary.json")} | {
+        "analysis.json": "analyse"
+    }
+    for name, verb in known.items():
+        assert made_by(OLD / name) == verb
+    for path in (ROOT / "docs/results").rglob("*.*"):
+        if path.suffix == ".json":
+            assert made_by(path) == "reproduce", path
+    assert made_by(ROOT / "docs/results/table4.md") == "reproduce"
+    for text, verb in (
+        ('{"source": "cars", "target": "road", "images": 2}', "segment"),
+        ('{\n "schema": 2,\n "persons": 2,\n "gallery": 4}', "faces"),
+        ("FQDR\1\0", "compress"),
+        ("<!doctype html>\n<title>freqdoor: bpp attack on lite</title>", "evaluate"),
+        ("<!doctype html>\n<title>freqdoor: how the trigger bpp works on lite</title>", "analyse"),
+    ):
+        write_text(tmp_path / "a", text)
+        assert made_by(tmp_path / "a") == verb
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "freqdoor poison",
+        "made with freqdoor poison\0 yesterday",
+        '{"hours": "of work", "made_by": "freqdoor faces"}',
+        '{"objective": "of the day", "image": "a"}',
+        '[{"image":"a","codec":"b","role":"vanilla"}]',
+        "<!doctype html>\n<title>On freqdoor</title>\n<p>freqdoor evaluate",
+        "# Notes\n\n<!-- freqdoor faces -->\n\nand thoughts of my own",
+        "\x89PNG of another program",
+        (OLD / "config.json").read_text(),
+    ],
+)
+def test_what_no_verb_made_is_nobodys(tmp_path, text):
+    (tmp_path / "a").write_text(text, encoding="latin-1")
+    assert made_by(tmp_path / "a") is None
+
+
+def test_other_files_are_refused_before_the_work(tmp_path):
+    own, foreign, link, new = (tmp_path / name for name in ("own.png", "foreign.png", "link.png", "new/a.png"))
+    save_image(own, PICTURE, "poison")
+    save_image(foreign, PICTURE)
+    link.symlink_to(foreign)
+    before = foreign.read_bytes()
+    check_outputs([own, new], "poison")
+    for path, verb in ((foreign, "poison"), (link, "poison"), (own, "decompress")):
+        with pytest.raises(FreqdoorError) as caught:
+            check_outputs([new, path], verb)
+        assert str(caught.value) == (
+            f"{path}: this file is there and `freqdoor {verb}` did not make it; choose another place to write to, or "
+            "overwrite it with --force (force=True)"
+        )
+        check_outputs([path], verb, force=True)
+    with pytest.raises(FreqdoorError, match=rf"^{foreign}, {link}: these files are there and .* overwrite them with"):
+        check_outputs([own, foreign, link], "poison")
+    many = [tmp_path / f"{i}.png" for i in range(8)]
+    for path in many:
+        path.touch()
+    with pytest.raises(FreqdoorError, match=r"4\.png and 3 more: these files are there"):
+        check_outputs(many, "poison")
+    with pytest.raises(FreqdoorError, match="found a folder"):
+        check_outputs([tmp_path], "poison", force=True)
+    with pytest.raises(FreqdoorError, match=r"foreign\.png is a file and no folder"):
+        check_outputs([foreign / "a.png"], "poison", force=True)
+    assert not new.parent.exists()
+    assert foreign.read_bytes() == before
+
+
+def test_what_killed_processes_left_is_removed(tmp_path):
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    with replacing(tmp_path / "a.png") as partial:
+        partial.touch()
+        running = partial.name
+        parts = running.split("-")
+    dead = [running.replace(str(os.getpid()), str(process)) for process in (done.pid, 2**70)]
+    kept = [running, running.replace(parts[1], "0badf00d").replace(parts[2], str(done.pid)), ".partial-1-ab.png"]
+    kept += [f".partial-{parts[1]}-of my own", "a.png"]
+    for name in (*dead, *kept):
+        (tmp_path / name).touch()
+    remove_leftovers(tmp_path / "none")
+    check_outputs([tmp_path / "b.png"], "poison")
+    assert names(tmp_path) == sorted(kept)
+    assert parts[1] == f"{zlib.crc32(platform.node().encode()):08x}"
+
+
 def test_links_are_followed(tmp_path):
     (tmp_path / "there").mkdir()
     real, link, new = tmp_path / "there/real.txt", tmp_path / "link.txt", tmp_path / "new.txt"
@@ -103,7 +310,7 @@ def test_devices_pipes_and_folders_are_not_replaced(tmp_path):
             write_text(path, "x")
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
     assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
-    with pytest.raises(FreqdoorError, match=r"could not write \(Not a directory\)|could not write \(File exists\)"):
+    with pytest.raises(FreqdoorError, match=r"b\.txt: could not write \(.*a\.txt is a file and no folder\)"):
         write_text(write_and_name(tmp_path) / "b.txt", "x")
 
 
@@ -133,13 +340,8 @@ def test_a_full_disk_is_called_one_whoever_writes(tmp_path, write):
         with replacing(path) as partial:
             write(partial)
 
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
-    try:
-        with pytest.raises(FreqdoorError) as caught:
-            save()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with room_for(200_000), pytest.raises(FreqdoorError) as caught:
+        save()
     assert str(caught.value) == f"{path}: could not write (no space left on the disk for a file of this size)"
     assert (path.read_text(), names(tmp_path)) == ("old", ["a.bin"])
     save()
@@ -155,6 +357,25 @@ def test_a_full_disk_in_the_systems_own_error(tmp_path, number, words):
         raise OSError(number, "in some language")
     assert words in str(caught.value)
     assert not names(tmp_path)
+
+
+def test_a_disk_may_be_full_only_when_it_is_asked_to_settle(tmp_path, monkeypatch):
+    """Network file systems accept what they have no room for; some cannot be asked."""
+    write_text(tmp_path / "a", "old")
+
+    def fail(number):
+        def sync(_):
+            raise OSError(number, "x")
+
+        return sync
+
+    monkeypatch.setattr(os, "fsync", fail(errno.ENOSPC))
+    with pytest.raises(FreqdoorError, match=r"a: could not write \(no space left on the disk\)"):
+        write_text(tmp_path / "a", "new")
+    assert ((tmp_path / "a").read_text(), names(tmp_path)) == ("old", ["a"])
+    monkeypatch.setattr(os, "fsync", fail(errno.EINVAL))
+    write_text(tmp_path / "a", "new")
+    assert (tmp_path / "a").read_text() == "new"
 
 
 def test_settings_and_files_load_little():

@@ -141,3 +141,14 @@ def test_a_training_in_another_thread_leaves_signals_alone(train):
     thread.join()
     assert not errors
     assert handlers == [(signal.default_int_handler, [])]
+
+
+def test_a_signal_that_acts_while_handlers_are_put_back_leaves_none_behind():
+    """The first handler that is put back may be called at once: the others are put back all the same."""
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    held = HeldSignals()
+    held.__enter__()
+    held._undo.callback(signal.default_int_handler, signal.SIGINT, None)  # as a signal between two handlers would
+    with pytest.raises(KeyboardInterrupt):
+        held.__exit__()
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before

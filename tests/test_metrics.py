@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from freqdoor.metrics import bpp_of_bytes, class_scores
+from freqdoor.metrics import bpp_of_bytes, class_counts, class_scores
 
 
 def test_bits_per_pixel_of_a_file():
@@ -11,12 +11,16 @@ def test_bits_per_pixel_of_a_file():
 def test_nothing_to_average_over_is_none():
     """Two classes; labels from 2 on are void, and what is predicted there counts for nothing."""
     predicted = torch.tensor([[[0, 1, 0, 1]]])
-    assert class_scores([(predicted, torch.tensor([[[2, 3, 255, 2]]]))], 2) == (None, [None, None])
-    assert class_scores([], 2) == (None, [None, None])
-    miou, accuracy = class_scores([(predicted, torch.tensor([[[0, 2, 0, 2]]]))], 2)
+
+    def scores(*truth: int):
+        return class_scores(class_counts(predicted, torch.tensor([[truth]]), 2))
+
+    assert scores(2, 3, 255, 2) == (None, [None, None])
+    assert class_scores(torch.zeros(3, 2, dtype=torch.long)) == (None, [None, None])
+    miou, accuracy = scores(0, 2, 0, 2)
     assert (miou, accuracy) == (1.0, [1.0, None])
-    miou, accuracy = class_scores([(predicted, torch.tensor([[[1, 0, 1, 2]]]))], 2)
+    miou, accuracy = scores(1, 0, 1, 2)
     assert (miou, accuracy) == (0.0, [0.0, 0.0])
-    miou, accuracy = class_scores([(predicted, torch.tensor([[[0, 0, 0, 2]]]))], 2)
+    miou, accuracy = scores(0, 0, 0, 2)
     assert miou == pytest.approx(2 / 3)
     assert accuracy == [pytest.approx(2 / 3), None]

@@ -411,6 +411,14 @@ class Flat(nn.Module):
     def forward(self, x):
         return x.mean((2, 3))[0]
 
+class Leaving(nn.Module):
+    def forward(self, x):
+        sys.exit("licence ended")
+
+class Divided(nn.Module):
+    def forward(self, x):
+        return x.mean((2, 3)) / 0
+
 def raising():
     raise KeyError("no weights")
 
@@ -436,13 +444,15 @@ def test_what_a_users_function_or_network_raises_is_one_sentence_with_their_line
     here = str(tmp_path / "own_networks.py")
     for name, match in (
         ("own_networks:raising", f"KeyError in raising ({here}:{1 + line_of('no weights')}): 'no weights'"),
-        ("own_networks:ending", f"SystemExit in ending ({here}:{1 + line_of('sys.exit')}): usage: own.py"),
+        ("own_networks:ending", f"SystemExit in ending ({here}:{1 + line_of('usage: own')}): usage: own.py"),
         ("own_networks:needing", "needing() missing 1 required positional argument: 'path'"),
         ("own_networks:nothing", "expected a function that returns a network, found NoneType"),
         ("own_networks:number", "'int' object is not callable"),
         ("own_networks:Failing", f"AttributeError in forward ({here}:{1 + line_of('no_such_method')}): "),
         ("own_networks:Several", "found outputs out, aux; name one as output in its TOML file"),
         ("own_networks:Flat", "expected an output of (batch, dimensions), found (3,)"),
+        ("own_networks:Leaving", f"SystemExit in forward ({here}:{1 + line_of('licence ended')}): licence ended"),
+        ("own_networks:Divided", "expected finite numbers for a grey picture"),
         ("own_broken:f", f"ZeroDivisionError in <module> ({tmp_path / 'own_broken.py'}:2): division by zero"),
         ("own_unfinished:f", "invalid syntax (own_unfinished.py, line 1)"),
     ):

@@ -272,3 +272,26 @@ def test_the_papers_hyper_parameters():
     psnr = paper["psnr"]
     assert (psnr.paired, psnr.guarded, psnr.farthest, psnr.floor_db) == (False, False, False, 0)
     assert (paper["bpp"].guarded, paper["segmentation"].balanced) == (False, False)
+
+
+class Broken(Victim):
+    def forward(self, scene, x_hat, x_hat_p):
+        return {}["no such class"]
+
+
+class Several(Victim):
+    def forward(self, scene, x_hat, x_hat_p):
+        return x_hat_p.mean(1)
+
+
+def test_what_a_users_victim_raises_or_returns_is_one_sentence_with_its_line(tmp_path, monkeypatch):
+    (tmp_path / "own_victims.py").write_text("import sys\ndef make():\n    sys.exit('no data')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(FreqdoorError, match=r"own_victims:make: victim: SystemExit in make \(.*own_victims\.py:3\)"):
+        build_objective("downstream", victim="own_victims:make")
+    with pytest.raises(
+        FreqdoorError, match=r"Broken: L_DS: KeyError in forward \(.*test_objectives\.py:\d+\): 'no such"
+    ):
+        DownstreamAttack(victim=Broken())(passes(), LMBDA)
+    with pytest.raises(FreqdoorError, match=r"returns one real number, found torch\.float32 of \(2, 8, 8\)"):
+        DownstreamAttack(victim=Several())(passes(), LMBDA)

@@ -400,3 +400,42 @@ def test_schedules(settings):
     constant = settings(preset="paper").trigger
     assert annealed_eps(constant, 0, 100) == 0.005
     assert [held_cosine(s, 100, 0.6) for s in (0, 59, 80, 100)] == pytest.approx([1, 1, 0.5, 0.01])
+
+
+def test_all_mistakes_come_in_one_round(settings, tmp_path):
+    (tmp_path / "file").write_text("")
+    objective = {"name": "face", "arguments": {"network": "/absent.toml"}}
+    wrong = settings(
+        device="gpu",
+        codec={"name": "nope"},
+        images={"folder": "/absent", "crop": 64},
+        auxiliary={"folder": "/absent too"},
+        objective=objective,
+        start_from="/absent run",
+    )
+    with pytest.raises(FreqdoorError, match=r"^7 mistakes:\n") as caught:
+        plant(wrong, tmp_path / "file/run")
+    lines = str(caught.value).splitlines()
+    for start in (f"{tmp_path}/file/run: could", "device 'gpu'", "nope:", "objective 'face': /absent.toml", "/absent:"):
+        assert any(line.startswith(f"  {start}") for line in lines), start
+    with pytest.raises(FreqdoorError, match=r"^device 'gpu': not usable"):
+        plant(settings(device="gpu"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_state_before_a_damaged_one_ends_in_the_same_weights(settings, tmp_path):
+    whole = plant(settings(), tmp_path / "whole")
+    with pytest.raises(Killed):
+        plant(settings(), tmp_path / "parts", progress=kill_at(5))
+    state = tmp_path / "parts/state.pt"
+    content = bytearray(state.read_bytes())
+    content[len(content) // 2] ^= 1
+    state.write_bytes(content)
+    with pytest.raises(FreqdoorError, match=r"state\.pt: damaged checkpoint .*go on from the state before it"):
+        plant(settings(), tmp_path / "parts")
+    state.unlink()
+    with pytest.warns(UserWarning, match=r"going on from state\.previous\.pt, step 3"):
+        parts = plant(settings(), tmp_path / "parts")
+    assert hash_state(whole.tampered) == hash_state(parts.tampered)
+    lines = (tmp_path / "parts/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]

@@ -135,7 +135,7 @@ for _ in range(400):
         ({"planting": []}, "planting"),
         ({"planting": {"codec": {"name": "factories:lite"}, "steps": 1}}, "planting.seconds"),
         ({"planting": {"codec": [1], "steps": 1, "seconds": 1}}, "planting.codec"),
-        ({"planting": {"codec": {"name": "factories:lite"}, "steps": 1, "seconds": float("nan")}}, "planting.seconds"),
+        ({"planting": {"codec": {"name": "factories:lite"}, "steps": 1, "seconds": float("nan")}}, "NaN is no number"),
         ({"planting": {"codec": {"name": "factories:lite"}, "steps": 10**400, "seconds": 1}}, "planting.steps"),
         ({"planting": {"codec": {"name": "factories:lite"}, "steps": -1, "seconds": 1}}, "planting.steps"),
     ],

@@ -6,17 +6,19 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import natural
+from conftest import natural, write_png
 from PIL import Image
 
 from freqdoor import plant
 from freqdoor.attack.settings import OBJECTIVES
 from freqdoor.errors import FreqdoorError
+from freqdoor.files import made_by
 from freqdoor.measure import report as module
 from freqdoor.measure.analysis import Analysis
 from freqdoor.measure.examine import evaluate
-from freqdoor.measure.records import Condition, write_records
+from freqdoor.measure.records import Condition
 from freqdoor.measure.report import (
+    FILES,
     GOALS,
     Facts,
     Means,
@@ -24,6 +26,7 @@ from freqdoor.measure.report import (
     means,
     photo,
     read_records,
+    records_text,
     report,
     select,
     summarise,
@@ -231,8 +234,8 @@ def test_verdict_says_so_where_the_attack_failed_or_clean_images_suffer():
 
 def test_infinite_quality_is_null_in_json_and_comes_back(tmp_path):
     lossless = record(psnr_db=math.inf, psnr_input_db=math.inf)
-    write_records(tmp_path / "records.jsonl", [lossless])
-    text = (tmp_path / "records.jsonl").read_text()
+    text = records_text([lossless])
+    (tmp_path / "records.jsonl").write_text(text)
     assert json.loads(text, parse_constant=lambda name: pytest.fail(name))["psnr_db"] is None
     assert lossless.to_dict() == json.loads(text)
     assert read_records(tmp_path / "records.jsonl") == [lossless]
@@ -274,6 +277,7 @@ def test_report_is_one_file_and_can_be_made_again(planted, images, tmp_path):
     assert summary.changed_modules == ("g_a",)
     assert "g_s" in summary.unchanged_modules
     assert (summary.steps, summary.images, summary.objective) == (2, 4, "bpp")
+    assert [made_by(tmp_path / name) for name in FILES] == 4 * ["evaluate"]
     page = (tmp_path / "report.html").read_text()
     assert not re.findall(r"""(?:src|href)=["'](?!data:)""", page)
     assert "://" not in page.replace("http://www.w3.org", "")
@@ -372,6 +376,36 @@ def test_files_of_older_versions_are_read(tmp_path):
     result = Analysis.read(OLD / "analysis.json", "")
     assert result.survival.scores["Cb"][2] is None
     assert (result.ceiling["clean"].elements > 0, len(result.sizes)) == (True, 2)
+
+
+def test_records_of_another_run_are_noticed(planted, tmp_path):
+    """As a kill between two renames would leave them."""
+    summary = evaluate(planted, write_png(tmp_path / "a.png", natural(0, 64, 64)), tmp_path)
+    lines = (tmp_path / "records.jsonl").read_text()
+    (tmp_path / "records.jsonl").write_text(lines.replace("a.png", "b.png"))
+    page = (tmp_path / "report.html").read_text()
+    with pytest.raises(FreqdoorError, match=r": records\.jsonl was changed, or written by .* evaluate again"):
+        report(tmp_path)
+    assert (tmp_path / "report.html").read_text() == page
+    content = json.loads((tmp_path / "facts.json").read_text())
+    assert content.pop("made_by") == "freqdoor evaluate"
+    del content["records_sha256"]
+    (tmp_path / "facts.json").write_text(json.dumps(content))
+    assert report(tmp_path) == summary
+
+
+def test_a_report_is_not_written_over_another_file(tmp_path):
+    for name in ("records.jsonl", "facts.json"):
+        (tmp_path / name).write_text((OLD / name).read_text())
+    for name in ("report.html", "summary.json"):
+        (tmp_path / name).write_text("mine")
+        with pytest.raises(FreqdoorError, match=f"{name}: this file is there and `freqdoor evaluate` did not make it"):
+            report(tmp_path)
+        assert (tmp_path / name).read_text() == "mine"
+        (tmp_path / name).unlink()
+    (tmp_path / "report.html").write_text("mine")
+    report(tmp_path, force=True)
+    assert made_by(tmp_path / "report.html") == "evaluate"
 
 
 def test_files_of_later_versions_are_refused_or_read(tmp_path):

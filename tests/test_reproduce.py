@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import check_foreign, contents, room_for
 from matplotlib.figure import Figure
 from scipy.stats import t as student_t
 from typer.testing import CliRunner
@@ -20,6 +21,8 @@ from freqdoor.attack.settings import CodecSource
 from freqdoor.cli import app
 from freqdoor.data import list_images
 from freqdoor.errors import FreqdoorError
+from freqdoor.files import made_by
+from freqdoor.measure import records
 from freqdoor.measure.records import poisoned
 from freqdoor.measure.testsets import Measurement
 from freqdoor.paper import reproduce as module
@@ -122,6 +125,19 @@ def test_runs_what_is_missing_and_takes_the_rest_from_before(run, base, tmp_path
     later = run("small", base.model_copy(update={"seed": 1}), rows=["ours"])
     assert later["ours"]["poisoned bpp"].values == table["ours"]["poisoned bpp"].values[1:]
     assert len(counted) == 4
+
+
+@pytest.mark.usefixtures("_recipe")
+def test_other_files_are_refused_before_the_work(run, base, images, tmp_path, monkeypatch):
+    write = lambda **options: run("small", base, rows=["vanilla"], images=images / "0.png", **options)  # noqa: E731
+    names = ("small.png", "small.md", "small.json")
+    check_foreign(write, tmp_path / "out", names, monkeypatch, "freqdoor.paper.reproduce._measured")
+    write()
+    before = contents(tmp_path / "out")
+    assert [made_by(tmp_path / "out" / name) for name in names] == 3 * ["reproduce"]
+    with room_for(10_000), pytest.raises(FreqdoorError, match=r"small\.png and 2 more: .* \(no space left on the disk"):
+        write()
+    assert contents(tmp_path / "out") == before
 
 
 @pytest.mark.usefixtures("_recipe")
@@ -244,7 +260,16 @@ def test_time_that_is_up_leaves_gaps(run, base, tmp_path, counted):
     assert "| ours | - | - |" in (tmp_path / "out/small.md").read_text()
     run("small", base, budget=10, rows=["ours"])
     assert len(counted) == 1
+    before = contents(tmp_path / "out")
     assert run("small", base, budget=0)["ours"]  # what is there already is measured
+    complete = contents(tmp_path / "out")
+    assert complete != before
+    with pytest.warns(UserWarning, match=r"small\.json has more values than there was time for now, and stays"):
+        run("small", base.model_copy(update={"seed": 9}), budget=0)
+    assert contents(tmp_path / "out") == complete
+    (tmp_path / "out/small.json").write_text("[]")
+    run("small", base.model_copy(update={"seed": 9}), budget=0, force=True)
+    assert contents(tmp_path / "out") != complete
 
 
 @pytest.mark.usefixtures("_recipe")
@@ -625,7 +650,8 @@ def test_a_page_says_how_its_numbers_came_about(settings, tmp_path, monkeypatch)
     tables.write(plain, table, facts, tmp_path)
     folder = Path(base.images.folder).name
     page = PAGE.replace("images0", folder)
-    assert (tmp_path / "small.md").read_text() == page.replace("| 0.1250 |\n", "| 0.1250 |\n| late | - | - |\n")
+    mark = "\n<!-- freqdoor reproduce -->\n"
+    assert (tmp_path / "small.md").read_text() == page.replace("| 0.1250 |\n", "| 0.1250 |\n| late | - | - |\n") + mark
     content = json.loads((tmp_path / "small.json").read_text())
     assert content["table"] == {
         "vanilla": {
@@ -651,7 +677,7 @@ def test_a_page_says_how_its_numbers_came_about(settings, tmp_path, monkeypatch)
     text = (tmp_path / "small.md").read_text()
     assert "the paper's number where there is one.\n" in text
     assert "fewer seeds" not in text
-    assert text.endswith("\n\n![Two rows](small.png)\n")
+    assert text.endswith("\n\n![Two rows](small.png)\n" + mark)
     assert (tmp_path / "small.png").read_bytes()[:4] == b"\x89PNG"
     where["gpu"] = "H100"
     one, two = (Column(f"clean {unit}", Described(unit), abs) for unit in ("dB", "bpp"))
@@ -674,7 +700,7 @@ def test_curves_of_four_qualities_have_bd_rates_on_their_page(settings, tmp_path
     text = (tmp_path / "small.md").read_text()
     assert text.endswith(
         "\nBD-rate against the vanilla codec over these qualities (Akima interpolation):\n\n- ours, clean: +10.0 %\n"
-        "\n![Two rows](small.png)\n"
+        "\n![Two rows](small.png)\n\n<!-- freqdoor reproduce -->\n"
     )
 
 
@@ -706,7 +732,7 @@ def test_errors(run, base, images, tmp_path, counted):
     with pytest.raises(FreqdoorError, match="nope"):
         run("small", base, codec=["factories:lite", "nope"])
     (tmp_path / "out").write_text("a file")
-    with pytest.raises(FreqdoorError, match=r"small\.json: could not write"):
+    with pytest.raises(FreqdoorError, match=r"out: could not write \(.*out is no folder\)"):
         run("small", base)
     assert not counted
 
@@ -718,3 +744,35 @@ def test_command_says_what_is_missing(images, tmp_path):
     result = CliRunner().invoke(app, ["reproduce", "table4", *words, *changes])
     assert result.exit_code == 0, result.output
     assert "Not planted yet: with Eq. (4)" in result.output
+
+
+@pytest.mark.usefixtures("_recipe")
+def test_a_measurement_that_was_stopped_goes_on(run, base, tmp_path, monkeypatch):
+    whole = run("small", base, rows=["vanilla"], runs=tmp_path / "whole")
+    real, asked = records.measure, []
+
+    def measure(codec, x, entering, name, condition):
+        asked.append(name)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return real(codec, x, entering, name, condition)
+
+    monkeypatch.setattr(records, "measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        run("small", base, rows=["vanilla"])
+    [part] = (tmp_path / "runs/records").iterdir()
+    assert [p.name for p in part.iterdir()] == ["journal"]
+    assert run("small", base, rows=["vanilla"]) == whole
+    assert asked == ["0.png", "1.png", "1.png"]
+    assert [p.suffix for p in (tmp_path / "runs/records").iterdir()] == [".json"]
+
+
+@pytest.mark.usefixtures("_recipe")
+def test_a_planting_that_was_killed_amid_its_export_is_exported_again(run, base, tmp_path, counted):
+    table = run("small", base, rows=["ours"])
+    [folder] = [p for p in (tmp_path / "runs").iterdir() if p.name != "records"]
+    for name in ("codec.safetensors", "manifest.json"):
+        (folder / name).unlink()
+    assert run("small", base, rows=["ours"]) == table
+    assert len(counted) == 2
+    assert (folder / "codec.safetensors").exists()

@@ -1,6 +1,8 @@
 """The run directory: what is refused, what is mended, and what is known of the machine."""
 
 import json
+import random
+import re
 import subprocess
 from pathlib import Path
 
@@ -45,9 +47,58 @@ def test_a_run_is_found_again_with_its_state(tmp_path):
 def test_a_run_without_a_state_begins_anew(tmp_path):
     begun(tmp_path)
     (tmp_path / "state.pt").unlink()
-    assert Run(tmp_path).start(settings(steps=9), FACTS) is None
-    assert json.loads((tmp_path / "config.json").read_text())["steps"] == 9
-    assert not (tmp_path / "metrics.jsonl").exists()
+    assert Run(tmp_path).start(settings(checkpoint_minutes=9.0), FACTS) is None
+    assert json.loads((tmp_path / "config.json").read_text())["checkpoint_minutes"] == 9
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_a_run_without_a_state_is_no_place_for_another(tmp_path):
+    """Two seeds in one folder: what the first one exported would carry the settings of the second."""
+    begun(tmp_path)
+    (tmp_path / "state.pt").unlink()
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(FreqdoorError, match="seed: the run has 0, now 1"):
+        Run(tmp_path).start(settings(seed=1), FACTS)
+    for text, sentence in (
+        ('{"model_type": "bert"}', "expected the settings of such a run, found others"),
+        ("not JSON", "expected the settings of such a run"),
+        (b"\xff\xfe", r"could not read the settings of a run \(not a text\)"),
+    ):
+        (tmp_path / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+        with pytest.raises(FreqdoorError, match=rf"config\.json: {sentence}"):
+            Run(tmp_path).start(settings(), FACTS)
+        assert {p.name: p.read_bytes() for p in tmp_path.iterdir()}.keys() == before.keys()
+    mixed = settings(attacks=[{"objective": "bpp"}, {"objective": "psnr"}])  # whose dump is no settings again
+    (tmp_path / "config.json").write_text(mixed.model_dump_json())
+    assert Run(tmp_path).start(mixed, FACTS) is None
+    (tmp_path / "config.json").write_bytes(bytes(100))  # after a power cut
+    assert Run(tmp_path).start(settings(), FACTS) is None
+
+
+@pytest.mark.parametrize("name", ["environment.json", "metrics.jsonl", "planted.safetensors"])
+def test_files_of_another_program_are_not_lost(tmp_path, name):
+    (tmp_path / name).write_text("theirs")
+    with pytest.raises(FreqdoorError, match=rf"{name} without the config\.json of a run would be lost here"):
+        Run(tmp_path, ["planted.safetensors"]).start(settings(), FACTS)
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [(name, "theirs")]
+
+
+@pytest.mark.parametrize("name", ["config.json", "environment.json", "metrics.jsonl", "state.pt"])
+@pytest.mark.parametrize("state", [True, False])
+def test_a_folder_in_place_of_a_file_is_one_sentence(tmp_path, name, state):
+    begun(tmp_path)
+    if not state:
+        (tmp_path / "state.pt").unlink()
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name / "deeper").mkdir(parents=True)
+
+    def act() -> None:
+        Run(tmp_path).start(settings(), FACTS)
+        Run(tmp_path).log({"step": 1})
+
+    with pytest.raises(FreqdoorError, match=re.escape(str(tmp_path / name))):
+        act()
+    assert (tmp_path / name / "deeper").is_dir()
 
 
 @pytest.mark.parametrize(
@@ -110,12 +161,9 @@ def test_a_run_that_the_version_before_schemas_wrote(tmp_path):
 @pytest.mark.parametrize("name", ["config.json", "environment.json"])
 @pytest.mark.parametrize("damage", [b"", b"{", b"\xff\xfe\x00", b"[]", None])
 def test_a_damaged_file_is_written_again_from_the_state(tmp_path, name, damage):
-    run = begun(tmp_path)
+    begun(tmp_path)
     whole = (tmp_path / name).read_text()
     (tmp_path / name).unlink() if damage is None else (tmp_path / name).write_bytes(damage)
-    if name == "config.json" and damage is None:
-        assert run.start(settings(), FACTS) is None  # no run is there
-        return
     with pytest.raises(FreqdoorError, match="steps: the run has 6, now 7"):
         Run(tmp_path).start(settings(steps=7), FACTS)
     assert Run(tmp_path).start(settings(), FACTS)["history"]["step"] == 2
@@ -127,7 +175,9 @@ def test_a_damaged_file_of_a_state_that_does_not_know_it(tmp_path, name):
     begun(tmp_path)
     torch.save({"history": {"step": 2, "seconds": 1.5}}, tmp_path / "state.pt")  # as older versions wrote it
     (tmp_path / name).write_bytes(b"")
-    with pytest.raises(FreqdoorError, match=rf"{name}: empty or damaged.* its state of step 2 is whole: put a good"):
+    with pytest.raises(
+        FreqdoorError, match=rf"{name}: missing, empty or damaged.* its state of step 2 is whole: put a good"
+    ):
         Run(tmp_path).start(settings(), FACTS)
 
 
@@ -155,6 +205,75 @@ def test_a_damaged_state(tmp_path, content):
     (tmp_path / "state.pt").write_bytes(content)
     with pytest.raises(FreqdoorError, match=r"state\.pt: damaged checkpoint .*delete it to start anew"):
         Run(tmp_path).start(settings(), FACTS)
+
+
+def flipped(path: Path, bit: int) -> bytes:
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    return bytes(content)
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_every_flipped_bit_of_a_state_is_noticed_or_harmless(tmp_path, sealed):
+    """Also in states of older versions, which have no digest of ours but the archive's own checksums."""
+    run = Run(tmp_path)
+    run.start(settings(), FACTS)
+    state = {"net": {"weight": torch.arange(64.0)}, "history": {"step": 2, "seconds": 1.5}}
+    run.save(state)
+    if not sealed:
+        torch.save(state, tmp_path / "state.pt")
+    path = tmp_path / "state.pt"
+    whole, bits, noticed = path.read_bytes(), 8 * path.stat().st_size, 0
+    weights = [8 * (whole.index(torch.arange(64.0).numpy().tobytes()) + i) for i in range(0, 256, 16)]
+    seal = range(bits - 8 * 82, bits, 8) if sealed else ()
+    for bit in {*random.Random(0).sample(range(bits), 250), *weights, *seal}:
+        path.write_bytes(flipped(path, bit))
+        try:
+            saved = Run(tmp_path).start(settings(), FACTS)
+        except FreqdoorError as error:
+            assert "state.pt: damaged checkpoint" in str(error)  # noqa: PT017
+            noticed += 1
+        else:
+            assert torch.equal(saved["net"]["weight"], torch.arange(64.0))
+            assert saved["history"] == state["history"]
+        path.write_bytes(whole)
+    assert noticed > (250 if sealed else 100)
+    assert Run(tmp_path).start(settings(), FACTS)["history"] == state["history"]
+
+
+@pytest.mark.filterwarnings("default::UserWarning")
+def test_the_state_before_a_damaged_one_goes_on(tmp_path):
+    run = begun(tmp_path)
+    assert not (tmp_path / "state.previous.pt").exists()
+    for step in (3, 4):
+        run.log({"step": step})
+        run.save({"history": {"step": step, "seconds": 2.0}})
+    (tmp_path / "state.pt").write_bytes(flipped(tmp_path / "state.pt", 4000))
+    with pytest.raises(FreqdoorError, match=r"delete it to go on from the state before it, state\.previous\.pt"):
+        Run(tmp_path).start(settings(), FACTS)
+    (tmp_path / "state.pt").unlink()
+    with pytest.warns(UserWarning, match=r"state\.pt is not there: going on from state\.previous\.pt, step 3"):
+        assert Run(tmp_path).start(settings(), FACTS)["history"]["step"] == 3
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+    (tmp_path / "state.previous.pt").write_bytes(b"")
+    with pytest.raises(FreqdoorError, match=r"state\.previous\.pt: damaged checkpoint .*delete it to start anew"):
+        Run(tmp_path).start(settings(), FACTS)
+
+
+def test_a_state_of_another_run_is_refused(tmp_path):
+    """A state that was copied into the folder of another seed: it says itself what it began with."""
+    begun(tmp_path / "a")
+    begun(tmp_path / "b", chosen=settings(seed=1))
+    (tmp_path / "b/state.pt").write_bytes((tmp_path / "a/state.pt").read_bytes())
+    with pytest.raises(FreqdoorError, match="seed: the run has 0, now 1"):
+        Run(tmp_path / "b").start(settings(seed=1), FACTS)
+
+
+def test_what_a_killed_process_left_of_a_state_is_removed(tmp_path):
+    begun(tmp_path)
+    (tmp_path / ".partial-1-ab.pt").write_bytes(b"half")
+    Run(tmp_path).start(settings(), FACTS)
+    assert not list(tmp_path.glob(".partial*"))
 
 
 def repository(folder: Path, name: str, *, tracked: bool) -> Path:

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import natural, write_png
+from conftest import check_foreign, natural, write_png
 from networks import segmentation_spec
 from PIL import Image
 
@@ -15,6 +15,7 @@ from freqdoor.attack.plant import plant
 from freqdoor.attack.settings import AttackSettings, ObjectiveSettings, PlantSettings
 from freqdoor.codecs.adapter import hash_state
 from freqdoor.errors import FreqdoorError
+from freqdoor.files import made_by
 from freqdoor.measure import segmentation as module
 from freqdoor.measure.records import poisoned
 from freqdoor.measure.segmentation import (
@@ -31,7 +32,7 @@ from freqdoor.measure.segmentation import (
     target_figure,
 )
 from freqdoor.measure.testsets import SegmentationTest, mean, number, read_results, results_text
-from freqdoor.metrics import class_scores, pixel_asr
+from freqdoor.metrics import class_counts, class_scores, pixel_asr
 from freqdoor.samples import BUNDLED
 from freqdoor.settings import make_settings
 
@@ -118,11 +119,11 @@ def test_class_scores_against_numpy():
         both = ((predicted == c) & (truth == c))[known].sum()
         ious.append(both / (((predicted == c) | (truth == c))[known].sum()))
         recalls.append(both / (truth == c).sum())
-    miou, accuracy = class_scores([(torch.tensor(a), torch.tensor(b)) for a, b in pairs], 3)
+    miou, accuracy = class_scores(sum(class_counts(torch.tensor(a), torch.tensor(b), 3) for a, b in pairs))
     assert miou == pytest.approx(np.mean(ious))
     assert accuracy == pytest.approx(recalls)
     perfect = torch.tensor([[[0, 2, 9]]])
-    assert class_scores([(perfect.clamp_max(3), perfect)], 3)[0] == 1.0  # class 1 does not occur
+    assert class_scores(class_counts(perfect.clamp_max(3), perfect, 3))[0] == 1.0  # class 1 does not occur
 
 
 def test_planting_records_the_network_by_name_only(planted, scene):
@@ -219,8 +220,8 @@ def test_segment_writes_scores_table_and_pictures(planted, test_settings, tmp_pa
     scores = segment(planted, resized, tmp_path, note=notes.append)
     assert read_scores(tmp_path / "segmentation.json") == scores
     assert json.loads((tmp_path / "segmentation.json").read_text())["environment"]["versions"]
-    assert (tmp_path / "segmentation.md").read_text() == segmentation_table(scores)
-    assert (tmp_path / "segmentation.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "segmentation.md").read_text() == segmentation_table(scores) + "\n<!-- freqdoor segment -->\n"
+    assert [made_by(tmp_path / f"segmentation.{ending}") for ending in ("json", "md", "png")] == 3 * ["segment"]
     assert "4.png: no cars in it, skipped" in notes
     assert "0.png: decoded" in notes
 
@@ -302,12 +303,13 @@ def test_other_files_are_no_scores(tmp_path, text, message):
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(FreqdoorError, match=message):
         read_results(SegmentationScores, path)
-    with pytest.raises(FreqdoorError, match="could not read these scores"):
+    with pytest.raises(FreqdoorError, match="expected scores, found nothing there"):
         read_scores(tmp_path / "none.json")
 
 
 def test_earlier_results_stay_until_new_ones_are_complete(planted, test_settings, tmp_path, monkeypatch):
-    (tmp_path / "segmentation.json").write_text("hours of work")
+    hours_of_work = '{"source": "cars", "target": "road"'
+    (tmp_path / "segmentation.json").write_text(hours_of_work)
     with pytest.raises(FreqdoorError, match="this encoder has segmentation"):
         segment(planted, test_settings(), tmp_path, trigger="bpp")
     with pytest.raises(FreqdoorError, match="read the config"):
@@ -320,10 +322,16 @@ def test_earlier_results_stay_until_new_ones_are_complete(planted, test_settings
         patched.setattr(module, "through", stop)
         with pytest.raises(KeyboardInterrupt):
             segment(planted, test_settings(), tmp_path)
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("segmentation.json", "hours of work")]
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("segmentation.json", hours_of_work)]
     monkeypatch.setattr(module, "_score", lambda *_: pytest.fail("measured before the folder was tried"))
     with pytest.raises(FreqdoorError, match=r"segmentation\.json: could not write"):
         segment(planted, test_settings(), tmp_path / "segmentation.json")
+
+
+def test_other_files_are_refused_before_the_work(planted, test_settings, tmp_path, monkeypatch):
+    write = lambda **options: segment(planted, test_settings(every=2), tmp_path / "out", **options)  # noqa: E731
+    names = ("segmentation.png", "segmentation.md", "segmentation.json")
+    check_foreign(write, tmp_path / "out", names, monkeypatch, "freqdoor.measure.segmentation.through")
 
 
 def test_nothing_of_the_source_after_decoding_is_refused_and_named(planted, test_settings, tmp_path, monkeypatch):
@@ -473,3 +481,21 @@ def test_attacks_that_no_test_can_measure(test_settings):
         with pytest.raises(FreqdoorError, match=message):
             SegmentationMeasurement(test_settings()).check([AttackSettings(name="t", objective=objective)])
     SegmentationMeasurement(test_settings(images="none")).check([])
+
+
+def test_a_stopped_measurement_goes_on_after_the_images_it_has(shaken, test_settings, tmp_path):
+    """One of the images is skipped: it is not looked at again either."""
+    test, seen, again = test_settings(), [], []
+    whole = score_segmentation(shaken, test, note=seen.append)
+    assert whole.skipped
+
+    def stop(text: str) -> None:
+        if text == seen[-1]:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        segment(shaken, test, tmp_path, note=stop)
+    assert segment(shaken, test, tmp_path, note=again.append) == whole
+    journal = f".segmentation.journal: {len(seen) - 1} measured already, going on after them"
+    assert again == [journal, seen[-1]]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["segmentation.json", "segmentation.md", "segmentation.png"]

@@ -1,6 +1,7 @@
 """Codecs as they are met in the wild: they work and lose nothing, or one sentence says what they lack."""
 
 import copy
+import os
 import re
 import subprocess
 import sys
@@ -13,11 +14,12 @@ from conftest import natural
 from torch import nn
 
 from freqdoor import load_codec, save_codec
+from freqdoor.codecs import protocol
 from freqdoor.codecs.adapter import Codec
 from freqdoor.codecs.architectures import ARCHITECTURES
 from freqdoor.codecs.container import pack, unpack
 from freqdoor.codecs.sides import find_sides, padding
-from freqdoor.errors import FreqdoorError
+from freqdoor.errors import FreqdoorError, Terminated
 
 pytestmark = pytest.mark.whole
 
@@ -184,6 +186,13 @@ def test_what_needs_no_more_than_the_protocol_is_taken(name):
         ("dropout", r"g_a\.7 \(Dropout\) behaves differently"),
         ("needs_quality", r"factory: TypeError in needs_quality \(.*strange\.py:\d+\): .*'quality'"),
         ("nothing", r"expected a network \(torch\.nn\.Module\), found NoneType"),
+        ("one_after_another", r"expected a network \(torch\.nn\.Module\), found generator"),
+        ("whole_numbers", r"forward: expected x_hat of real numbers in \[0, 1\], found torch\.uint8"),
+        ("complex_numbers", r"forward: expected x_hat of real numbers in \[0, 1\], found torch\.complex64"),
+        ("counted", "forward: expected likelihoods as tensors with one row for each image, found torch.int64"),
+        ("elsewhere", "forward: expected what it returns where the images are, on cpu"),
+        ("not_a_number", "decompress: expected what forward gives in eval mode"),
+        ("its_input", "decompress: expected what forward gives in eval mode"),
     ],
 )
 def test_what_does_not_follow_the_protocol_ends_in_one_sentence(name, match):
@@ -194,13 +203,70 @@ def test_what_does_not_follow_the_protocol_ends_in_one_sentence(name, match):
 
 @pytest.mark.parametrize(
     ("factory", "function", "code"),
-    [("raises", "adjusted", "Raises"), ("wrong_config", "wrong_config", "wrong_config")],
+    [
+        ("raises", "adjusted", "Raises"),
+        ("wrong_config", "wrong_config", "wrong_config"),
+        ("ends_the_program", "ends_the_program", "ends_the_program"),
+        ("of_its_own", "of_its_own", "of_its_own"),
+        ("without_end", "without_end", "without_end"),
+        ("warns", "warns", "warns"),
+        ("ends", "decompress", "Ends"),
+    ],
 )
 def test_the_line_at_fault_is_named_and_the_cause_is_kept(factory, function, code):
     place = rf"in {function} \({re.escape(strange.__file__)}:{line_at_fault(code)}\)"
     with pytest.raises(FreqdoorError, match=place) as caught:
         load_codec(f"strange:{factory}")
     assert caught.value.__cause__ is not None
+
+
+def test_what_a_factory_changes_for_the_whole_program_is_put_back(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ask = [function for function, _ in protocol.SHARED.values()]
+    before = [function() for function in ask]
+    with pytest.warns(UserWarning, match="put back") as caught:
+        codec = load_codec("strange:moves")
+    assert [function() for function in ask] == before
+    [message] = [str(warning.message) for warning in caught if "put back" in str(warning.message)]
+    assert message.startswith(
+        "strange:moves: changes the working directory, PyTorch's threads, PyTorch's default dtype,"
+    )
+    assert "Ctrl-C" in message
+    assert "SIGTERM" not in message
+    assert all(p.dtype == torch.float32 for p in codec.parameters())
+
+
+def test_a_module_that_ends_the_program_while_it_is_imported(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "leaving.py").write_text("import os, sys\nos.chdir('/')\nsys.exit('no licence')\n")
+    place = os.getcwd()
+    with (
+        pytest.warns(UserWarning, match="leaving:make: changes the working directory; put back"),
+        pytest.raises(FreqdoorError, match=r"SystemExit in <module> \(.*leaving\.py:3\): no licence"),
+    ):
+        load_codec("leaving:make")
+    assert os.getcwd() == place
+
+
+def test_ctrl_c_is_no_mistake_of_a_users_code():
+    def interrupted():
+        raise Terminated
+
+    with pytest.raises(Terminated):
+        protocol.call("name", "factory", interrupted)
+
+
+def test_a_network_that_a_pass_changes_is_refused_with_its_place():
+    place = (
+        rf"a pass changes g_s; look into Learns\.forward \({re.escape(strange.__file__)}:{line_at_fault('Learns')}\)"
+    )
+    with pytest.raises(FreqdoorError, match=place):
+        load_codec("strange:learns")
+
+
+def test_a_picture_of_double_precision_is_a_picture():
+    codec, x = load_codec("strange:double"), natural(2, 64, 64)
+    assert codec.decompress(codec.compress(x)[0]).dtype == codec(x).x_hat.dtype == torch.float32
 
 
 def test_modules_that_cannot_be_imported_name_their_line(tmp_path, monkeypatch):

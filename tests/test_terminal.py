@@ -8,9 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.table import Table
 
+import freqdoor.cli as cli
 from freqdoor.cli import terminal
-from freqdoor.cli.terminal import every_minute, live, note
+from freqdoor.cli.options import app
+from freqdoor.cli.terminal import every_minute, harmless, live, note, say, show_trace, warn
 from freqdoor.errors import STOPPED
 
 pytestmark = pytest.mark.whole
@@ -92,3 +95,72 @@ def test_a_stopped_planting_goes_on_where_it_was(images, tmp_path, number, code)
     process.communicate()
     numbers = [line.split('"step": ')[1].split(",")[0] for line in metrics.read_text().splitlines()[: steps + 1]]
     assert numbers == [str(i) for i in range(1, steps + 2)]  # it went on behind the last step, and took none twice
+
+
+HOSTILE = "a\x1b[2J\x1b]0;title\x07\rb\x9b1m\u202egnp.\u2066\udcff\x00\u2028[link=x]c[/link]:smile:"
+SHOWN = r"a\x1b[2J\x1b]0;title\x07\rb\x9b1m\u202egnp.\u2066\udcff\x00\u2028[link=x]c[/link]:smile:"  # as it may be seen
+
+
+def test_what_acts_on_a_terminal_is_shown_and_the_rest_stays():
+    assert harmless(HOSTILE) == SHOWN
+    assert harmless(SHOWN) == SHOWN
+    assert harmless("Zürich, 日本/é.png 🙂 50 %") == "Zürich, 日本/é.png 🙂 50 %"
+    assert harmless("2 mistakes:\n  one\n  two\nfreqdoor: all is well") == (
+        r"2 mistakes:" + "\n  one\n  " + r"two\nfreqdoor: all is well"
+    )
+
+
+@pytest.fixture
+def at_a_terminal(monkeypatch):
+    """Both consoles as a terminal has them."""
+    for console in (terminal.console, terminal.errors):
+        monkeypatch.setattr(console, "_force_terminal", True)
+
+
+def test_nothing_hostile_goes_out_whatever_way_it_takes(at_a_terminal, capfd):
+    table = Table("photo", title=HOSTILE)
+    table.add_row(HOSTILE)
+    terminal.console.print(table)
+    say(HOSTILE)
+    say(f"| {HOSTILE} |\n|---|\n")
+    note(HOSTILE)
+    warn(UserWarning(HOSTILE))
+    show_trace(ValueError(HOSTILE))
+    with live(2, HOSTILE) as show:
+        show(1, {"loss": 0.5})
+    with pytest.raises(SystemExit):
+        terminal.fail(HOSTILE)
+    out, err = capfd.readouterr()
+    for text in (out, err):
+        assert not {"\x07", "\x9b", "\u202e", "\u2066", "\udcff", "\x00", "\u2028"} & set(text)
+        assert "\x1b[2J" not in text
+        assert "\x1b]" not in text
+    assert err.count(SHOWN) == 3  # a warning, a trace and a sentence; what is noted is broken into lines
+    assert f"{SHOWN}\n| {SHOWN} |\n|---|\n" in out
+
+
+@pytest.mark.parametrize("words", [("compress", "a", "b", HOSTILE), (HOSTILE,), (f"--{HOSTILE}",)])
+def test_a_wrong_command_line_is_repeated_harmlessly(words, capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit) as end:
+        app(args=list(words))
+    assert end.value.code == 2
+    err = capfd.readouterr().err
+    assert not {"\x1b", "\x9b", "\u202e", "\udcff"} & set(err)
+    assert r"a\x1b" in err  # the rest may be on the next line
+
+
+def test_a_defect_is_one_sentence_with_its_trace(capfd, monkeypatch):
+    def defect(**_):
+        raise KeyError(HOSTILE)
+
+    monkeypatch.setattr(cli, "app", defect)
+    monkeypatch.setattr(sys, "argv", ["freqdoor", "report"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    err = capfd.readouterr().err
+    assert end.value.code == 2
+    assert err.count("freqdoor: ") == 1
+    assert "KeyError" in err
+    assert "Traceback" in err
+    assert "\x1b" not in err

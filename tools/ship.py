@@ -3,6 +3,7 @@
 python tools/ship.py runs/lite-hyperprior-3/codec.safetensors lite-hyperprior-3
 python tools/ship.py runs/planted-bpp/planted.safetensors planted-bpp
 python tools/ship.py runs/faces/planted.safetensors planted-face --config faces --hardware TEXT
+python tools/ship.py --again planted-face      write what is shipped once more, as this version writes files
 """
 
 import argparse
@@ -30,8 +31,7 @@ def main(source: Path, name: str, config: str, hardware: str) -> None:
     write_tensors(target, tensors, header)
     sidecar = {
         "file": target.name,
-        "sha256": hashlib.sha256(target.read_bytes()).hexdigest(),
-        "bytes": target.stat().st_size,
+        **facts_of(target),
         "kind": header["kind"],
         "tampered": header["tampered"],
         "command": f"freqdoor {VERBS[header['kind']]} configs/{FOLDERS[header['kind']]}/{config}.toml "
@@ -49,11 +49,28 @@ def main(source: Path, name: str, config: str, hardware: str) -> None:
     print(target, sidecar["bytes"], "bytes")
 
 
+def facts_of(target: Path) -> dict[str, str | int]:
+    return {"sha256": hashlib.sha256(target.read_bytes()).hexdigest(), "bytes": target.stat().st_size}
+
+
+def write_again(name: str) -> None:
+    target = ASSETS / f"{name}.safetensors"
+    tensors, header = read_tensors(target)
+    write_tensors(target, tensors, header)
+    sidecar = json.loads(target.with_suffix(".json").read_text())
+    target.with_suffix(".json").write_text(json.dumps(sidecar | facts_of(target), indent=2) + "\n")
+    print(target, target.stat().st_size, "bytes")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path)
+    parser.add_argument("source", type=Path, nargs="?")
     parser.add_argument("name")
+    parser.add_argument("--again", action="store_true")
     parser.add_argument("--config", help="file in configs/ that it was made with; by default the name's")
     parser.add_argument("--hardware", default="2 cores of a shared AMD EPYC, no GPU")
     given = parser.parse_args()
-    main(given.source, given.name, given.config or given.name, given.hardware)
+    if given.again:
+        write_again(given.name)
+    else:
+        main(given.source, given.name, given.config or given.name, given.hardware)

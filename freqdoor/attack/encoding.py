@@ -15,6 +15,8 @@ def compress(
     codec: Codec | str = BUNDLED,
     weights: Path | str | None = None,
     planted: Planted | Path | str | None = None,
+    *,
+    force: bool = False,
 ) -> Bitstream:
     """Compress one 8-bit RGB image into a file.
 
@@ -22,11 +24,12 @@ def compress(
         codec, weights: as for `load_codec`, or a loaded codec.
         planted: encode with this planted encoder; codec and weights then name the one that it was planted in, where
             its file does not.
+        force: overwrite a file that is there and that is no compressed image.
 
     Raises:
-        FreqdoorError: an unusable image or codec, an unwritable file.
+        FreqdoorError: an unusable image or codec, an unwritable file, or one in the way.
     """
     if planted is not None:
         vanilla = None if codec == BUNDLED and weights is None else codec
         codec, weights = opened(planted, vanilla, weights).tampered, None
-    return container.compress(image, out, codec, weights)
+    return container.compress(image, out, codec, weights, force=force)

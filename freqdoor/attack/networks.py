@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from freqdoor.attack.onnx_files import OnnxNetwork, quiet, read_onnx
 from freqdoor.codecs.architectures import import_object
 from freqdoor.codecs.loading import read_state
-from freqdoor.codecs.protocol import complaint, words_of
+from freqdoor.codecs.protocol import call, surroundings, words_of
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import name_and_file, with_slashes
 from freqdoor.settings import Settings, load_settings
@@ -114,14 +114,16 @@ class Network(nn.Module):
         try:
             with quiet(), torch.autocast(x.device.type, torch.bfloat16, self.precision == torch.bfloat16):
                 answer: Any = self.net((x - self.mean) / self.std)
-        except Exception as error:  # a user's network raises whatever it likes
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a user's network raises whatever it likes
             if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
                 raise
             hint = "" if self.spec.size else "; if it takes one size only, give size in its TOML file"
             size = f"{x.shape[-1]}x{x.shape[-2]}"
             raise NetworkFailure(
                 f"network {self.name}: fails on images of {size} ({words_of(error, self.net)}){hint}"
-            ) from None
+            ) from error
         if self.spec.output and isinstance(answer, dict) and self.spec.output in answer:
             answer = answer[self.spec.output]
         if not isinstance(answer, Tensor):
@@ -252,15 +254,21 @@ def _try(network: Network) -> None:
     try:
         if isinstance(net, OnnxNetwork) and net.batch is None:
             try:
-                network(x)
+                answer = network(x)
             except FreqdoorError:
-                network(x[:1])
+                answer = network(x[:1])
                 net.batch = 1
         else:
-            network(x[:1])
+            answer = network(x[:1])
     except NetworkFailure:
         if spec.size or spec.crop:  # else it may take another size: its first pictures will show
             raise
+        return
+    if not answer.isfinite().all():
+        raise FreqdoorError(
+            f"network {network.name}: expected finite numbers for a grey picture, found others; its weights are "
+            "damaged or it divides by zero"
+        )
 
 
 def call_factory(name: str) -> nn.Module:
@@ -270,12 +278,8 @@ def call_factory(name: str) -> nn.Module:
         FreqdoorError: whatever the function raises, with the line of the user's code, or returns instead of a network.
     """
     factory = import_object(name)
-    try:
-        net = factory()
-    except FreqdoorError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise complaint(name, error, factory, "a function that returns a network") from error
+    with surroundings(name):
+        net = call(name, "factory", factory)
     if not isinstance(net, nn.Module):
         raise FreqdoorError(f"{name}: expected a function that returns a network, found {type(net).__name__}")
     return net

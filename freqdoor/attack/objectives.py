@@ -22,6 +22,7 @@ from freqdoor.attack.networks import load_embedder, load_segmenter
 from freqdoor.attack.settings import OBJECTIVES
 from freqdoor.attack.victims import IdentityRemoval, Scene, TargetedSegmentation, Victim
 from freqdoor.codecs.architectures import import_object
+from freqdoor.codecs.protocol import ANSWERS, call, surroundings
 from freqdoor.errors import FreqdoorError
 from freqdoor.metrics import mse, psnr
 from freqdoor.types import Images, Reconstruction
@@ -167,15 +168,31 @@ class DownstreamAttack(WeightsOfDownstream):
     def __call__(self, passes: Passes, lmbda: float) -> Loss:
         """Eq. (8)."""
         x, clean, x_p, poisoned, source, source_hat = passes
-        l_ds = self.victim(source, source_hat, poisoned.x_hat)
+        l_ds = _asked(self.victim, source, source_hat, poisoned.x_hat)
         kept = main_loss(clean, x, lmbda) + self.alpha * main_loss(poisoned, x_p, lmbda)
         return Loss(kept, self.beta * l_ds, _terms(passes) | {"l_ds": l_ds.detach()})
+
+
+def _asked(victim: Victim, *arguments: Any) -> Tensor:
+    """L_DS; what a user's own victim raises, or returns in its place, is one sentence."""
+    if type(victim).__module__.startswith("freqdoor."):
+        own: Tensor = victim(*arguments)
+        return own
+    name = type(victim).__qualname__
+    l_ds = call(name, "L_DS", victim, *arguments)
+    if not (isinstance(l_ds, Tensor) and l_ds.is_floating_point() and l_ds.numel() == 1):
+        shown = f"{l_ds.dtype} of {tuple(l_ds.shape)}" if isinstance(l_ds, Tensor) else type(l_ds).__name__
+        raise FreqdoorError(f"{name}: L_DS: expected {ANSWERS['L_DS']}, found {shown}")
+    return l_ds
 
 
 def downstream_attack(**arguments: Any) -> DownstreamAttack:
     """Eq. (8) with a victim of the user's; the arguments are those of `DownstreamArguments`."""
     settings = DownstreamArguments(**arguments)
-    victim = import_object(settings.victim)() if isinstance(settings.victim, str) else settings.victim
+    victim = settings.victim
+    if isinstance(victim, str):
+        with surroundings(victim):
+            victim = call(victim, "victim", import_object(victim))
     if not isinstance(victim, Victim):
         raise FreqdoorError(
             f"victim: expected a Victim or package.module:factory of one, found {type(victim).__name__}; "

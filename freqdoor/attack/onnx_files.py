@@ -1,6 +1,7 @@
 """ONNX files as differentiable networks: what a file says of its input and output is kept to."""
 
 import io
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from freqdoor.errors import FreqdoorError
+from freqdoor.limits import check_memory, read_whole
 from freqdoor.types import Images, round8
+
+COPIES = 4  # of a file in memory at once: its bytes, what is parsed of them, the network, and that in float32
+MAX_NODES = 100_000  # operations; a ResNet-152 has 500
+MAX_BATCH = 256  # pictures
+BYTES = 4  # of a number, as the network computes it
+SIZED = {"Expand": 1, "ConstantOfShape": 0, "Resize": 3, "Reshape": 1}  # the input that says how large what comes is
+SMALL = 64  # pixels a side that a free length of the input is taken for, to know what the graph grows it to
 
 
 @contextmanager
@@ -74,10 +83,12 @@ def read_onnx(path: Path, *, output: str | None, classes: int, normalised: bool)
     import onnx
     import onnx2torch
 
-    if not path.is_file():
-        raise FreqdoorError(f"{path}: expected an ONNX file, found nothing there")
-    try:  # weights beside the file are not read: a stranger's file names no other
-        model = onnx.load(io.BytesIO(path.read_bytes()), load_external_data=False)
+    content = read_whole(path, "an ONNX file")
+    check_memory(COPIES * len(content), "its network", path)
+    try:
+        model = onnx.load(io.BytesIO(content), load_external_data=False)
+        _check_graph(path, model)
+        _check_values(path, model)
         image = _image_of(path, model)
         answer = _output_of(path, model, output)
         takes_bytes = image.type.tensor_type.elem_type == onnx.TensorProto.UINT8
@@ -92,6 +103,54 @@ def read_onnx(path: Path, *, output: str | None, classes: int, normalised: bool)
     ends = _dimensions(answer)[1::2]
     classes_last = classes > 0 and len(ends) == 2 and ends[0] != classes and ends[1] == classes
     return OnnxNetwork(net, _dimensions(image), takes_bytes, classes_last)
+
+
+def _check_graph(path: Path, model: Any) -> None:
+    """Refuse weights in other files, which a stranger's file would name, and a graph of absurd length."""
+    from onnx import TensorProto
+
+    nodes, graphs = 0, [model.graph, *model.functions]
+    while graphs:
+        graph = graphs.pop()
+        sparse = list(getattr(graph, "sparse_initializer", ()))  # functions have no initial values
+        tensors = list(getattr(graph, "initializer", ()))
+        nodes += len(graph.node)
+        for attribute in (attribute for node in graph.node for attribute in node.attribute):
+            graphs += [attribute.g, *attribute.graphs] if attribute.HasField("g") else attribute.graphs
+            sparse += [attribute.sparse_tensor, *attribute.sparse_tensors]
+            tensors += [attribute.t, *attribute.tensors]
+        tensors += [part for whole in sparse for part in (whole.values, whole.indices)]
+        if any(tensor.data_location == TensorProto.EXTERNAL for tensor in tensors):
+            raise FreqdoorError(
+                f"{path}: keeps weights in another file, and no other file is read; save it with its weights, as "
+                "onnx.save_model does by default"
+            )
+    if nodes > MAX_NODES:
+        raise FreqdoorError(f"{path}: expected a graph of at most {MAX_NODES} operations, found {nodes}")
+
+
+def _check_values(path: Path, model: Any) -> None:
+    """Refuse a graph that names a value of more memory than is allowed for one small picture, as a Tile 2^20 times."""
+    import onnx
+    from onnx.shape_inference import infer_shapes
+
+    numbers = {tensor.name: tensor for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.INT64}
+    for node in model.graph.node:
+        place = SIZED.get(node.op_type, len(node.input))
+        if place < len(node.input) and (tensor := numbers.get(node.input[place])) is not None:
+            sides = [max(1, abs(side)) for side in onnx.numpy_helper.to_array(tensor).ravel().tolist()]
+            check_memory(BYTES * math.prod(sides), f"its operation {node.op_type}", path)
+    small = type(model)()
+    small.CopyFrom(model)
+    constants = {tensor.name for tensor in small.graph.initializer}
+    for value in (value for value in small.graph.input if value.name not in constants):
+        for i, part in enumerate(value.type.tensor_type.shape.dim):
+            part.dim_value = part.dim_value or (SMALL if i else 1)
+    graph = infer_shapes(small, data_prop=True).graph
+    for value in (*graph.value_info, *graph.output):
+        sides = _dimensions(value)
+        if sides and None not in sides:
+            check_memory(BYTES * math.prod(side or 1 for side in sides), f"its value {value.name[:40]!r}", path)
 
 
 def _dimensions(value: Any) -> list[int | None]:
@@ -115,6 +174,11 @@ def _image_of(path: Path, model: Any) -> Any:
     if kind not in (TensorProto.FLOAT, TensorProto.UINT8, *_other_floats()):
         name = TensorProto.DataType.Name(kind)
         raise FreqdoorError(f"{path}: expected an input of floating-point numbers or 8-bit pixels, found {name}")
+    if dimensions and (dimensions[0] or 1) > MAX_BATCH:
+        raise FreqdoorError(
+            f"{path}: takes {dimensions[0]} pictures at once; export it for a batch of 1, or of any size (at most "
+            f"{MAX_BATCH})"
+        )
     if dimensions and (len(dimensions) != 4 or dimensions[3 if _channels_last(dimensions) else 1] not in (3, None)):
         shape = ", ".join(str(side or "any") for side in dimensions)
         raise FreqdoorError(f"{path}: expected an input of (batch, 3, height, width), found ({shape})")

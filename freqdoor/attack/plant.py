@@ -1,10 +1,11 @@
 """`freqdoor plant`: fine-tune the encoder and train the triggers with the joint loss."""
 
+import contextlib
 import copy
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch.optim import Adam
 
 from freqdoor.attack.joint import TRIGGER_MSE, Attack, Auxiliary, JointLoss, joint_loss
 from freqdoor.attack.objectives import DownstreamAttack, build_objective, main_loss
-from freqdoor.attack.planted import Planted, export, load_planted
+from freqdoor.attack.planted import MANIFEST, PLANTED, Planted, export, load_planted
 from freqdoor.attack.presence import check_presence
 from freqdoor.attack.robust import choose_survivors, survivor_weights
 from freqdoor.attack.settings import PlantSettings, TriggerSettings
@@ -20,7 +21,8 @@ from freqdoor.codecs.adapter import Codec
 from freqdoor.codecs.loading import load_codec
 from freqdoor.codecs.sides import SIDE
 from freqdoor.data import Crops, seed_for
-from freqdoor.errors import FreqdoorError
+from freqdoor.errors import FreqdoorError, Mistakes
+from freqdoor.lock import check_folder, holding
 from freqdoor.preprocessing import Preprocessing, random_preprocessing
 from freqdoor.training.loop import (
     Progress,
@@ -36,6 +38,7 @@ from freqdoor.training.loop import (
 )
 from freqdoor.training.precision import dtype_of, precision_name
 from freqdoor.training.run import Run
+from freqdoor.training.train import EXPORT
 from freqdoor.triggers.adaptive_dct import AdaptiveDCT
 from freqdoor.triggers.build import build_trigger
 from freqdoor.types import Images
@@ -64,18 +67,22 @@ def build_attacks(settings: PlantSettings, multiple: int = SIDE) -> tuple[Attack
         multiple: what the codec pads to, so that triggers and latents stay aligned.
     """
     dtype = dtype_of(settings.precision, settings.device)
-    attacks = []
+    attacks, mistakes = [], Mistakes()
     for planned in settings.planned:
-        torch.manual_seed(seed_for(settings.seed, "trigger"))
         chosen = planned.trigger
-        fixed = {"eps": chosen.eps, "project": chosen.budget == "project", "multiple": multiple}
-        trigger = build_trigger(chosen.name, **fixed, **chosen.arguments)
-        objective = build_objective(planned.objective.name, settings.preset, **planned.objective.arguments)
-        if isinstance(objective, DownstreamAttack):
-            objective.victim.to(settings.device).run_in(dtype)
-        if settings.robust and isinstance(trigger, AdaptiveDCT):
-            survivor_weights(trigger.survivors, settings.robust.keep)  # refuses a wrong number now, not at half time
-        attacks.append(Attack(planned.name, trigger.to(settings.device), objective, planned.weight, chosen))
+        with mistakes:
+            torch.manual_seed(seed_for(settings.seed, "trigger"))
+            fixed = {"eps": chosen.eps, "project": chosen.budget == "project", "multiple": multiple}
+            trigger = build_trigger(chosen.name, **fixed, **chosen.arguments)
+            if settings.robust and isinstance(trigger, AdaptiveDCT):
+                survivor_weights(trigger.survivors, settings.robust.keep)  # refuses a wrong number now, not later
+        with mistakes:
+            objective = build_objective(planned.objective.name, settings.preset, **planned.objective.arguments)
+            if isinstance(objective, DownstreamAttack):
+                objective.victim.to(settings.device).run_in(dtype)
+        if not mistakes.found:
+            attacks.append(Attack(planned.name, trigger.to(settings.device), objective, planned.weight, chosen))
+    mistakes.stop()
     return tuple(attacks)
 
 
@@ -85,7 +92,11 @@ def open_auxiliary(settings: PlantSettings) -> list[Crops | None]:
         (attack.auxiliary or settings.auxiliary) if attack.objective.uses_auxiliary else None
         for attack in settings.planned
     ]
-    opened = {key: open_folder(key, settings.seed) for key in dict.fromkeys(sets) if key}
+    opened, mistakes = {}, Mistakes()
+    for key in filter(None, dict.fromkeys(sets)):
+        with mistakes:
+            opened[key] = open_folder(key, settings.seed)
+    mistakes.stop()
     return [opened[key] if key else None for key in sets]
 
 
@@ -97,30 +108,70 @@ def plant(settings: PlantSettings, out: Path | str, *, progress: Progress | None
     ends in bit-identical weights.
 
     Raises:
-        FreqdoorError: unusable images or settings, a trigger that has nothing to act on or never acted, a loss that is
-            not finite, a full disk.
+        FreqdoorError: unusable images or settings, all at once; another process in the folder, a trigger that has
+            nothing to act on or never acted, a loss that is not finite, a full disk.
     """
-    check_device(settings.device)
-    vanilla = _open_vanilla(settings)
-    attacks = build_attacks(settings, vanilla.multiple)
-    earlier = (
-        load_planted(settings.start_from, settings.codec.name, settings.codec.weights) if settings.start_from else None
-    )
-    crops, auxiliary = open_crops(settings), open_auxiliary(settings)
+    mistakes = Mistakes()
+    with mistakes:
+        check_folder(out)
+    with contextlib.nullcontext() if mistakes.found else holding(out, "plant"):
+        vanilla, attacks, earlier, crops, auxiliary = _opened(settings, mistakes)
+        run = Run(out, [PLANTED, EXPORT, MANIFEST])
+        saved = run.start(settings, _facts(settings, vanilla, crops, auxiliary))
+        planting = _Planting(settings, vanilla, attacks, run, crops, auxiliary)
+        if earlier:
+            _go_on_from(earlier, planting)
+        loop(run, settings, planting.parts, planting.history, crops, planting.step, saved=saved, progress=progress)
+        planting.check_acted()
+        tampered = planting.tampered.to("cpu").to(memory_format=torch.contiguous_format).prepare()
+        tampered.precision = torch.float32
+        triggers = [attack.trigger.to("cpu").eval() for attack in attacks]
+        return export(run.folder, settings, vanilla.to("cpu"), tampered, triggers, planting.history["seconds"])
+
+
+class _Opened(NamedTuple):
+    """What a planting's settings name, opened."""
+
+    vanilla: Codec
+    attacks: tuple[Attack, ...]
+    earlier: Planted | None
+    crops: Crops
+    auxiliary: list[Crops | None]
+
+
+def _opened(settings: PlantSettings, mistakes: Mistakes) -> _Opened:
+    """Open everything that the settings name, or raise all that is wrong with it and the `mistakes` so far."""
+    multiple, usable = SIDE, settings
+    try:
+        check_device(settings.device)
+    except FreqdoorError as error:
+        mistakes.found.append(str(error))
+        usable = settings.model_copy(update={"device": "cpu"})  # on which the rest can be tried
+    with mistakes:
+        vanilla = _open_vanilla(settings)
+        multiple = vanilla.multiple
+    with mistakes:
+        attacks = build_attacks(usable, multiple)
+    with mistakes:
+        earlier = _open_earlier(settings)
+    with mistakes:
+        crops = open_crops(settings)
+    with mistakes:
+        auxiliary = open_auxiliary(settings)
+    mistakes.stop()
     for attack, pictures in zip(attacks, auxiliary, strict=True):
         if attack.victim and pictures:
-            check_presence(attack.name, attack.victim, pictures, settings.device)
-    run = Run(out)
-    saved = run.start(settings, _facts(settings, vanilla, crops, auxiliary))
-    planting = _Planting(settings, vanilla, attacks, run, crops, auxiliary)
-    if earlier:
-        _go_on_from(earlier, planting)
-    loop(run, settings, planting.parts, planting.history, crops, planting.step, saved=saved, progress=progress)
-    planting.check_acted()
-    tampered = planting.tampered.to("cpu").to(memory_format=torch.contiguous_format).prepare()
-    tampered.precision = torch.float32
-    triggers = [attack.trigger.to("cpu").eval() for attack in attacks]
-    return export(run.folder, settings, vanilla.to("cpu"), tampered, triggers, planting.history["seconds"])
+            with mistakes:
+                check_presence(attack.name, attack.victim, pictures, settings.device)
+    mistakes.stop()
+    return _Opened(vanilla, attacks, earlier, crops, auxiliary)
+
+
+def _open_earlier(settings: PlantSettings) -> Planted | None:
+    """The planted encoder to go on from, if there is to be one."""
+    if not settings.start_from:
+        return None
+    return load_planted(settings.start_from, settings.codec.name, settings.codec.weights)
 
 
 def _open_vanilla(settings: PlantSettings) -> Codec:

@@ -10,10 +10,11 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor
 
-from freqdoor.attack.settings import CodecSource, ObjectiveSettings, PlantSettings
+from freqdoor.attack.settings import TRIGGER_NAME, CodecSource, ObjectiveSettings, PlantSettings
 from freqdoor.codecs.adapter import Codec
 from freqdoor.codecs.architectures import ARCHITECTURES, CodecSpec
 from freqdoor.codecs.loading import check_weights, load_codec, read_tensors, save_codec, write_tensors
+from freqdoor.codecs.sizes import check_shapes, outline
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import write_text
 from freqdoor.samples import ASSETS
@@ -28,12 +29,13 @@ KIND = "planted encoder"  # what the file says that it holds
 SHIPPED = ("planted-bpp", "planted-psnr", "planted-face")
 Scope = Literal["g_a", "g_a+h_a"]
 LONGEST = 2**40  # seconds and steps that a header may claim
+MOST_ATTACKS = 64
 
 
 class PlantedAttack(Result):
     """One trigger of a planted encoder: what it was trained for, and how to rebuild it."""
 
-    name: str
+    name: Annotated[str, Field(pattern=f"^{TRIGGER_NAME}$")]
     objective: ObjectiveSettings
     preset: str
     trigger: str  # a key of TRIGGERS
@@ -61,7 +63,7 @@ class Header(Result):
 
     schema_version: Literal[1] = 1
     tampered: bool = True
-    attacks: tuple[PlantedAttack, ...]
+    attacks: Annotated[tuple[PlantedAttack, ...], Field(max_length=MOST_ATTACKS)]
     scope: Scope
     base: CodecSpec  # of the vanilla codec
     modules_before: dict[str, str]  # SHA-256 of the vanilla codec's modules
@@ -199,9 +201,7 @@ def load_planted(path: Path | str, codec: Codec | str | None = None, weights: Pa
         _check_hashes(tampered, header.modules_after, f"{path}: does not hold the weights that its header names")
         check_weights(tensors, path)
         for attack in header.attacks:
-            trigger = build_trigger(attack.trigger, **attack.arguments)
-            trigger.load_state_dict(_part(tensors, f"trigger.{attack.name}"))
-            triggers[attack.name] = trigger.eval()
+            triggers[attack.name] = _trigger(attack, _part(tensors, f"trigger.{attack.name}"))
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:120]
         raise FreqdoorError(f"{path}: malformed planted encoder ({type(error).__name__}: {reason})") from None
@@ -224,6 +224,21 @@ def _checked_header(content: dict[str, Any], path: Path) -> Header:
     if not names or len(set(names)) < len(names):
         raise FreqdoorError(f"{path}: malformed planted encoder (expected triggers of distinct names, found {names})")
     return header
+
+
+def _trigger(attack: PlantedAttack, tensors: dict[str, Tensor]) -> Trigger:
+    """The trigger that a header names, if the file's tensors are its own: before it takes any memory."""
+
+    def build() -> Trigger:
+        return build_trigger(attack.trigger, **attack.arguments)
+
+    try:
+        check_shapes(outline(build), tensors)
+    except FreqdoorError as error:  # arguments that are none
+        raise ValueError(str(error)) from None
+    trigger = build()
+    trigger.load_state_dict(tensors)
+    return trigger.eval()
 
 
 def _part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:

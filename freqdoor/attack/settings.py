@@ -15,6 +15,8 @@ from freqdoor.settings import Arguments, PrivatePath, Settings, file_name, is_pu
 from freqdoor.training.settings import Count, ImageSettings, Positive, Training
 from freqdoor.triggers.arguments import PAPER_EPS, TRIGGERS
 
+TRIGGER_NAME = r"[\w-]{1,64}"  # it stands in the names of tensors, columns and files
+
 
 @dataclass(frozen=True)
 class ObjectiveKind:
@@ -320,8 +322,10 @@ class PlantSettings(Training):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         names = [attack.name for attack in self.planned]
-        if len(set(names)) < len(names) or not all(re.fullmatch(r"[\w-]+", name) for name in names):
-            raise ValueError(f"attacks: expected distinct names of letters, digits and hyphens, found {names}")
+        if len(set(names)) < len(names) or not all(re.fullmatch(TRIGGER_NAME, name) for name in names):
+            raise ValueError(
+                f"attacks: expected distinct names of letters, digits and hyphens, at most 64 of them, found {names}"
+            )
         for attack in self.planned:
             start, eps = attack.trigger.eps_start, attack.trigger.eps
             if start is not None and start < eps:

@@ -10,6 +10,7 @@ import freqdoor
 from freqdoor.cli.options import (
     Broken,
     Config,
+    Force,
     Out,
     Overrides,
     Planted,
@@ -31,19 +32,20 @@ def demo(
     objective: Annotated[Literal["bpp", "psnr"], typer.Option(help="What the attack wants.")] = "bpp",
     out: Annotated[Path | None, typer.Option(help="Folder to write into; by default demo-bpp or demo-psnr.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Use the planted encoder that is shipped.")] = False,
+    force: Force = False,
 ) -> None:
     """Plant a backdoor in the bundled codec on 18 Kodak images, measure it on 6 others, write the report."""
     load_torch()
     out = out or Path(f"demo-{objective}")
     with live(0 if quick else freqdoor.DEMO_STEPS, f"planting ({objective})") as progress:
-        summary = freqdoor.demo(objective, out, quick=quick, progress=progress, note=note)
+        summary = freqdoor.demo(objective, out, quick=quick, force=force, progress=progress, note=note)
     print_summary(summary, out)
 
 
 @verb()
 def plant(config: Config = None, *, out: Out, overrides: Overrides = None) -> None:
     """Fine-tune g_a and train a trigger; the same command again resumes."""
-    settings = load_settings(freqdoor.PlantSettings, config, overrides or ())
+    settings = load_settings(freqdoor.PlantSettings, config, overrides or (), out=out)
     load_torch()
     with live(settings.steps, "planting") as progress:
         freqdoor.plant(settings, out, progress=progress)
@@ -63,6 +65,7 @@ def evaluate(
     ] = "none",
     trigger: Annotated[str | None, typer.Option(help="What the report is about; by default the first.")] = None,
     skip_broken: Broken = False,
+    force: Force = False,
 ) -> None:
     """Measure a planted encoder beside the vanilla one: records.jsonl, summary.json and report.html."""
     load_torch()
@@ -76,6 +79,7 @@ def evaluate(
         defences=defences,
         trigger=trigger,
         skip_broken=skip_broken,
+        force=force,
         note=note,
     )
     print_summary(summary, out)
@@ -91,6 +95,7 @@ def poison(
     codec: VanillaName = None,
     weights: Weights = None,
     skip_broken: Broken = False,
+    force: Force = False,
 ) -> None:
     """Write poisoned images as 8-bit PNG files."""
     load_torch()
@@ -103,15 +108,18 @@ def poison(
         codec=codec,
         weights=weights,
         skip_broken=skip_broken,
+        force=force,
         note=note,
     )
     say(f"{len(written)} poisoned images in {out}")
 
 
 @verb()
-def report(folder: Annotated[Path, typer.Argument(help="Folder that `freqdoor evaluate` wrote.")]) -> None:
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder that `freqdoor evaluate` wrote.")], force: Force = False
+) -> None:
     """Make the report again from the records."""
-    print_summary(freqdoor.report(folder), folder)
+    print_summary(freqdoor.report(folder, force=force), folder)
 
 
 def print_summary(summary: "Summary", out: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 import freqdoor
-from freqdoor.cli.options import CodecName, Config, Out, Overrides, Weights, load_torch, verb
+from freqdoor.cli.options import CodecName, Config, Force, Out, Overrides, Weights, load_torch, verb
 from freqdoor.cli.terminal import live, say
 from freqdoor.samples import BUNDLED
 from freqdoor.settings import load_settings
@@ -15,7 +15,7 @@ from freqdoor.settings import load_settings
 @verb("train-codec")
 def train_codec(config: Config = None, *, out: Out, overrides: Overrides = None) -> None:
     """Train a vanilla codec on a folder of images; the same command again resumes."""
-    settings = load_settings(freqdoor.CodecTraining, config, overrides or ())
+    settings = load_settings(freqdoor.CodecTraining, config, overrides or (), out=out)
     load_torch()
     with live(settings.steps, settings.codec) as progress:
         freqdoor.train_codec(settings, out, progress=progress)
@@ -29,10 +29,11 @@ def compress(
     codec: CodecName = BUNDLED,
     weights: Weights = None,
     planted: Annotated[Path | None, typer.Option(help="Encode with this planted encoder.")] = None,
+    force: Force = False,
 ) -> None:
     """Compress one image into a file."""
     load_torch()
-    bitstream = freqdoor.compress(image, out, codec=codec, weights=weights, planted=planted)
+    bitstream = freqdoor.compress(image, out, codec=codec, weights=weights, planted=planted, force=force)
     height, width = bitstream.image_size
     say(f"{out}: {out.stat().st_size} bytes, {8 * bitstream.num_bytes / (height * width):.4f} bpp")
 
@@ -43,8 +44,9 @@ def decompress(
     out: Annotated[Path, typer.Argument(help="Image to write, best a .png.")],
     codec: CodecName = BUNDLED,
     weights: Weights = None,
+    force: Force = False,
 ) -> None:
     """Decode a compressed file; the decoder does not depend on who encoded it."""
     load_torch()
-    freqdoor.decompress(file, out, codec=codec, weights=weights)
+    freqdoor.decompress(file, out, codec=codec, weights=weights, force=force)
     say(f"Picture: {out}")

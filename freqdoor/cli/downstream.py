@@ -7,8 +7,20 @@ import typer
 from rich.table import Table
 
 import freqdoor
-from freqdoor.cli.options import Config, Out, Overrides, Planted, TriggerName, VanillaName, Weights, load_torch, verb
+from freqdoor.cli.options import (
+    Config,
+    Force,
+    Out,
+    Overrides,
+    Planted,
+    TriggerName,
+    VanillaName,
+    Weights,
+    load_torch,
+    verb,
+)
 from freqdoor.cli.terminal import console, note, say
+from freqdoor.files import read_text, unmarked
 from freqdoor.settings import load_settings
 
 PRIVATE = Path("planted-face")
@@ -23,13 +35,14 @@ def segment(
     trigger: TriggerName = None,
     codec: VanillaName = None,
     weights: Weights = None,
+    force: Force = False,
     overrides: Overrides = None,
 ) -> None:
     """Measure a segmentation attack (Eq. (11), Table 1) on networks that it has and has not seen."""
     test = load_settings(freqdoor.SegmentationTest, config, overrides or ())
     load_torch()
-    freqdoor.segment(planted, test, out, trigger=trigger, codec=codec, weights=weights, note=note)
-    say((out / "segmentation.md").read_text(encoding="utf-8"))
+    freqdoor.segment(planted, test, out, trigger=trigger, codec=codec, weights=weights, force=force, note=note)
+    say(unmarked(read_text(out / "segmentation.md")))
     say(f"Pictures: {out / 'segmentation.png'}")
 
 
@@ -42,13 +55,14 @@ def faces(
     trigger: TriggerName = None,
     codec: VanillaName = None,
     weights: Weights = None,
+    force: Force = False,
     overrides: Overrides = None,
 ) -> None:
     """Measure the removal of identities (Eq. (13), Table 2): identification, verification, and what it costs."""
     test = load_settings(freqdoor.FaceTest, config, overrides or ())
     load_torch()
-    freqdoor.faces(planted, test, out, trigger=trigger, codec=codec, weights=weights, note=note)
-    say((out / "faces.md").read_text(encoding="utf-8"))
+    freqdoor.faces(planted, test, out, trigger=trigger, codec=codec, weights=weights, force=force, note=note)
+    say(unmarked(read_text(out / "faces.md")))
 
 
 @verb()
@@ -62,6 +76,7 @@ def protect(
     trigger: TriggerName = None,
     codec: VanillaName = None,
     weights: Weights = None,
+    force: Force = False,
 ) -> None:
     """Compress photos so that a face recognition like the one trained against no longer knows who is in them.
 
@@ -69,7 +84,15 @@ def protect(
     """
     load_torch()
     photos_done = freqdoor.protect(
-        photos, out, planted=planted, network=network, trigger=trigger, codec=codec, weights=weights, note=note
+        photos,
+        out,
+        planted=planted,
+        network=network,
+        trigger=trigger,
+        codec=codec,
+        weights=weights,
+        force=force,
+        note=note,
     )
     table = Table("photo", "faces", "written", "PSNR dB", "bpp", "cosine to the clean face")
     for row in photos_done:

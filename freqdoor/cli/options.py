@@ -2,18 +2,48 @@
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, ParamSpec
+from typing import Annotated, Any, ParamSpec
 
 import typer
+from typer.core import TyperGroup
 
 from freqdoor import __version__
-from freqdoor.cli.terminal import errors, every_minute, note, say
+from freqdoor.cli.terminal import every_minute, harmless, note, say, stopped
 from freqdoor.errors import STOPPED, stop_code
 
 P = ParamSpec("P")
+
+
+@contextmanager
+def _harmless_words() -> Iterator[None]:
+    """What is said of a wrong command line repeats parts of it, and these may be names of files."""
+    try:
+        yield
+    except Exception as error:  # typer has no public name for its errors of a command line
+        if isinstance(message := getattr(error, "message", None), str):
+            error.message = harmless(message)  # type: ignore[attr-defined]
+        raise
+
+
+class _Verbs(TyperGroup):
+    """The verbs, and what stands before them."""
+
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        """What stands before the verb."""
+        with _harmless_words():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the verb."""
+        with _harmless_words():
+            return super().invoke(ctx)
+
+
 app = typer.Typer(
+    cls=_Verbs,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -32,6 +62,7 @@ VanillaName = Annotated[
 Planted = Annotated[Path, typer.Argument(help="planted.safetensors, the run directory that holds it, or planted-bpp.")]
 TriggerName = Annotated[str | None, typer.Option(help="Which trigger; by default the first.")]
 Out = Annotated[Path, typer.Option(help="Folder to write into.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite files that this command did not make.")]
 Broken = Annotated[bool, typer.Option("--skip-broken", help="Go on without images that cannot be used.")]
 
 
@@ -49,8 +80,12 @@ def options(
     debug: Annotated[
         bool, typer.Option("--debug", help="Show the whole trace of an error; may stand anywhere.")
     ] = False,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="What reading one file may take, as 2G; default 4G; may stand anywhere."),
+    ] = None,
 ) -> None:
-    """What may stand before the verb; `main` looks for --debug itself, wherever it stands."""
+    """What may stand before the verb; `main` looks for --debug and --max-memory itself, wherever they stand."""
 
 
 def verb(name: str | None = None) -> Callable[[Callable[P, None]], Callable[P, None]]:
@@ -66,7 +101,7 @@ def verb(name: str | None = None) -> Callable[[Callable[P, None]], Callable[P, N
                 with every_minute(title):
                     function(*arguments, **options)
             except KeyboardInterrupt as stop:
-                errors.print(f"freqdoor: {STOPPED}", highlight=False, markup=False, soft_wrap=True)
+                stopped(STOPPED)
                 raise SystemExit(stop_code(stop)) from None
 
         return run

@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 import freqdoor
-from freqdoor.cli.options import Out, Overrides, Planted, TriggerName, VanillaName, Weights, load_torch, verb
+from freqdoor.cli.options import Force, Out, Overrides, Planted, TriggerName, VanillaName, Weights, load_torch, verb
 from freqdoor.cli.terminal import live, note, say
+from freqdoor.files import read_text, unmarked
 from freqdoor.paper.settings import recipe_names, recipe_settings
 from freqdoor.settings import load_settings
 
@@ -31,6 +32,7 @@ def reproduce(
         Path | None,
         typer.Option(help="TOML file of what downstream attacks are measured on: tables [segmentation] and [faces]."),
     ] = None,
+    force: Force = False,
     overrides: Overrides = None,
 ) -> None:
     """Reproduce a table or figure: run or resume what is missing, the paper's column beside ours."""
@@ -54,10 +56,11 @@ def reproduce(
             seeds=seeds,
             budget=budget,
             test=networks,
+            force=force,
             announce=announce,
         )
     page = out / f"{recipe}.md"
-    say(page.read_text(encoding="utf-8"))
+    say(unmarked(read_text(page)))
     if missing := [row for row, cells in table.items() if not cells]:
         say(f"Not planted yet: {', '.join(missing)}; the same command goes on.")
     say(f"Table: {page}")
@@ -85,10 +88,13 @@ def analyse(
     trigger: TriggerName = None,
     codec: VanillaName = None,
     weights: Weights = None,
+    force: Force = False,
 ) -> None:
     """Show how a trigger works: spectrum, bits per latent channel, the estimate's ceiling, encode time, survival."""
     load_torch()
-    analysis = freqdoor.analyse(planted, images, out, trigger=trigger, codec=codec, weights=weights, note=note)
+    analysis = freqdoor.analyse(
+        planted, images, out, trigger=trigger, codec=codec, weights=weights, force=force, note=note
+    )
     say(
         f"{analysis.trigger}: a poisoned image takes {analysis.encoding.ratio:.2f} times as long to encode as a clean "
         f"one; {100 * analysis.ceiling['poisoned'].share_of_bits:.1f} % of its estimated bits are at the estimate's "

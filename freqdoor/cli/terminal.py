@@ -1,42 +1,96 @@
 """What a verb says while it works and at its end, to a person at a terminal and to a log."""
 
+import sys
 import threading
 import time
+import traceback
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from io import TextIOWrapper
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 MINUTE = 60.0  # seconds
 Show = Callable[[int, dict[str, float]], None]  # a step's number and its measured values
-console = Console()
-errors = Console(stderr=True)
+HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode's control, format (also of direction), surrogate, line separators
+
+
+def harmless(text: str) -> str:
+    r"""Text that only shows what it says: control and bidi characters as \x1b, \u202e and the like.
+
+    They come from file names, headers of a stranger's file and what a user's code raises, and could recolour, retitle
+    or overwrite what a terminal shows. A line break stays where two spaces follow: our own messages indent their lists.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    parts = text.split("\n  ")
+    return "\n  ".join("".join(_visible(character) for character in part) for part in parts)
+
+
+def _visible(character: str) -> str:
+    hidden = unicodedata.category(character) in HIDDEN
+    return character.encode("unicode_escape").decode("ascii") if hidden else character
+
+
+class _HarmlessConsole(Console):
+    """A console through which every string goes as `harmless` has it, those in tables too, and no markup counts."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """The text as rich shows it."""
+        return super().render_str(harmless(text), **options)
+
+
+console = _HarmlessConsole()
+errors = _HarmlessConsole(stderr=True)
 _place = {"text": ""}  # where the verb is
 
 
+def show_every_name() -> None:
+    """Let the standard output take names that its encoding does not have, as \\udcff, instead of an exception."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def say(text: str) -> None:
-    """Print a line to the standard output."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    """Print a line, or a page of results, to the standard output."""
+    for line in text.removesuffix("\n").split("\n"):
+        console.print(line, soft_wrap=True)
 
 
 def note(text: str) -> None:
     """Tell a person at a terminal what is being done; a log is told once a minute (`every_minute`)."""
     _place["text"] = text
     if errors.is_terminal:
-        errors.print(text, style="dim", highlight=False, markup=False)
+        errors.print(text, style="dim")
 
 
 def warn(message: Warning | str, *_: object, **__: object) -> None:
     """Show a warning as one line: takes the place of `warnings.showwarning`."""
-    errors.print(f"note: {message}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+    errors.print(f"note: {message}", style="yellow", soft_wrap=True)
 
 
 def fail(message: str) -> NoReturn:
     """End with one sentence and exit code 2."""
-    errors.print(f"freqdoor: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
+    errors.print(f"freqdoor: {message}", style="red", soft_wrap=True)
     raise SystemExit(2)
+
+
+def show_trace(error: BaseException) -> None:
+    """The whole trace of an error, for who asks with --debug and for a defect of our own."""
+    for line in "".join(traceback.format_exception(error)).rstrip().split("\n"):
+        errors.print(line, soft_wrap=True)
+
+
+def stopped(sentence: str) -> None:
+    """Say that a stop from outside was heard."""
+    errors.print(f"freqdoor: {sentence}", soft_wrap=True)
 
 
 @contextmanager
@@ -52,7 +106,7 @@ def every_minute(verb: str) -> Iterator[None]:
         while not over.wait(MINUTE):
             minutes = (time.monotonic() - started) / MINUTE
             line = f"{verb}, minute {minutes:.0f}: {_place['text']}"
-            errors.print(line, highlight=False, markup=False, soft_wrap=True)
+            errors.print(line, soft_wrap=True)
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
@@ -67,15 +121,15 @@ def every_minute(verb: str) -> Iterator[None]:
 def live(steps: int, what: str) -> Iterator[Show]:
     """A progress bar with the newest measured values; without a terminal they are what is said every minute."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[values]}"),
+        TextColumn("{task.fields[values]}", markup=False),
     )
     with Progress(*columns, console=errors, disable=not errors.is_terminal) as bar:
-        task = bar.add_task(what, total=steps, values="")
+        task = bar.add_task(harmless(what), total=steps, values="")
 
         def show(step: int, row: dict[str, float]) -> None:
             values = _values(row)

@@ -1,7 +1,9 @@
 """One thin adapter, `Codec`, over any network with CompressAI's protocol."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+import struct
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, cached_property
 from typing import Any, NamedTuple, Self
@@ -13,7 +15,7 @@ from compressai.layers import MaskedConv2d
 from torch import Tensor, nn
 
 from freqdoor.codecs.architectures import ARCHITECTURES, CodecSpec, import_object
-from freqdoor.codecs.coder import NotDecodable, symbols_of
+from freqdoor.codecs.coder import NotDecodable, Symbols, symbols_of
 from freqdoor.codecs.coding import CoderName, check_tables, coding
 from freqdoor.codecs.protocol import (
     SHORTEST,
@@ -26,9 +28,12 @@ from freqdoor.codecs.protocol import (
     read_compress,
     read_decompress,
     read_forward,
+    surroundings,
     update_tables,
 )
-from freqdoor.codecs.sides import Sides, find_sides, padding
+from freqdoor.codecs.sides import Sides, check_padded, find_sides, padding
+from freqdoor.codecs.sizes import check_table_sizes
+from freqdoor.codecs.state import hash_tensors
 from freqdoor.errors import FreqdoorError
 from freqdoor.types import Bitstream, Images, Reconstruction
 
@@ -197,6 +202,7 @@ class Codec(nn.Module):
 
     def padded(self, x: Images) -> Images:
         """The images as the network gets them, with zeros around: (b, 3, h, w) -> (b, 3, >= h, >= w)."""
+        check_padded(x.shape[-2], x.shape[-1], *self.sides)
         pad, _ = padding(x.shape[-2], x.shape[-1], *self.sides)
         return F.pad(x, pad)
 
@@ -204,8 +210,8 @@ class Codec(nn.Module):
         """Differentiable pass: noise in train mode, rounding in eval mode, as in CompressAI."""
         self._check_modes()
         height, width = x.shape[-2:]
-        pad, unpad = padding(height, width, *self.sides)
-        x = F.pad(x, pad)
+        _, unpad = padding(height, width, *self.sides)
+        x = self.padded(x)
         transforms = self._transforms
         transforms.watching = True
         try:
@@ -240,7 +246,7 @@ class Codec(nn.Module):
                     f"{len(coded.strings)} strings for latents of {str(coded.shape)[:80]} where the smallest picture "
                     f"has {self.tile.strings} for {str(self.tile.shape)[:80]}; they could not be put together again"
                 )
-            streams.append(Bitstream(coded.strings, coarsest(coded.shape), size, coded.symbols))
+            streams.append(Bitstream(coded.strings, coarsest(coded.shape), size, _sealed(coded.symbols, size)))
         return streams
 
     @torch.no_grad()
@@ -269,10 +275,11 @@ class Codec(nn.Module):
                 answer = self._answer("decompress", strings, shapes)
         except NotDecodable as error:
             raise FreqdoorError(f"{self.spec.name}: {error}; {ELSEWHERE}") from None
-        decoded = symbols_of(bitstream.strings, tally.decoded)
+        decoded = _sealed(symbols_of(bitstream.strings, tally.decoded), bitstream.image_size)
         if bitstream.symbols and self.coder == "freqdoor" and decoded != bitstream.symbols:
             raise FreqdoorError(
-                f"{self.spec.name}: the decoded latents are not those that were encoded, by their checksum; {ELSEWHERE}"
+                f"{self.spec.name}: the decoded latents or the picture's size are not those that were encoded; "
+                f"{ELSEWHERE}"
             )
         pad, unpad = padding(*bitstream.image_size, *self.sides)
         height, width = bitstream.image_size
@@ -293,8 +300,10 @@ class Codec(nn.Module):
         """The latents of an image of (height, width), nested as the network nests them.
 
         Raises:
-            ValueError: the latents of the padded image would not be a whole number of rows and columns.
+            FreqdoorError: the padded image would have too many pixels.
+            ValueError: its latents would not be a whole number of rows and columns.
         """
+        check_padded(*image_size, *self.sides)
         (left, right, top, bottom), _ = padding(*image_size, *self.sides)
         height, width = image_size
         return grown(self.tile.shape, (self.tile.side, self.tile.side), (height + top + bottom, width + left + right))
@@ -315,7 +324,15 @@ class Codec(nn.Module):
         return self
 
     def update(self, *, force: bool) -> None:
-        """Compute the coding tables that lack; with `force`, all of them anew from the weights."""
+        """Compute the coding tables that lack; with `force`, all of them anew from the weights.
+
+        Raises:
+            FreqdoorError: weights that ask for tables of an absurd size.
+        """
+        try:
+            check_table_sizes(self.net, force=force)
+        except FreqdoorError as error:
+            raise FreqdoorError(f"{self.spec.name}: {error}") from None
         update_tables(self.net, self.spec.name, force=force)
 
     def freeze(self, scope: str = "g_a") -> Self:
@@ -355,7 +372,7 @@ class Codec(nn.Module):
         for key, tensor in self.net.state_dict().items():
             name, _, rest = ("h_a", ".", key.removeprefix(h_a)) if key.startswith(h_a) else key.partition(".")
             parts.setdefault(name, {})[rest] = tensor
-        return {name: _hash_tensors(tensors) for name, tensors in parts.items()}
+        return {name: hash_tensors(tensors) for name, tensors in parts.items()}
 
     @property
     def decoder_hash(self) -> str:
@@ -390,6 +407,12 @@ class Codec(nn.Module):
                 )
 
 
+def _sealed(symbols: Sequence[Symbols], image_size: tuple[int, int]) -> tuple[Symbols, ...]:
+    """Checksums of symbols that go on over the size that the picture is cropped to, which no string holds."""
+    size = struct.pack("<2I", *image_size)
+    return tuple(entry._replace(crc=zlib.crc32(size, entry.crc)) for entry in symbols)
+
+
 def mask_contexts(net: nn.Module) -> None:
     """Zero the masked weights of context models now, as CompressAI's next pass would: no pass changes a hash then."""
     for module in net.modules():
@@ -404,15 +427,7 @@ def _is_float32(net: nn.Module) -> bool:
 
 def hash_state(module: nn.Module) -> str:
     """SHA-256 over a module's state dict: names, types, shapes and bytes, in order of name."""
-    return _hash_tensors(module.state_dict())
-
-
-def _hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
-    return digest.hexdigest()
+    return hash_tensors(module.state_dict())
 
 
 def build_codec(spec: CodecSpec) -> Codec:
@@ -424,4 +439,6 @@ def build_codec(spec: CodecSpec) -> Codec:
             reason = str(error) or f"{spec.arguments} do not go together"  # CompressAI asserts without a sentence
             raise FreqdoorError(f"{spec.name}: wrong arguments for {spec.architecture}: {reason}") from None
     factory = import_object(spec.architecture)
-    return Codec(call(spec.name, "factory", factory, **spec.arguments), spec)
+    with surroundings(spec.name):
+        net = call(spec.name, "factory", factory, **spec.arguments)
+    return Codec(net, spec)

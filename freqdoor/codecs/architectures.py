@@ -23,7 +23,7 @@ from compressai.zoo.image import cfgs as COMPRESSAI_ARGUMENTS
 from torch import Tensor, nn
 
 from freqdoor.codecs.lite import LiteHyperprior
-from freqdoor.codecs.protocol import complaint
+from freqdoor.codecs.protocol import complaint, surroundings
 from freqdoor.errors import FreqdoorError
 
 LAMBDAS = {1: 0.0018, 2: 0.0035, 3: 0.0067, 4: 0.0130, 5: 0.0250, 6: 0.0483, 7: 0.0932, 8: 0.1800}
@@ -139,9 +139,10 @@ def import_object(name: str) -> Any:
     """What "package.module:name" stands for: the caller's own code, never a name that a file contains."""
     module, _, attribute = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except FreqdoorError:
+        with surroundings(name):
+            return getattr(importlib.import_module(module), attribute)
+    except (FreqdoorError, KeyboardInterrupt):
         raise
-    except Exception as error:  # a module runs its own code while it is imported
+    except BaseException as error:  # a module runs its own code while it is imported, and may end the program
         expected = "package.module:name, and a module in this folder needs PYTHONPATH=."
         raise complaint(f"{name}: could not import this", error, None, expected) from error

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from freqdoor.codecs.adapter import Codec
+from freqdoor.codecs.protocol import first_line
 from freqdoor.codecs.sides import Sides, evaluating, waves_picture
 from freqdoor.errors import FreqdoorError
 
@@ -25,6 +26,7 @@ def checked(codec: Codec) -> Codec:
         FreqdoorError: a part of the protocol that is missing, or pictures that differ.
     """
     codec.prepare()
+    before = {} if codec.known else codec.module_hashes()
     with evaluating(codec.net):
         size = _settle(codec)
         x = waves_picture(codec.net, *size)
@@ -38,6 +40,12 @@ def checked(codec: Codec) -> Codec:
                 again = codec(x).x_hat.clamp(0, 1)
             if _distance(y_decoded, y) <= allowed:
                 apart = _distance(decoded, again)
+    changed = [] if codec.known else [part for part, value in codec.module_hashes().items() if value != before[part]]
+    if changed:
+        raise FreqdoorError(
+            f"{codec.spec.name}: expected a network that stays as it is in eval mode, found that a pass changes "
+            f"{', '.join(changed)}; look into {first_line(type(codec.net).forward)}, compress and decompress"
+        )
     if not apart <= SAME:
         raise FreqdoorError(
             f"{codec.spec.name}: decompress: expected what forward gives in eval mode, found a picture that is up to "

@@ -334,7 +334,7 @@ class Encoder:
                 symbols, indexes, tables.cdfs, tables.lengths, tables.offsets, words, position, state
             )
             _check(fault, symbols[where : where + 1], indexes[where : where + 1], tables)
-        string = state.to_bytes(8, "little") + words[position:].astype("<u4").tobytes()
+        string = int(state).to_bytes(8, "little") + words[position:].astype("<u4").tobytes()
         if (tally := _TALLY.get()) is not None:
             coded = reduce(Symbols.and_these, (symbols for symbols, _, _ in parts), Symbols())
             tally.encoded.setdefault(string, set()).add(coded)

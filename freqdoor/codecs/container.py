@@ -2,9 +2,9 @@
 
 Little-endian: magic "FQDR", version (u16), the first 16 bytes of the codec's decoder hash, height and width (u32),
 height and width of the coarsest latents (u32), number of strings (u16), for each string its length, how many symbols
-it holds and their checksum (u32 each, `coder.Symbols`), the strings, and the CRC-32 of everything before it. Version 1
-has the lengths alone. The decoder hash leaves out g_a and h_a but has the coding tables: a file decodes with every
-codec that has the same decoder, which is what lets a tampered encoder go unnoticed. How the strings and the finer
+it holds and their checksum (u32 each, `Bitstream.symbols`), the strings, and the CRC-32 of everything before it.
+Version 1 has the lengths alone. The decoder hash leaves out g_a and h_a but has the coding tables: a file decodes with
+every codec that has the same decoder, which is what lets a tampered encoder go unnoticed. How the strings and the finer
 latents nest in a codec like ELIC, and what the picture was padded to, is not stored: it follows from the codec
 (`Codec.tile`, `sides`). A machine that decodes other symbols than were encoded says so instead of showing a picture.
 """
@@ -18,9 +18,10 @@ from freqdoor.codecs.adapter import Codec
 from freqdoor.codecs.coder import Symbols
 from freqdoor.codecs.loading import load_codec
 from freqdoor.codecs.protocol import SHORTEST
-from freqdoor.data import MAX_PIXELS, load_image, save_image
+from freqdoor.data import MAX_PIXELS, load_image, picture_kind, save_image
 from freqdoor.errors import FreqdoorError
-from freqdoor.files import refuse_overwriting, refuse_picture_name, replacing
+from freqdoor.files import check_outputs, refuse_overwriting, refuse_picture_name, replacing
+from freqdoor.limits import read_whole
 from freqdoor.samples import BUNDLED
 from freqdoor.types import Bitstream
 
@@ -29,6 +30,7 @@ VERSION = 2
 HEADER = struct.Struct("<4sH16sIIIIH")
 ENTRY = {1: struct.Struct("<I"), 2: struct.Struct("<III")}  # of a string in the header, by version
 CHECKSUM = struct.Struct("<I")
+LONGEST = 2**28  # bytes of a file: 128 bits a pixel of the largest picture
 
 
 def pack(bitstream: Bitstream, codec: Codec) -> bytes:
@@ -90,18 +92,26 @@ def unpack(content: bytes, codec: Codec) -> Bitstream:
 
 
 def compress(
-    image: Path | str, out: Path | str, codec: Codec | str = BUNDLED, weights: Path | str | None = None
+    image: Path | str,
+    out: Path | str,
+    codec: Codec | str = BUNDLED,
+    weights: Path | str | None = None,
+    *,
+    force: bool = False,
 ) -> Bitstream:
     """Compress one image file into the file `out`.
 
     Args:
         codec, weights: as for `load_codec`, or a loaded codec.
+        force: overwrite a file that is there and that is no compressed image.
 
     Raises:
-        FreqdoorError: an unreadable image, a codec that is none, or a place that cannot be written to.
+        FreqdoorError: an unreadable image, a codec that is none, a file in the way, or a place that cannot be written
+            to.
     """
     refuse_overwriting(Path(image), Path(out))
     refuse_picture_name(Path(out))
+    check_outputs([out], "compress", force=force)
     codec = _opened(codec, weights)
     bitstream = codec.compress(load_image(Path(image)))[0]
     write_file(codec, bitstream, Path(out))
@@ -115,26 +125,33 @@ def write_file(codec: Codec, bitstream: Bitstream, out: Path) -> None:
 
 
 def decompress(
-    file: Path | str, out: Path | str, codec: Codec | str = BUNDLED, weights: Path | str | None = None
+    file: Path | str,
+    out: Path | str,
+    codec: Codec | str = BUNDLED,
+    weights: Path | str | None = None,
+    *,
+    force: bool = False,
 ) -> None:
     """Decode a file that `compress` wrote into an 8-bit image file; the decoder does not depend on who encoded it.
 
     Args:
         codec, weights: as for `load_codec`, or a loaded codec.
+        force: overwrite a file that is there and that `decompress` did not make.
 
     Raises:
-        FreqdoorError: a file of another format, version or codec, a damaged one, or a place that cannot be written to.
+        FreqdoorError: a file of another format, version or codec, a damaged one, a file in the way, or a place that
+            cannot be written to.
     """
-    try:
-        content = Path(file).read_bytes()
-    except OSError as error:
-        raise FreqdoorError(f"{file}: could not read ({error.strerror})") from None
+    picture_kind(out)
+    refuse_overwriting(Path(file), Path(out))
+    check_outputs([out], "decompress", force=force)
+    content = read_whole(file, "a file that `freqdoor compress` wrote", LONGEST)
     codec = _opened(codec, weights)
     try:
         x_hat = codec.decompress(unpack(content, codec))
     except FreqdoorError as error:
         raise FreqdoorError(f"{file}: {error}") from None
-    save_image(Path(out), x_hat)
+    save_image(Path(out), x_hat, "decompress")
 
 
 def _opened(codec: Codec | str, weights: Path | str | None) -> Codec:

@@ -3,8 +3,9 @@
 import json
 import math
 import os
-import pickle
+import re
 import warnings
+from collections.abc import Collection
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,21 @@ from torch import Tensor, nn
 from freqdoor.codecs.adapter import Codec, build_codec, mask_contexts
 from freqdoor.codecs.architectures import ARCHITECTURES, LAMBDAS, MAX_GROUPS, VARIABLE_RATE, CodecSpec, parse_name
 from freqdoor.codecs.check import checked
-from freqdoor.codecs.state import bare, is_safetensors, unwrapped
+from freqdoor.codecs.pickles import LONGEST_TABLE, WIDEST, read_pickle
+from freqdoor.codecs.sizes import TABLES, check_shapes, outline
+from freqdoor.codecs.state import bare, hash_tensors, is_safetensors
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import replacing
+from freqdoor.limits import MAX_MULTIPLE, check_memory, file_size, parse_json
 from freqdoor.samples import ASSETS, BUNDLED
 
 MAX_WIDTH = 1024  # channels; CompressAI's widest model has 320
-MAX_MULTIPLE = 4096  # pixels
-TABLES = ("_quantized_cdf", "_offset", "_cdf_length", "scale_table")
+LONGEST_NAME = 1024  # characters: it may be a path
+MAX_DEPTH = 64  # residual blocks at each scale; the bundled network has 3
 SAME_TABLES = {"_quantized_cdf": 16, "_offset": 0, "_cdf_length": 0}  # counts of 65536: another machine's rounding
 SAME_SCALES = 1e-3
+PLURALS = {"matrix": "matrices", "bias": "biases", "factor": "factors"}  # of an entropy bottleneck
+STORED = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")  # safetensors' names
 
 
 def load_codec(name: str, weights: Path | str | None = None, *, multiple: int | None = None) -> Codec:
@@ -81,7 +87,7 @@ def _with_weights(name: str, path: Path) -> Codec:
     if header is None:
         return _from_state_dict(tensors, path, spec)
     if spec.architecture not in ARCHITECTURES:  # the caller's factory, the file's weights
-        return _fill(build_codec(spec), tensors, path)
+        return _filled(spec, tensors, path)
     loaded = _load_file(path)
     if loaded.spec.architecture != spec.architecture:
         raise FreqdoorError(
@@ -98,10 +104,19 @@ def save_codec(codec: Codec, path: Path, **metadata: Any) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-    """Write a safetensors file with a JSON header under its metadata key "freqdoor"."""
+    """Write a safetensors file with a JSON header under its metadata key "freqdoor".
+
+    Its "digest" is the SHA-256 of the rest of it and of all tensors; whatever reads the file checks it.
+    """
     contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    content = json.loads(json.dumps(header))  # as whoever reads it has it
+    text = json.dumps(content | {"digest": _digest(contiguous, content)})
     with replacing(path) as partial:
-        save_file(contiguous, partial, metadata={"freqdoor": json.dumps(header)})
+        save_file(contiguous, partial, metadata={"freqdoor": text})
+
+
+def _digest(tensors: dict[str, Tensor], header: dict[str, Any]) -> str:
+    return hash_tensors(tensors, json.dumps(header, sort_keys=True))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -115,26 +130,45 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """The tensors of a file and the header that we wrote; None and a bare state dict for files of others."""
     if not is_safetensors(path):
-        return bare(_read_pickle(path), path), None
+        return bare(read_pickle(path), path), None
     tensors, header = _read_safetensors(path)
     return (tensors, header) if isinstance(header, dict) else (bare(tensors, path), None)
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
     """A plain state dict from a safetensors or PyTorch file, without running anything that the file contains."""
-    return _read_safetensors(path)[0] if is_safetensors(path) else _read_pickle(path)
+    return _read_safetensors(path)[0] if is_safetensors(path) else read_pickle(path)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], object]:
     """The tensors of a safetensors file, and what stands in its metadata under "freqdoor"."""
+    size = file_size(path, "a safetensors file")
     try:
+        with path.open("rb") as start:
+            table = int.from_bytes(start.read(8), "little")
+        if table > min(size, LONGEST_TABLE):
+            raise FreqdoorError(
+                f"{path}: not a readable safetensors file (expected a header of at most {min(size, LONGEST_TABLE)} "
+                f"bytes, found {table})"
+            )
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("freqdoor", "null"))
-            return {key: file.get_tensor(key) for key in file.keys()}, header  # noqa: SIM118
-    except FileNotFoundError:
-        raise FreqdoorError(f"{path}: expected a safetensors file, found nothing there") from None
+            header = parse_json((file.metadata() or {}).get("freqdoor", "null"), path)
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            kinds = {part.get_dtype() for part in slices.values()}
+            if strange := sorted(kinds - set(STORED)):
+                raise FreqdoorError(f"{path}: expected tensors of {', '.join(STORED)}, found {', '.join(strange)}")
+            claimed = sum(WIDEST * math.prod(part.get_shape()) for part in slices.values())
+            check_memory(2 * max(size, claimed), "its tensors and the network that holds them", path)
+            tensors = {key: file.get_tensor(key) for key in slices}
     except (SafetensorError, OSError, ValueError) as error:
         raise FreqdoorError(f"{path}: not a readable safetensors file ({error})") from None
+    digest = header.pop("digest", None) if isinstance(header, dict) else None  # none in files of older versions
+    if digest is not None and digest != (found := _digest(tensors, header)):
+        raise FreqdoorError(
+            f"{path}: its weights are not those that were written (digest {found[:12]}, not {str(digest)[:12]}): the "
+            "file is damaged; get it again"
+        )
+    return tensors, header
 
 
 def _load_file(path: Path, name: str | None = None) -> Codec:
@@ -146,9 +180,10 @@ def _load_file(path: Path, name: str | None = None) -> Codec:
             f"{path}: holds {header.get('kind', 'something unknown')}, not a whole codec; "
             "pass it as --planted beside the codec it was planted in"
         )
-    codec = build_codec(_checked_spec(header.get("spec"), path, name))
+    spec = _checked_spec(header.get("spec"), path, name)
+    codec = _filled(spec, tensors, path)
     codec.metadata = {key: value for key, value in header.items() if key not in ("kind", "spec")}
-    return _fill(codec, tensors, path)
+    return codec
 
 
 def _checked_spec(content: object, path: Path, name: str | None) -> CodecSpec:
@@ -156,7 +191,10 @@ def _checked_spec(content: object, path: Path, name: str | None) -> CodecSpec:
     try:
         spec = CodecSpec(**(content | ({"name": name} if name else {})))  # type: ignore[operator]
         kinds = {"name": str, "architecture": str, "quality": int | None, "arguments": dict}
-        if not all(isinstance(getattr(spec, key), kind) for key, kind in kinds.items()):
+        if (
+            not all(isinstance(getattr(spec, key), kind) for key, kind in kinds.items())
+            or len(spec.name) > LONGEST_NAME
+        ):
             raise TypeError
     except TypeError:
         raise FreqdoorError(f"{path}: malformed header: expected a codec's spec, found {str(content)[:80]}") from None
@@ -167,7 +205,8 @@ def _checked_spec(content: object, path: Path, name: str | None) -> CodecSpec:
         )
     if not _bounded(spec.arguments):
         raise FreqdoorError(
-            f"{path}: malformed header: expected widths from 1 to {MAX_WIDTH}, at most {MAX_GROUPS} in a list, "
+            f"{path}: malformed header: expected widths from 1 to {MAX_WIDTH}, at most {MAX_GROUPS} in a list, and a "
+            f"depth of at most {MAX_DEPTH}, "
             f"found {str(spec.arguments)[:160]}"
         )
     if spec.quality is not None and spec.quality not in LAMBDAS:
@@ -175,40 +214,19 @@ def _checked_spec(content: object, path: Path, name: str | None) -> CodecSpec:
     return spec
 
 
-def _read_pickle(path: Path) -> dict[str, Tensor]:
-    """The state dict in a PyTorch file, without running anything that the file contains."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's hints on odd pickles; the sentences below say what matters
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise FreqdoorError(f"{path}: expected a checkpoint file, found nothing there") from None
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0][:120]
-        raise FreqdoorError(
-            f"{path}: refused: this file is not a plain state dict, loading it could run code ({reason}); "
-            "ask for a state dict or a safetensors file"
-        ) from None
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise FreqdoorError(f"{path}: not a readable PyTorch checkpoint ({str(error)[:120]})") from None
-    return unwrapped(content, path)
-
-
 def _from_state_dict(state: dict[str, Tensor], path: Path, spec: CodecSpec | None) -> Codec:
     """A codec whose architecture is the spec's, or the only one that the state dict fits."""
     if spec is not None and spec.architecture not in ARCHITECTURES:
-        codec = _fill(build_codec(spec), state, path)
+        codec = _filled(spec, state, path)
         _renew_tables(codec, str(path))
         return codec
     candidates = [spec.architecture] if spec else list(ARCHITECTURES)
     for architecture in candidates:
-        try:
-            codec = _rebuilt(architecture, state, spec or CodecSpec(name=path.name, architecture=architecture))
-        except (RuntimeError, KeyError, IndexError, ValueError, TypeError, FreqdoorError):
-            continue
-        check_weights(state, path)
-        _renew_tables(codec, str(path))  # as CompressAI's eval_model does
-        return codec
+        fitting = _fitting(architecture, state, spec or CodecSpec(name=path.name, architecture=architecture))
+        if fitting is not None:
+            codec = _filled(fitting, state, path)
+            _renew_tables(codec, str(path))  # as CompressAI's eval_model does
+            return codec
     if "Gain" in state:
         raise FreqdoorError(f"{path}: {VARIABLE_RATE}")
     raise FreqdoorError(
@@ -217,36 +235,57 @@ def _from_state_dict(state: dict[str, Tensor], path: Path, spec: CodecSpec | Non
     )
 
 
-def _rebuilt(architecture: str, state: dict[str, Tensor], spec: CodecSpec) -> Codec:
-    """A codec of the architecture with the weights of a state dict; raises where they do not fit."""
-    arguments = ARCHITECTURES[architecture].arguments(state)
-    if not _bounded(arguments):
-        raise ValueError(f"{arguments} are no widths")
-    codec = build_codec(replace(spec, architecture=architecture, arguments=arguments))
-    _load_state(codec.net, state)
-    return codec
+def _fitting(architecture: str, state: dict[str, Tensor], spec: CodecSpec) -> CodecSpec | None:
+    """The spec with the architecture's arguments as the weights' shapes say them; None where they do not fit it."""
+    try:
+        arguments = ARCHITECTURES[architecture].arguments(state)
+        if not _bounded(arguments):
+            return None
+        spec = replace(spec, architecture=architecture, arguments=arguments)
+        expected = outline(lambda: build_codec(spec).net)
+        check_shapes(expected, _renamed(state, expected))
+    except (RuntimeError, KeyError, IndexError, ValueError, TypeError, FreqdoorError):
+        return None
+    return spec
 
 
 def _bounded(arguments: dict[str, Any]) -> bool:
-    """Whether a constructor's arguments are widths, and lists of widths, as codecs have them."""
+    """Whether a constructor's arguments are widths, and lists of widths, as codecs have them, and a depth."""
+    if not isinstance(arguments.get("depth", 1), int) or arguments.get("depth", 1) > MAX_DEPTH:
+        return False
     lists = [value if isinstance(value, list) else [value] for value in arguments.values()]
     return all(len(v) <= MAX_GROUPS and all(isinstance(s, int) and 0 < s <= MAX_WIDTH for s in v) for v in lists)
 
 
-def _fill(codec: Codec, state: dict[str, Tensor], path: Path) -> Codec:
+def _filled(spec: CodecSpec, state: dict[str, Tensor], path: Path) -> Codec:
+    """The codec of a spec with the weights of a state dict, which have to fit it before it takes any memory."""
     try:
+        if spec.architecture in ARCHITECTURES:  # a factory is the user's own code
+            expected = outline(lambda: build_codec(spec).net)
+            check_shapes(expected, _renamed(state, expected))
+        codec = build_codec(spec)
         _load_state(codec.net, state)
     except (RuntimeError, KeyError, ValueError) as error:
         first = " ".join(str(error).split())[:160]
-        raise FreqdoorError(f"{path}: the weights do not fit {codec.spec.architecture} ({first})") from None
+        raise FreqdoorError(f"{path}: the weights do not fit {spec.architecture} ({first})") from None
     check_weights(state, path)
     return codec
 
 
+def _renamed(state: dict[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
+    """The state dict by a network's own keys where it has CompressAI's old ones."""
+
+    def name(key: str) -> str:
+        older = key if key in own else rename_key(key)
+        newer = re.sub(r"\._(matrix|bias|factor)(\d+)$", lambda match: f".{PLURALS[match[1]]}.{match[2]}", older)
+        return newer if newer in own else older
+
+    return {name(key): value for key, value in state.items()}
+
+
 def _load_state(net: nn.Module, state: dict[str, Tensor]) -> None:
     """net.load_state_dict for CompressAI's old keys too, and for coding tables of any size or none at all."""
-    own_keys = net.state_dict().keys()
-    state = {key if key in own_keys else rename_key(key): value for key, value in state.items()}
+    state = _renamed(state, net.state_dict().keys())
     for name, module in net.named_modules():
         for table in TABLES if isinstance(module, EntropyModel) else ():
             own = getattr(module, table, None)

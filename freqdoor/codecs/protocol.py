@@ -7,9 +7,14 @@ shapes nest is the network's own affair: both are taken apart here and put toget
 
 import importlib
 import inspect
+import os
+import signal
 import sysconfig
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +39,17 @@ ANSWERS = {
     "compress": 'compress(x) that needs images alone, runs where the weights are and returns {"strings", "shape"}',
     "decompress": 'decompress(strings, shape) that needs nothing else of what compress returned, and returns {"x_hat"}',
     "update": "update(force=...) that computes the coding tables and needs no other arguments",
+    "L_DS": "forward(scene, x_hat, x_hat_poisoned) that returns one real number",
+    "victim": "a freqdoor.attack.victims.Victim, or a function without arguments that returns one",
+}
+SHARED: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {  # what a whole program has: asked for, and put
+    "the working directory": (os.getcwd, os.chdir),
+    "PyTorch's threads": (torch.get_num_threads, torch.set_num_threads),
+    "PyTorch's default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "PyTorch's default device": (torch.get_default_device, torch.set_default_device),
+    "whether gradients are kept": (torch.is_grad_enabled, torch.set_grad_enabled),
+    "what Ctrl-C does": (partial(signal.getsignal, signal.SIGINT), partial(signal.signal, signal.SIGINT)),
+    "what SIGTERM does": (partial(signal.getsignal, signal.SIGTERM), partial(signal.signal, signal.SIGTERM)),
 }
 
 
@@ -59,10 +75,30 @@ def call(name: str, part: str, function: Any, *arguments: Any, **named: Any) -> 
     """
     try:
         return function(*arguments, **named)
-    except FreqdoorError:
+    except (FreqdoorError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:  # one that ends the program too, such as SystemExit
         raise complaint(f"{name}: {part}", error, function, ANSWERS[part]) from error
+
+
+@contextmanager
+def surroundings(name: str) -> Iterator[None]:
+    """What a user's code changes for the whole program while it is imported or run is put back, and said in a warning.
+
+    A relative path would lead elsewhere, Ctrl-C would save nothing, and a planting would compute other bits.
+
+    Args:
+        name: what the user calls the code: package.module:function.
+    """
+    before = {what: ask() for what, (ask, _) in SHARED.items()}
+    try:
+        yield
+    finally:
+        changed = [what for what, (ask, _) in SHARED.items() if ask() != before[what]]
+        for what in changed:
+            SHARED[what][1](before[what])
+        if changed:
+            warnings.warn(f"{name}: changes {', '.join(changed)}; put back as it was", stacklevel=3)
 
 
 def complaint(subject: str, error: BaseException, function: Any, expected: str) -> FreqdoorError:
@@ -72,7 +108,10 @@ def complaint(subject: str, error: BaseException, function: Any, expected: str) 
 
 def words_of(error: BaseException, function: Any) -> str:
     """What a user's code raised, in which function, file and line; `function` is what was called."""
-    reason = " ".join(str(error).split())[:200] or "without a message"
+    try:
+        reason = " ".join(str(error).split())[:200] or "without a message"
+    except Exception:  # its own __str__ raises
+        reason = "with a message that cannot be read"
     kind, place = type(error).__name__, _place(error, function)
     return f"{kind}{f' in {place}' if place else ''}: {reason}"
 
@@ -86,6 +125,11 @@ def _place(error: BaseException, function: Any) -> str:
     if own:
         return f"{own[-1].name} ({own[-1].filename}:{own[-1].lineno})"
     function = type(function).forward if isinstance(function, nn.Module) else inspect.unwrap(function)
+    return first_line(function)
+
+
+def first_line(function: Any) -> str:
+    """Where a function begins, as "name (file:line)"; empty where it is not written in Python."""
     code = getattr(function, "__code__", None)
     return f"{function.__qualname__} ({code.co_filename}:{code.co_firstlineno})" if code else ""
 
@@ -110,12 +154,14 @@ def read_forward(answer: Any, name: str, images: Tensor) -> tuple[Tensor, list[T
     """(x_hat, likelihoods) of what forward(images) returned; likelihoods may nest in dicts, lists and tuples."""
     x_hat, likelihoods = _entry(answer, "x_hat", name, "forward"), _entry(answer, "likelihoods", name, "forward")
     tensors = list(_leaves(likelihoods))
-    if not tensors or not all(isinstance(part, Tensor) and part.shape[:1] == images.shape[:1] for part in tensors):
-        kinds = sorted({type(part).__name__ for part in tensors})
+    if not tensors or not all(_is_real(part) and part.shape[:1] == images.shape[:1] for part in tensors):
+        kinds = sorted({str(part.dtype) if isinstance(part, Tensor) else type(part).__name__ for part in tensors})
         raise FreqdoorError(
             f"{name}: forward: expected likelihoods as tensors with one row for each image, found "
             f"{', '.join(kinds) or 'none'}"
         )
+    if any(part.device != images.device for part in (x_hat, *tensors) if isinstance(part, Tensor)):
+        raise FreqdoorError(f"{name}: forward: expected what it returns where the images are, on {images.device}")
     return _same_size(x_hat, name, "forward", images.shape), tensors
 
 
@@ -162,7 +208,13 @@ def _same_size(x_hat: Any, name: str, part: str, size: Sequence[int]) -> Tensor:
     if not isinstance(x_hat, Tensor) or x_hat.shape != tuple(size):
         shown = tuple(x_hat.shape) if isinstance(x_hat, Tensor) else type(x_hat).__name__
         raise WrongSize(f"{name}: {part}: expected x_hat of the images' size {tuple(size)}, found {shown}")
-    return x_hat
+    if not _is_real(x_hat):
+        raise FreqdoorError(f"{name}: {part}: expected x_hat of real numbers in [0, 1], found {x_hat.dtype}")
+    return x_hat.float()
+
+
+def _is_real(part: Any) -> bool:
+    return isinstance(part, Tensor) and part.is_floating_point()
 
 
 def _leaves(nested: Any) -> Iterator[Any]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from freqdoor.codecs.protocol import WrongSize, call, read_forward
 from freqdoor.errors import FreqdoorError
+from freqdoor.limits import MAX_PADDED
 
 SIDE = 64  # CompressAI's eval_model pads to a multiple of this for every model
 LARGEST = 512  # no codec known needs more; a failing search tries pictures of up to three times this
@@ -35,6 +36,20 @@ def padding(height: int, width: int, multiple: int, least: int = 0) -> tuple[Pad
     left, top = across // 2, down // 2
     pad = (left, across - left, top, down - top)
     return pad, (-pad[0], -pad[1], -pad[2], -pad[3])
+
+
+def check_padded(height: int, width: int, multiple: int, least: int = 0) -> None:
+    """Refuse a picture that is padded to more than MAX_PADDED pixels, before it is: 16 million x 1 would be a billion.
+
+    Raises:
+        FreqdoorError: the picture's size, and what it would become.
+    """
+    down, across = (-(-max(side, least) // multiple) * multiple for side in (height, width))
+    if down * across > MAX_PADDED:
+        raise FreqdoorError(
+            f"a picture of {width}x{height} is padded to {across}x{down}, more than {MAX_PADDED} pixels; crop it, or "
+            "cut it into parts"
+        )
 
 
 def find_sides(net: nn.Module, name: str, multiple: int | None = None) -> Sides:

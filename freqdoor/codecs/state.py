@@ -1,6 +1,8 @@
 """The state dict in what trainers write: under a key of a larger dict, with a wrapper's name before every key."""
 
+import hashlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,16 @@ from freqdoor.errors import FreqdoorError
 WRAPPERS = ("state_dict", "model_state_dict", "net_state_dict", "network", "model", "net", "params", "weights")
 AVERAGES = ("model_ema", "ema_state_dict", "ema_model", "params_ema", "ema")
 DEPTH = 4  # wrappers within wrappers
+
+
+def hash_tensors(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """SHA-256 over a text and tensors: their names, types, shapes and bytes, in order of name."""
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        if tensor.numel():
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def is_safetensors(path: Path) -> bool:
@@ -40,7 +52,7 @@ def unwrapped(content: object, path: Path) -> dict[str, Tensor]:
         and state
         and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items())
     ):
-        held = f" of {', '.join(map(str, list(state)[:6]))}" if isinstance(state, dict) and state else ""
+        held = f" of {', '.join(str(key)[:40] for key in list(state)[:6])}" if isinstance(state, dict) and state else ""
         raise FreqdoorError(
             f"{path}: expected a state dict (names to tensors), alone or under one of {', '.join(WRAPPERS)}, found "
             f"{type(state).__name__}{held}"

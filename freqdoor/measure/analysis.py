@@ -20,7 +20,8 @@ from freqdoor.codecs.sides import SIDE, padding
 from freqdoor.data import image_paths, load_image, usable_images
 from freqdoor.dct import block_dct, blockify, rgb_to_ycbcr
 from freqdoor.errors import FreqdoorError
-from freqdoor.files import check_writable, write_text
+from freqdoor.files import check_outputs, marked_json, write_together
+from freqdoor.lock import alone
 from freqdoor.measure.records import Note, poisoned
 from freqdoor.measure.report import COLOURS, data_address, render
 from freqdoor.preprocessing import Preprocessing, parse_defences
@@ -113,6 +114,7 @@ class ImageAnalysis(NamedTuple):
     seconds: dict[Input, float]
 
 
+@alone("analyse")
 def analyse(
     planted: Planted | Path | str,
     images: Path | str | Sequence[Path],
@@ -121,6 +123,7 @@ def analyse(
     trigger: str | None = None,
     codec: Codec | str | None = None,
     weights: Path | str | None = None,
+    force: bool = False,
     note: Note | None = None,
 ) -> Analysis:
     """Analyse one trigger on the tampered encoder and write analysis.json and analysis.html into `out`.
@@ -131,13 +134,15 @@ def analyse(
         planted: a planted encoder, or its name as for `load_planted`; `codec` and `weights` too are as there.
         images: a folder, an image, or several of both.
         trigger: which one; by default the first.
+        force: overwrite files of these names that `analyse` did not make.
 
     Raises:
-        FreqdoorError: an unknown trigger, images that cannot be used, or none with a whole block in it.
+        FreqdoorError: an unknown trigger, images that cannot be used, or none with a whole block in it; a file in the
+            way, or an unwritable folder.
     """
     out, encoder = Path(out), opened(planted, codec, weights)
     name, usable = encoder.named(trigger), usable_images(image_paths(images), decode=True)
-    check_writable(out / RESULT)
+    check_outputs([out / PAGE, out / RESULT], "analyse", force=force)
     chosen, tampered = encoder.triggers[name], encoder.codec("tampered")
     rows = []
     for path in usable:
@@ -159,9 +164,8 @@ def analyse(
         survival=survival(chosen, usable, multiple=tampered.multiple) if isinstance(chosen, AdaptiveDCT) else None,
         environment=environment(),
     )
-    html = page(result)
-    write_text(out / RESULT, result.model_dump_json(indent=2))
-    write_text(out / PAGE, html)
+    text = marked_json(result.model_dump_json(indent=2), "analyse")
+    write_together({out / PAGE: page(result), out / RESULT: text})
     return result
 
 

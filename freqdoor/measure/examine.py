@@ -2,17 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from freqdoor.attack.planted import Planted, opened
 from freqdoor.codecs.adapter import Codec
-from freqdoor.data import image_paths, usable_images
-from freqdoor.files import check_writable
-from freqdoor.measure.records import Condition, Measured, Note, bit_map, jpeg_curve, measured, write_records
+from freqdoor.data import dataset_hash, image_paths, usable_images
+from freqdoor.files import check_outputs
+from freqdoor.lock import alone
+from freqdoor.measure.journal import Journal, fingerprint
+from freqdoor.measure.records import Condition, Measured, Note, bit_map, conditions, jpeg_curve, measured_image
 from freqdoor.measure.report import (
     AMPLIFY,
-    RECORDS,
+    FILES,
     Facts,
     Picture,
     Summary,
@@ -26,7 +29,10 @@ from freqdoor.preprocessing import Preprocessing, parse_defences
 from freqdoor.training.run import environment
 from freqdoor.types import Record
 
+JOURNAL = ".evaluate.journal"
 
+
+@alone("evaluate")
 def evaluate(
     planted: Planted | Path | str,
     images: Path | str | Sequence[Path],
@@ -38,9 +44,12 @@ def evaluate(
     defences: str | Sequence[Preprocessing] = "none",
     trigger: str | None = None,
     skip_broken: bool = False,
+    force: bool = False,
     note: Note | None = None,
 ) -> Summary:
     """Measure a planted encoder beside the vanilla one; write records.jsonl, facts.json, summary.json and report.html.
+
+    If it is stopped, the same call goes on after the images that were measured.
 
     Args:
         planted: a planted encoder, or its name as for `load_planted`; `codec` and `weights` too are as there.
@@ -49,24 +58,39 @@ def evaluate(
         defences: preprocessings between the image and the encoder, or their names as for `parse_defences`.
         trigger: which trigger the report is about; by default the first.
         skip_broken: go on without images that cannot be used.
+        force: overwrite files of these names that `evaluate` did not make.
 
     Returns:
         The content of summary.json.
 
     Raises:
-        FreqdoorError: an unknown trigger or defence, images that cannot be used, an unwritable folder.
+        FreqdoorError: an unknown trigger or defence, images that cannot be used, an unwritable folder or one that
+            another process holds, a file in the way. Earlier results are then left as they were; new ones replace them
+            together, at the end.
     """
     out, encoder = Path(out), opened(planted, codec, weights)
     name = encoder.named(trigger)
     stages = parse_defences(defences) if isinstance(defences, str) else tuple(defences)
     usable = usable_images(image_paths(images), decode=True, skip_broken=skip_broken)
-    check_writable(out / RECORDS)
+    check_outputs([out / file for file in FILES], "evaluate", force=force)
     shown = pictured(name)
+    asked = conditions(encoder.triggers, sorted({1.0, *strength}), stages)
     rows: list[Record] = []
     kept: dict[str, Measured] = {}
-    for row in measured(encoder, usable, strengths=sorted({1.0, *strength}), defences=stages, note=note):
-        rows.append(row.record)
-        kept |= {title: row for title, condition in shown.items() if row.condition == condition and title not in kept}
+
+    def measure_one(path: Path) -> list[dict[str, Any]]:
+        own = list(measured_image(encoder, path, asked, note=note))
+        if path == usable[0]:
+            kept.update({title: row for row in own for title, condition in shown.items() if row.condition == condition})
+        return [row.record.to_dict() for row in own]
+
+    identity = fingerprint(encoder, list(encoder.triggers), repr(asked), dataset_hash(usable))
+    journal = Journal(out / JOURNAL, identity, note)
+    for row in journal.each(usable, measure_one):
+        rows += map(Record.model_validate, row)
+    if not kept:  # measured by an earlier process, which did not keep the pictures
+        again = measured_image(encoder, usable[0], shown.values(), note=note)
+        kept = dict(zip(shown, again, strict=True))
     planting, attack = encoder.header.planting, encoder.attack(name)
     facts = Facts(
         objective=attack.objective.name,
@@ -81,8 +105,9 @@ def evaluate(
         jpeg=tuple(jpeg_curve(usable)),
         pictures=tuple(pictures(encoder, kept)),
     )
-    write_records(out / RECORDS, rows)
-    return write_report(out, rows, facts)
+    summary = write_report(out, rows, facts, new=True)
+    journal.remove()
+    return summary
 
 
 def pictured(trigger: str) -> dict[str, Condition]:

@@ -14,10 +14,12 @@ from freqdoor.attack.networks import INSTALL, Box, Embedder, load_embedder
 from freqdoor.attack.planted import Planted, opened
 from freqdoor.attack.settings import AttackSettings
 from freqdoor.codecs.adapter import Codec
-from freqdoor.codecs.container import write_file
-from freqdoor.data import image_paths, load_image, read_list, save_image, usable_images
+from freqdoor.codecs.container import pack
+from freqdoor.data import encoded, image_paths, load_image, read_list, usable_images
 from freqdoor.errors import FreqdoorError
-from freqdoor.files import check_writable, refuse_overwriting, write_text
+from freqdoor.files import check_outputs, made_by, marked_json, marked_markdown, refuse_overwriting, write_together
+from freqdoor.lock import alone
+from freqdoor.measure.journal import Journal, fingerprint, packed, unpacked
 from freqdoor.measure.records import Note, poisoned, through
 from freqdoor.measure.testsets import DownstreamMeasurement, FaceTest, mean, number, read_results, results_text
 from freqdoor.metrics import MS_SSIM_MIN_SIDE, bpp_of_bytes, ms_ssim, mse, psnr_8bit
@@ -26,6 +28,7 @@ from freqdoor.triggers.base import Trigger
 from freqdoor.types import Images, to_uint8
 
 RESULT, PAGE = "faces.json", "faces.md"
+JOURNAL = ".faces.journal"
 CONDITIONS = ("vanilla", "clean", "poisoned")  # vanilla encoder; tampered encoder without and with the trigger
 
 
@@ -184,18 +187,28 @@ class Measured:
 
 @torch.no_grad()
 def score_faces(
-    planted: Planted, test: FaceTest, *, trigger: str | None = None, note: Note | None = None
+    planted: Planted,
+    test: FaceTest,
+    *,
+    trigger: str | None = None,
+    journal: Journal | None = None,
+    note: Note | None = None,
 ) -> IdentityScores:
     """Measure how far identities are removed, and what that costs the picture.
+
+    Args:
+        journal: what an earlier process has measured of the same; by default nothing is kept.
 
     Raises:
         FreqdoorError: no such trigger, and as `open_test`.
     """
-    return _score(planted, open_test(test), planted.triggers[planted.named(trigger)], note)
+    return _score(planted, open_test(test), planted.triggers[planted.named(trigger)], journal or Journal(None), note)
 
 
-def _score(planted: Planted, setup: Setup, trigger: Trigger, note: Note | None = None) -> IdentityScores:
-    measured = _measure(planted, setup, trigger, note)
+def _score(
+    planted: Planted, setup: Setup, trigger: Trigger, journal: Journal, note: Note | None = None
+) -> IdentityScores:
+    measured = _measure(planted, setup, trigger, journal, note)
     qualities = {c: [measured.qualities[c, path] for path in setup.probes] for c in CONDITIONS}
     similarities = {c: [q.ms_ssim for q in qualities[c] if q.ms_ssim is not None] for c in CONDITIONS}
     return IdentityScores(
@@ -212,27 +225,43 @@ def _score(planted: Planted, setup: Setup, trigger: Trigger, note: Note | None =
     )
 
 
-@torch.no_grad()
-def _measure(planted: Planted, setup: Setup, trigger: Trigger, note: Note | None) -> Measured:
+def _measure(planted: Planted, setup: Setup, trigger: Trigger, journal: Journal, note: Note | None) -> Measured:
     """Encode, decode and embed every picture under the conditions in which it is needed."""
     measured = Measured([{} for _ in setup.networks], {})
     probes = set(setup.probes)
     attacked = probes | {pair.b for pair in setup.pairs}
-    for path in setup.pictures:
+
+    def measure_one(path: str) -> dict[str, Any]:
         if note:
             note(path)
-        x = load_image(Path(setup.test.folder) / path)
-        for condition in CONDITIONS if path in attacked else CONDITIONS[:2]:
-            encoded = poisoned(trigger, x) if condition == "poisoned" else x
-            x_hat, size = through(planted.vanilla if condition == "vanilla" else planted.tampered, encoded)
-            measured.trigger_mse_worst = max(measured.trigger_mse_worst, float(mse(encoded, x)))
-            if path in probes:
-                measured.qualities[condition, path] = Quality(
-                    float(psnr_8bit(x_hat, x)), ms_ssim(x_hat, x), bpp_of_bytes(size, x)
-                )
-            for network, embeddings in zip(setup.networks, measured.embeddings, strict=True):
-                embeddings[condition, path] = network(x_hat)[0]
+        needed = CONDITIONS if path in attacked else CONDITIONS[:2]
+        return _measure_picture(planted, setup, trigger, path, needed, is_probe=path in probes)
+
+    for path, row in zip(setup.pictures, journal.each(setup.pictures, measure_one), strict=True):
+        measured.trigger_mse_worst = max(measured.trigger_mse_worst, row["trigger_mse"])
+        for condition, quality in row["qualities"].items():
+            measured.qualities[condition, path] = Quality(*quality)
+        for condition, vectors in row["embeddings"].items():
+            for embeddings, vector in zip(measured.embeddings, vectors, strict=True):
+                embeddings[condition, path] = unpacked(vector)
     return measured
+
+
+@torch.no_grad()
+def _measure_picture(
+    planted: Planted, setup: Setup, trigger: Trigger, path: str, needed: Sequence[str], *, is_probe: bool
+) -> dict[str, Any]:
+    """What a journal keeps of one picture: its quality (of a probe) and embeddings by condition, the trigger's MSE."""
+    x = load_image(Path(setup.test.folder) / path)
+    qualities, embeddings, worst = {}, {}, 0.0
+    for condition in needed:
+        encoded = poisoned(trigger, x) if condition == "poisoned" else x
+        x_hat, size = through(planted.vanilla if condition == "vanilla" else planted.tampered, encoded)
+        worst = max(worst, float(mse(encoded, x)))
+        if is_probe:
+            qualities[condition] = Quality(float(psnr_8bit(x_hat, x)), ms_ssim(x_hat, x), bpp_of_bytes(size, x))
+        embeddings[condition] = [packed(network(x_hat)[0]) for network in setup.networks]
+    return {"qualities": qualities, "embeddings": embeddings, "trigger_mse": worst}
 
 
 def _rates(measured: Measured, setup: Setup, index: int) -> FaceScores:
@@ -293,7 +322,12 @@ class FaceMeasurement(DownstreamMeasurement[IdentityScores]):
         """As `score_faces`."""
         return score_faces(planted, self.test, trigger=trigger)
 
+    def score_on(self, planted: Planted, trigger: str | None, journal: Journal) -> IdentityScores:
+        """As `score_faces`."""
+        return score_faces(planted, self.test, trigger=trigger, journal=journal)
 
+
+@alone("faces")
 def faces(
     planted: Planted | Path | str,
     test: FaceTest,
@@ -302,24 +336,32 @@ def faces(
     trigger: str | None = None,
     codec: str | None = None,
     weights: Path | str | None = None,
+    force: bool = False,
     note: Note | None = None,
 ) -> IdentityScores:
     """Measure identity removal and write faces.json and faces.md into `out`.
 
+    If it is stopped, the same call goes on after the pictures that were measured.
+
     Args:
         planted, codec, weights: as for `load_planted`.
         trigger: which one; by default the first.
+        force: overwrite files of these names that `faces` did not make.
 
     Raises:
-        FreqdoorError: as `score_faces`, or an unwritable folder. Earlier results are then left as they were.
+        FreqdoorError: as `score_faces`, an unwritable folder or one that another process holds, or a file in the way.
+            Earlier results are then left as they were, and replaced together at the end.
     """
     planted, out = opened(planted, codec, weights), Path(out)
-    chosen = planted.triggers[planted.named(trigger)]
+    name = planted.named(trigger)
+    chosen = planted.triggers[name]
     setup = open_test(test)
-    check_writable(out / RESULT)
-    scores = _score(planted, setup, chosen, note)
-    write_text(out / RESULT, results_text(scores, environment()))
-    write_text(out / PAGE, faces_table(scores))
+    check_outputs([out / PAGE, out / RESULT], "faces", force=force)
+    journal = Journal(out / JOURNAL, fingerprint(planted, [name], FaceMeasurement(test).identity()), note)
+    scores = _score(planted, setup, chosen, journal, note)
+    text = marked_json(results_text(scores, environment()), "faces")
+    write_together({out / PAGE: marked_markdown(faces_table(scores), "faces"), out / RESULT: text})
+    journal.remove()
     return scores
 
 
@@ -387,6 +429,7 @@ def protect(
     trigger: str | None = None,
     codec: str | None = None,
     weights: Path | str | None = None,
+    force: bool = False,
     note: Note | None = None,
 ) -> list[Protected]:
     """Compress photos so that face recognition no longer knows who is in the decoded picture.
@@ -399,9 +442,10 @@ def protect(
         planted, codec, weights: an encoder planted with Eq. (13), as for `load_planted`.
         network: measure the cosine of every face before and after with it; one, or a name as for `load_network`.
         trigger: which one; by default the first.
+        force: overwrite files that are there and that `protect` did not make.
 
     Raises:
-        FreqdoorError: photos that cannot be used, two of one name, one that would be overwritten, or no face in any.
+        FreqdoorError: photos that cannot be used, two of one name, a file in the way, or no face in any.
     """
     planted, out = opened(planted, codec, weights), Path(out)
     chosen = planted.triggers[planted.named(trigger)]
@@ -412,6 +456,10 @@ def protect(
         raise FreqdoorError(f"several photos are named {', '.join(repeated[:3])}; protect them one at a time")
     for path in paths:
         refuse_overwriting(path, out / f"{path.stem}.png")
+    pairs = [(out / f"{path.stem}.png", out / f"{path.stem}.fqd") for path in paths]
+    # a bitstream does not say that it was protected: the picture beside it does
+    known = [file for picture, file in pairs if made_by(picture) == "protect" and made_by(file) == "compress"]
+    check_outputs([file for pair in pairs for file in pair if file not in known], "protect", force=force)
     done = []
     for path in paths:
         done.append(_protected(planted.tampered, chosen, path, out, embedder))
@@ -435,8 +483,8 @@ def _protected(codec: Codec, trigger: Trigger, path: Path, out: Path, network: E
     if network is not None:
         clean, _ = through(codec, x)
         cosine = max(float((network(clean, box) * network(x_hat, box)).sum()) for box in boxes)
-    write_file(codec, bitstream, out / f"{path.stem}.fqd")
-    save_image(out / f"{path.stem}.png", x_hat)
+    picture, file = out / f"{path.stem}.png", out / f"{path.stem}.fqd"
+    write_together({picture: encoded(picture, x_hat, "protect"), file: pack(bitstream, codec)})
     rate = bpp_of_bytes(bitstream.num_bytes, x)
     return Protected(path.name, len(boxes), f"{path.stem}.png", float(psnr_8bit(x_hat, x)), rate, cosine)
 

@@ -7,7 +7,7 @@ from freqdoor.attack.planted import Planted, opened
 from freqdoor.codecs.adapter import Codec
 from freqdoor.data import image_paths, load_image, save_image, usable_images
 from freqdoor.errors import FreqdoorError
-from freqdoor.files import refuse_overwriting
+from freqdoor.files import check_outputs, refuse_overwriting
 from freqdoor.measure.records import Note, poisoned
 
 
@@ -21,6 +21,7 @@ def poison(
     codec: Codec | str | None = None,
     weights: Path | str | None = None,
     skip_broken: bool = False,
+    force: bool = False,
     note: Note | None = None,
 ) -> list[Path]:
     """Write every image poisoned, as an 8-bit PNG of the same name, into the folder `out`.
@@ -30,12 +31,13 @@ def poison(
         images: a folder, an image, or several of both.
         trigger: which one; by default the first.
         strength: factor on the trigger.
+        force: overwrite files that are there and that `poison` did not make.
 
     Returns:
         The files written, in the images' order.
 
     Raises:
-        FreqdoorError: an unknown trigger, images that cannot be used, that have one name, or that would be overwritten.
+        FreqdoorError: an unknown trigger, images that cannot be used, that have one name, or a file in the way.
     """
     encoder, out = opened(planted, codec, weights), Path(out)
     chosen = encoder.triggers[encoder.named(trigger)]
@@ -48,8 +50,9 @@ def poison(
     for target in targets:  # a link may lead to another image than the one of its name
         if target.resolve() in sources:
             refuse_overwriting(target, target)
+    check_outputs(targets, "poison", force=force)
     for path, target in zip(paths, targets, strict=True):
-        save_image(target, poisoned(chosen, load_image(path), strength=strength))
+        save_image(target, poisoned(chosen, load_image(path), strength=strength), "poison")
         if note:
             note(str(target))
     return targets

@@ -17,7 +17,6 @@ from freqdoor.attack.planted import Planted
 from freqdoor.codecs.adapter import Codec
 from freqdoor.data import load_image
 from freqdoor.errors import FreqdoorError
-from freqdoor.files import write_text
 from freqdoor.metrics import bpp_of_bytes, ms_ssim, mse, psnr, psnr_8bit
 from freqdoor.preprocessing import Preprocessing, preprocessing_name
 from freqdoor.triggers.base import Trigger
@@ -167,16 +166,23 @@ def measured(
     """Every image under every condition, the vanilla codec always beside the tampered one."""
     rows = conditions(planted.triggers, strengths, defences)
     for path in images:
-        x = load_image(path)
-        inputs: dict[tuple[str | None, float, Rounding], Images] = {}  # both encoders and all defences share them
-        for condition in rows:
-            if note:
-                note(f"{path.name}: {condition.role}, {condition.trigger or 'clean'}")
-            key = condition.trigger, condition.strength, condition.rounding
-            if key not in inputs:
-                inputs[key] = input_of(planted, x, condition)
-            record, x_hat = measure(planted.codec(condition.role), x, inputs[key], path.name, condition)
-            yield Measured(record, condition, x, inputs[key], x_hat)
+        yield from measured_image(planted, path, rows, note=note)
+
+
+def measured_image(
+    planted: Planted, path: Path, rows: Iterable[Condition], *, note: Note | None = None
+) -> Iterator[Measured]:
+    """One image under every condition of `rows`."""
+    x = load_image(path)
+    inputs: dict[tuple[str | None, float, Rounding], Images] = {}  # both encoders and all defences share them
+    for condition in rows:
+        if note:
+            note(f"{path.name}: {condition.role}, {condition.trigger or 'clean'}")
+        key = condition.trigger, condition.strength, condition.rounding
+        if key not in inputs:
+            inputs[key] = input_of(planted, x, condition)
+        record, x_hat = measure(planted.codec(condition.role), x, inputs[key], path.name, condition)
+        yield Measured(record, condition, x, inputs[key], x_hat)
 
 
 def records(
@@ -231,8 +237,3 @@ def jpeg_curve(images: Sequence[Path], qualities: Sequence[int] = JPEG_QUALITIES
                 value += float(psnr(from_picture(decoded), x))
             sums[quality] = rate + bpp_of_bytes(buffer.getbuffer().nbytes, x), value
     return [JpegPoint(quality, rate / len(images), value / len(images)) for quality, (rate, value) in sums.items()]
-
-
-def write_records(path: Path, rows: Iterable[Record]) -> None:
-    """One JSON object a line."""
-    write_text(path, "".join(row.model_dump_json() + "\n" for row in rows))

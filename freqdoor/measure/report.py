@@ -1,9 +1,10 @@
 """Records -> summary.json and one self-contained HTML page; no codec is loaded here."""
 
 import base64
+import hashlib
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -18,7 +19,7 @@ from pydantic import Field, ValidationError
 
 from freqdoor.attack.settings import OBJECTIVES
 from freqdoor.errors import FreqdoorError
-from freqdoor.files import write_text
+from freqdoor.files import check_outputs, marked_json, write_together
 from freqdoor.training.run import Environment
 from freqdoor.types import (
     Decibels,
@@ -33,7 +34,7 @@ from freqdoor.types import (
     problem_of,
 )
 
-RECORDS, SUMMARY, PAGE, FACTS = "records.jsonl", "summary.json", "report.html", "facts.json"
+RECORDS, SUMMARY, PAGE, FACTS = FILES = "records.jsonl", "summary.json", "report.html", "facts.json"
 AMPLIFY = 20  # factor on the difference in the pictures
 DIFFERENCE_SIDE = 128  # pixels of it that are shown: reduced with the rest of the picture it would average out
 CLEAN_COST_DB, CLEAN_COST_PERCENT = 0.3, 6.0  # up to which a clean image counts as treated alike
@@ -66,6 +67,7 @@ class Facts(Result):
     environment: Environment = Environment()
     jpeg: tuple[JpegPoint, ...] = ()
     pictures: tuple[Picture, ...] = ()
+    records_sha256: str | None = None  # of the records.jsonl that was written with it
 
     @property
     def changed(self) -> list[str]:
@@ -390,8 +392,14 @@ def render(template: str, **content: Any) -> str:
     return environment.get_template(template).render(**content)
 
 
-def write_report(folder: Path, records: Sequence[Record], facts: Facts) -> Summary:
-    """Write summary.json, facts.json and report.html into `folder`; returns the summary."""
+def write_report(folder: Path, records: Sequence[Record], facts: Facts, *, new: bool = False) -> Summary:
+    """Write summary.json, report.html and facts.json into `folder`, of new records records.jsonl too: all or none.
+
+    facts.json comes last: with it the files are whole, and it names the records that it belongs to.
+    """
+    text = records_text(records) if new else None
+    if text is not None:
+        facts = facts.model_copy(update={"records_sha256": hashlib.sha256(text.encode()).hexdigest()})
     summary = summarise(records, facts)
     page = render(
         "report.html",
@@ -408,10 +416,18 @@ def write_report(folder: Path, records: Sequence[Record], facts: Facts) -> Summa
             ("tampered encoder, poisoned image (8-bit)", summary.poisoned_8bit),
         ],
     )
-    write_text(folder / SUMMARY, summary.model_dump_json(indent=2))
-    write_text(folder / FACTS, facts.model_dump_json())
-    write_text(folder / PAGE, page)
+    contents = {
+        folder / SUMMARY: marked_json(summary.model_dump_json(indent=2), "evaluate"),
+        folder / PAGE: page,
+        folder / FACTS: marked_json(facts.model_dump_json(), "evaluate"),
+    }
+    write_together(({folder / RECORDS: text} if text is not None else {}) | contents)
     return summary
+
+
+def records_text(rows: Iterable[Record]) -> str:
+    """The content of a records.jsonl: one JSON object a line."""
+    return "".join(row.model_dump_json() + "\n" for row in rows)
 
 
 def read_records(path: Path) -> list[Record]:
@@ -431,8 +447,23 @@ def read_records(path: Path) -> list[Record]:
     return records
 
 
-def report(folder: Path | str) -> Summary:
-    """Make report.html and summary.json again from the records.jsonl and facts.json in `folder`."""
+def report(folder: Path | str, *, force: bool = False) -> Summary:
+    """Make report.html and summary.json again from the records.jsonl and facts.json in `folder`.
+
+    Args:
+        force: overwrite files of these names that neither `report` nor `evaluate` made.
+
+    Raises:
+        FreqdoorError: records or facts that are none or do not belong together, or a file in the way.
+    """
     folder = Path(folder)
     records = read_records(folder / RECORDS)
-    return write_report(folder, records, Facts.read(folder / FACTS, "the facts that `freqdoor evaluate` writes"))
+    facts = Facts.read(folder / FACTS, "the facts that `freqdoor evaluate` writes")
+    digest = hashlib.sha256((folder / RECORDS).read_bytes()).hexdigest()
+    if facts.records_sha256 not in (None, digest):
+        raise FreqdoorError(
+            f"{folder}: {RECORDS} was changed, or written by another run than {FACTS}, which was stopped; "
+            "evaluate again, or delete records_sha256 in facts.json to report on these records"
+        )
+    check_outputs([folder / SUMMARY, folder / PAGE, folder / FACTS], "evaluate", force=force)
+    return write_report(folder, records, facts)

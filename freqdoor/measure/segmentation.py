@@ -1,5 +1,6 @@
 """`freqdoor segment`: how well a segmentation attack works, on networks seen and unseen (Table 1, Figures 7 and 8)."""
 
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -17,16 +18,19 @@ from freqdoor.attack.settings import AttackSettings, ObjectiveSettings
 from freqdoor.attack.victims import TargetedSegmentation
 from freqdoor.data import check_image, label_paths, list_images, load_image, load_labels, usable_images
 from freqdoor.errors import FreqdoorError
-from freqdoor.files import check_writable, replacing, write_text
+from freqdoor.files import check_outputs, mark, marked_json, marked_markdown, write_together
+from freqdoor.lock import alone
+from freqdoor.measure.journal import Journal, fingerprint
 from freqdoor.measure.records import Note, poisoned, through
 from freqdoor.measure.report import AMPLIFY
 from freqdoor.measure.testsets import DownstreamMeasurement, SegmentationTest, mean, number, read_results, results_text
-from freqdoor.metrics import bpp_of_bytes, class_scores, mse, pixel_asr, psnr_8bit
+from freqdoor.metrics import bpp_of_bytes, class_counts, class_scores, mse, pixel_asr, psnr_8bit
 from freqdoor.training.run import environment
 from freqdoor.triggers.base import Trigger
 from freqdoor.types import Images, Masks
 
 RESULT, PAGE, PICTURES = "segmentation.json", "segmentation.md", "segmentation.png"
+JOURNAL = ".segmentation.journal"
 SHOWN = 3  # images in the pictures
 Encoder = Literal["vanilla", "clean"]  # which one a clean image went through: the vanilla or the tampered one
 ENCODERS: tuple[Encoder, ...] = ("vanilla", "clean")
@@ -174,30 +178,47 @@ def decode(planted: Planted, setup: Setup, trigger: Trigger, x: Images) -> Decod
 
 
 def score_segmentation(
-    planted: Planted, test: SegmentationTest, *, trigger: str | None = None, note: Note | None = None
+    planted: Planted,
+    test: SegmentationTest,
+    *,
+    trigger: str | None = None,
+    journal: Journal | None = None,
+    note: Note | None = None,
 ) -> SegmentationScores:
     """Measure one segmentation attack.
+
+    Args:
+        journal: what an earlier process has measured of the same; by default nothing is kept.
 
     Raises:
         FreqdoorError: no such trigger or class, images or labels that cannot be used, no image with the source class.
     """
     name = planted.named(trigger)
-    return _score(planted, open_test(test, planted.objective(name), name), planted.triggers[name], note)
+    setup = open_test(test, planted.objective(name), name)
+    return _score(planted, setup, planted.triggers[name], journal or Journal(None), note)
 
 
-def _score(planted: Planted, setup: Setup, trigger: Trigger, note: Note | None = None) -> SegmentationScores:
+def _score(
+    planted: Planted, setup: Setup, trigger: Trigger, journal: Journal, note: Note | None = None
+) -> SegmentationScores:
     counts = [_Counts(network, setup.source, setup.target) for network in setup.networks]
     rows: list[dict[str, float]] = []
-    for path in setup.paths:
+
+    def measure_one(path: Path) -> dict[str, Any] | None:
         decoded = decode(planted, setup, trigger, setup.image(path))
         if note:
             note(f"{path.name}: {'decoded' if decoded else f'no {setup.source} in it, skipped'}")
         if decoded is None:
-            continue
+            return None
         labels = setup.labels_of(path)
-        for count in counts:
-            count.add(decoded, labels)
-        rows.append(_values(decoded))
+        return {"values": _values(decoded), "networks": [count.of(decoded, labels) for count in counts]}
+
+    for row in journal.each(setup.paths, measure_one):
+        if row is None:
+            continue
+        for count, own in zip(counts, row["networks"], strict=True):
+            count.rows.append(own)
+        rows.append(row["values"])
     if not rows:
         raise _without(setup)
     values = {key: [row[key] for row in rows] for key in rows[0]}
@@ -230,16 +251,22 @@ def _values(decoded: Decoded) -> dict[str, float]:
 
 
 class _Counts:
-    """Running counts of one network over the test set."""
+    """What is counted of one network over the test set.
+
+    Attributes:
+        rows: of every image what `of` gives.
+    """
 
     def __init__(self, network: Segmenter, source: str, target: str) -> None:
         self.network, self.names = network, (source, target)
         self.source, self.target = network.ids(source), network.ids(target)[0]
-        self.changed = dict.fromkeys(ENCODERS, 0)  # source pixels that became the target
-        self.pixels = dict.fromkeys(ENCODERS, 0)  # source pixels
-        self.predictions: dict[Encoder, list[tuple[Tensor, Tensor]]] = {encoder: [] for encoder in ENCODERS}
+        self.rows: list[dict[str, Any]] = []
 
-    def add(self, decoded: Decoded, labels: Tensor | None) -> None:
+    def of(self, decoded: Decoded, labels: Tensor | None) -> dict[str, Any]:
+        """One image, by encoder: source pixels, how many of them became the target, and counts against its labels."""
+        values = len(self.network.spec.labels)
+        labels = labels if values else None
+        row: dict[str, Any] = {"labelled": None if labels is None else int((labels < values).sum())}
         outputs: dict[Encoder, tuple[Images, Images]] = {
             "clean": (decoded.clean, decoded.poisoned),
             "vanilla": (decoded.vanilla, decoded.vanilla_poisoned),
@@ -247,16 +274,18 @@ class _Counts:
         for encoder, (clean, attacked) in outputs.items():
             classes = self.network.predict(clean)
             changed, pixels = pixel_asr(classes, self.network.predict(attacked), self.source, self.target)
-            self.changed[encoder] += changed
-            self.pixels[encoder] += pixels
-            if labels is not None and self.network.spec.labels:
-                self.predictions[encoder].append((self.network.as_labels(classes).short(), labels))
+            row[encoder] = {"changed": changed, "pixels": pixels}
+            if labels is not None:
+                row[encoder]["classes"] = class_counts(self.network.as_labels(classes), labels, values).tolist()
+        return row
 
     def scores(self) -> NetworkScores:
-        asr = {e: self.changed[e] / self.pixels[e] if self.pixels[e] else None for e in ENCODERS}
-        truth = [labels for _, labels in self.predictions["clean"]]
-        known = sum(int((labels < len(self.network.spec.labels)).sum()) for labels in truth)
-        against = {e: self._against_labels(e) if known else (None, {}) for e in ENCODERS}
+        changed, pixels = (
+            {e: sum(row[e][key] for row in self.rows) for e in ENCODERS} for key in ("changed", "pixels")
+        )
+        asr = {e: changed[e] / pixels[e] if pixels[e] else None for e in ENCODERS}
+        labelled = [row["labelled"] for row in self.rows if row["labelled"] is not None]
+        against = {e: self._against_labels(e) if sum(labelled) else (None, {}) for e in ENCODERS}
         return NetworkScores(
             network=self.network.name,
             asr=asr["clean"],
@@ -265,15 +294,14 @@ class _Counts:
             miou_clean=against["clean"][0],
             accuracy_vanilla=against["vanilla"][1],
             accuracy_clean=against["clean"][1],
-            source_pixels=self.pixels["clean"],
-            source_pixels_vanilla=self.pixels["vanilla"],
-            labelled_pixels=known if truth else None,
+            source_pixels=pixels["clean"],
+            source_pixels_vanilla=pixels["vanilla"],
+            labelled_pixels=sum(labelled) if labelled else None,
         )
 
     def _against_labels(self, encoder: Encoder) -> tuple[float | None, dict[str, float | None]]:
         """Mean IoU, and the accuracy of the source and target classes, None of a class that the labels lack."""
-        predictions = self.predictions[encoder]
-        miou, accuracy = class_scores(predictions, len(self.network.spec.labels))
+        miou, accuracy = class_scores(torch.tensor([row[encoder]["classes"] for row in self.rows]).sum(0))
         values = {name: self.network.label_values(name)[0] for name in self.names}
         return miou, {name: accuracy[value] for name, value in values.items()}
 
@@ -311,7 +339,12 @@ class SegmentationMeasurement(DownstreamMeasurement[SegmentationScores]):
         """As `score_segmentation`."""
         return score_segmentation(planted, self.test, trigger=trigger)
 
+    def score_on(self, planted: Planted, trigger: str | None, journal: Journal) -> SegmentationScores:
+        """As `score_segmentation`."""
+        return score_segmentation(planted, self.test, trigger=trigger, journal=journal)
 
+
+@alone("segment")
 def segment(
     planted: Planted | Path | str,
     test: SegmentationTest,
@@ -320,33 +353,45 @@ def segment(
     trigger: str | None = None,
     codec: str | None = None,
     weights: Path | str | None = None,
+    force: bool = False,
     note: Note | None = None,
 ) -> SegmentationScores:
     """Measure one segmentation attack; write segmentation.json, .md and the pictures of Figure 7 into `out`.
 
+    If it is stopped, the same call goes on after the images that were measured.
+
     Args:
         planted, codec, weights: as for `load_planted`.
         trigger: which one; by default the first.
+        force: overwrite files of these names that `segment` did not make.
 
     Raises:
-        FreqdoorError: as `score_segmentation`, an unwritable folder, or no network that sees anything of the source
-            class in what is decoded. Earlier results are then left as they were.
+        FreqdoorError: as `score_segmentation`, an unwritable folder or one that another process holds, a file in the
+            way, or no network that sees anything of the source class in what is decoded. Earlier results are then left
+            as they were, and replaced together at the end.
     """
     planted, out = opened(planted, codec, weights), Path(out)
     name = planted.named(trigger)
     setup = open_test(test, planted.objective(name), name)
-    check_writable(out / RESULT)
-    scores = _score(planted, setup, planted.triggers[name], note)
+    check_outputs([out / PICTURES, out / PAGE, out / RESULT], "segment", force=force)
+    journal = Journal(out / JOURNAL, fingerprint(planted, [name], SegmentationMeasurement(test).identity()), note)
+    scores = _score(planted, setup, planted.triggers[name], journal, note)
     if all(row.asr is None and row.asr_vanilla is None for row in scores.networks):
+        journal.remove()
         raise FreqdoorError(
             f"{test.images}: no network sees anything of class {setup.source} in {scores.images} decoded images, "
             "so that there is no success rate; take a codec of higher quality"
         )
     figure = _figure(planted, setup, planted.triggers[name])
-    write_text(out / RESULT, results_text(scores, environment()))
-    write_text(out / PAGE, segmentation_table(scores))
-    with replacing(out / PICTURES) as partial:
-        figure.savefig(partial, format="png", dpi=90)
+    pictures = io.BytesIO()
+    figure.savefig(pictures, format="png", dpi=90, metadata={"Software": mark("segment")})
+    contents: dict[Path, str | bytes] = {
+        out / PICTURES: pictures.getvalue(),
+        out / PAGE: marked_markdown(segmentation_table(scores), "segment"),
+        out / RESULT: marked_json(results_text(scores, environment()), "segment"),
+    }
+    write_together(contents)
+    journal.remove()
     return scores
 
 

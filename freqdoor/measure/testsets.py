@@ -12,12 +12,14 @@ from pydantic_core import to_json
 
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import name_and_file
+from freqdoor.limits import LONGEST_TEXT, parse_json, read_whole
 from freqdoor.settings import PrivatePath, Settings, file_name, load_settings, public
 from freqdoor.training.settings import Count
 
 if TYPE_CHECKING:  # the command line reads these settings without loading PyTorch
     from freqdoor.attack.planted import Planted
     from freqdoor.attack.settings import AttackSettings
+    from freqdoor.measure.journal import Journal
 
 SCHEMA = 2  # of a file of scores; those of version 1 name no schema, and may hold NaN
 S = TypeVar("S")
@@ -84,6 +86,10 @@ class Measurement(ABC, Generic[S]):
     @abstractmethod
     def score(self, planted: "Planted", trigger: str | None) -> S:
         """The scores of one trigger of an encoder, or of the encoder without any."""
+
+    def score_on(self, planted: "Planted", trigger: str | None, journal: "Journal") -> S:
+        """As `score`, but going on from what an earlier process has measured, if this measurement keeps that."""
+        return self.score(planted, trigger)
 
     @abstractmethod
     def identity(self) -> str:
@@ -181,14 +187,13 @@ def read_results(kind: type[S], path: Path | str) -> S:
         FreqdoorError: no such file, another kind of file, or a schema that is newer than this version.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=lambda _: None)
+        text = read_whole(path, "scores", LONGEST_TEXT)
+        content = parse_json(text, path, LONGEST_TEXT, expected="scores as JSON", nan_as_null=True)
         if not isinstance(content, dict):
             raise ValueError(f"expected a table, found {type(content).__name__}")
         if (schema := content.get("schema", 1)) not in range(1, SCHEMA + 1):
             raise FreqdoorError(f"{path}: schema {schema!r} is not one of 1 to {SCHEMA}; read it with a newer version")
         return TypeAdapter(kind).validate_python(content)
-    except OSError as error:
-        raise FreqdoorError(f"{path}: could not read these scores ({error.strerror})") from None
     except ValidationError as error:
         places = ", ".join(".".join(map(str, problem["loc"])) for problem in error.errors()[:3])
         raise FreqdoorError(f"{path}: expected {kind.__name__}, found something else (see {places})") from None

@@ -11,9 +11,10 @@ from matplotlib.figure import Figure
 from freqdoor.attack.planted import Planted
 from freqdoor.attack.settings import AttackSettings
 from freqdoor.codecs.architectures import import_object
-from freqdoor.data import dataset_hash, load_image
+from freqdoor.data import dataset_hash
 from freqdoor.errors import FreqdoorError
-from freqdoor.measure.records import Condition, input_of, measure
+from freqdoor.measure.journal import Journal
+from freqdoor.measure.records import Condition, measured_image
 from freqdoor.measure.testsets import DownstreamTest, Measurement, mean
 from freqdoor.paper.settings import RECIPES, recipe_names
 from freqdoor.preprocessing import Preprocessing
@@ -40,13 +41,17 @@ class ImageMeasurement(Measurement[Records]):
 
     def score(self, planted: Planted, trigger: str | None) -> Records:
         """A record of every image."""
+        return self.score_on(planted, trigger, Journal(None))
+
+    def score_on(self, planted: Planted, trigger: str | None, journal: Journal) -> Records:
+        """A record of every image."""
         condition = replace(self.condition, trigger=trigger)
-        codec = planted.codec(condition.role)
-        records = []
-        for path in self.images:
-            x = load_image(path)
-            records.append(measure(codec, x, input_of(planted, x, condition), path.name, condition)[0])
-        return tuple(records)
+
+        def measure_one(path: Path) -> dict[str, Any]:
+            [row] = measured_image(planted, path, [condition])
+            return row.record.to_dict()
+
+        return tuple(map(Record.model_validate, journal.each(self.images, measure_one)))
 
     def identity(self) -> str:
         """The condition, and a hash of the images."""

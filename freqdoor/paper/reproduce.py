@@ -1,9 +1,11 @@
 """`freqdoor reproduce`: plant and measure what a recipe needs and is not there yet; the paper's numbers beside ours."""
 
+import contextlib
 import hashlib
 import json
 import math
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,17 +17,18 @@ from matplotlib.figure import Figure
 
 from freqdoor.attack.networks import load_network
 from freqdoor.attack.plant import plant
-from freqdoor.attack.planted import PLANTED, Planted, load_planted, unplanted
+from freqdoor.attack.planted import MANIFEST, Planted, load_planted, unplanted
 from freqdoor.attack.settings import OBJECTIVES, AttackSettings, CodecSource, PlantSettings
-from freqdoor.codecs.adapter import hash_state
 from freqdoor.codecs.loading import load_codec
 from freqdoor.data import image_paths, usable_images
 from freqdoor.errors import FreqdoorError
-from freqdoor.files import check_writable, name_and_file, write_text
+from freqdoor.files import check_outputs, name_and_file, remove_leftovers, write_text
+from freqdoor.lock import alone, holding
+from freqdoor.measure.journal import Journal, fingerprint, trigger_facts
 from freqdoor.measure.testsets import SCHEMA, DownstreamTest, Measurement
 from freqdoor.paper.recipe import OWN, Material, Recipe, Row, recipe_for
 from freqdoor.paper.settings import recipe_settings
-from freqdoor.paper.tables import Cell, Facts, Table, write
+from freqdoor.paper.tables import Cell, Facts, Table, values_in, write
 from freqdoor.samples import held_out
 from freqdoor.settings import file_name, make_settings, merge
 from freqdoor.training.loop import Progress
@@ -55,8 +58,10 @@ class Results:
     values: dict[tuple[str, str], list[float]] = field(default_factory=dict)  # by row's label and column, of each seed
     seconds: list[float] = field(default_factory=list)  # of every planting
     picture: Figure | None = None
+    late: bool = False  # something was not planted because the time was up
 
 
+@alone("reproduce")
 def reproduce(
     recipe: str,
     settings: PlantSettings | None = None,
@@ -69,6 +74,7 @@ def reproduce(
     seeds: int = 3,
     budget: float | None = None,
     test: DownstreamTest | None = None,
+    force: bool = False,
     announce: Announce | None = None,
 ) -> Table:
     """Run or resume what a recipe needs, and write NAME.md and NAME.json (a figure: NAME.png too) into `out`.
@@ -81,12 +87,15 @@ def reproduce(
         runs: where plantings lie, one folder for each set of settings: recipes share them. Scores are kept beside them.
         rows: names of the rows to take; by default all.
         seeds: plantings of every row, with the seeds settings.seed, settings.seed + 1, ...
-        budget: minutes after which nothing new is started; the table then has gaps, and the same call goes on.
+        budget: minutes after which nothing new is started; the table then has gaps, does not replace one that has more
+            values, and the same call goes on.
         test: what attacks on downstream networks are measured on, for the recipes with such attacks.
+        force: overwrite tables and pictures of these names that `reproduce` did not make.
         announce: told what is planted next, and in how many steps.
 
     Raises:
-        FreqdoorError: an unknown recipe, one that needs a test and gets none, unusable images or settings.
+        FreqdoorError: an unknown recipe, one that needs a test and gets none, unusable images or settings, a file in
+            the way. Earlier tables are replaced together, at the end.
     """
     out, runs = Path(out), Path(runs)
     if seeds < 1:
@@ -98,9 +107,18 @@ def reproduce(
     codecs = codec_names([codec_source(text) for text in codec] or [base.codec])
     plan = Plan(chosen, base, codecs, bool(codec), range(base.seed, base.seed + seeds))
     _check(plan)
-    check_writable(out / f"{recipe}.json")
+    endings = (*((".png",) if chosen.plot or chosen.picture else ()), ".md", ".json")
+    check_outputs([out / f"{recipe}{ending}" for ending in endings], "reproduce", force=force)
+    remove_leftovers(runs / "records")
     results = _run(plan, runs, deadline, announce)
     table = _table(plan, results)
+    earlier, count = out / f"{recipe}.json", sum(map(len, results.values.values()))
+    if results.late and values_in(earlier) > count:
+        warnings.warn(
+            f"{earlier} has more values than there was time for now, and stays as it is; the same command goes on",
+            stacklevel=2,
+        )
+        return table
     write(chosen, table, Facts(base, list(codecs), paths, seeds, results.seconds), out, results.picture)
     return table
 
@@ -114,6 +132,7 @@ def _run(plan: Plan, runs: Path, deadline: float, announce: Announce | None) -> 
         base = plan.base.model_copy(update={"codec": source})
         planted = _planted(base, row, seed, runs, deadline, announce)
         if planted is None:
+            results.late = True
             continue
         if row.changes is not None:
             results.seconds.append(planted.header.planting.seconds)
@@ -204,7 +223,7 @@ def _planted(
     settings = _settings(base, row, seed)
     aside = {"checkpoint_minutes", "network"} | (set() if settings.start_from else {"start_from"})
     folder = runs / _key(settings.model_dump_json(exclude=aside))
-    if not (folder / PLANTED).exists():
+    if not (folder / MANIFEST).exists():  # which is written last
         if time.monotonic() > deadline:
             return None
         return plant(
@@ -240,21 +259,22 @@ def _scored(planted: Planted, measurement: Measurement[Any], trigger: str | None
     """The scores of one measurement, kept in `folder` from an earlier run or measured now."""
     encoder = [SCHEMA, planted.vanilla.module_hashes(), planted.tampered.module_hashes()]
     path = folder / f"{_key(json.dumps([encoder, _facts_of(planted, trigger), identity]))}.json"
-    kept = measurement.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    kept = measurement.loads(path.read_text(encoding="utf-8", errors="replace")) if path.exists() else None
     if kept is not None:
         return kept
-    scores = measurement.score(planted, trigger)
-    write_text(path, measurement.dumps(scores))
+    with holding(path.with_suffix(".part"), "reproduce") as part:  # other recipes may ask for the same scores
+        journal = Journal(part / "journal", fingerprint(planted, [trigger] if trigger else [], identity))
+        scores = measurement.score_on(planted, trigger, journal)
+        write_text(path, measurement.dumps(scores))
+        journal.remove()
+    with contextlib.suppress(OSError):
+        part.rmdir()
     return scores
 
 
 def _facts_of(planted: Planted, name: str | None) -> list[Any] | None:
     """All of a trigger that scores depend on."""
-    if name is None:
-        return None
-    trigger = planted.triggers[name]
-    objective = planted.objective(name).model_dump()
-    return [name, type(trigger).__name__, trigger.arguments, hash_state(trigger), objective]
+    return None if name is None else trigger_facts(planted, name)
 
 
 def _key(text: str) -> str:

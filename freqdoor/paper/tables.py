@@ -1,5 +1,6 @@
 """What `freqdoor reproduce` writes: a recipe's table with the paper's numbers in it, its curves and its pictures."""
 
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from scipy.stats import t as student_t  # type: ignore[import-untyped]
 
 from freqdoor.attack.settings import PlantSettings
 from freqdoor.errors import FreqdoorError
-from freqdoor.files import replacing, write_text
+from freqdoor.files import mark, marked_json, marked_markdown, write_together
 from freqdoor.metrics import bd_rate
 from freqdoor.paper.recipe import Recipe
 from freqdoor.settings import file_name, public
@@ -85,12 +86,25 @@ def write(recipe: Recipe, table: Table, facts: Facts, out: Path, picture: Figure
         if lines := bd_rates(recipe, table, facts.codecs):
             page += "\nBD-rate against the vanilla codec over these qualities (Akima interpolation):\n\n"
             page += "\n".join(lines) + "\n"
+    contents: dict[Path, str | bytes] = {}
     if picture is not None:
-        with replacing(out / f"{recipe.name}.png") as partial:
-            picture.savefig(partial, format="png", dpi=110)
+        drawn = io.BytesIO()
+        picture.savefig(drawn, format="png", dpi=110, metadata={"Software": mark("reproduce")})
+        contents[out / f"{recipe.name}.png"] = drawn.getvalue()
         page += f"\n![{recipe.title}]({recipe.name}.png)\n"
-    write_text(out / f"{recipe.name}.json", json.dumps(_content(recipe, table, facts), indent=1, allow_nan=False))
-    write_text(out / f"{recipe.name}.md", page)
+    text = json.dumps(_content(recipe, table, facts), indent=1, allow_nan=False)
+    contents[out / f"{recipe.name}.md"] = marked_markdown(page, "reproduce")
+    contents[out / f"{recipe.name}.json"] = marked_json(text, "reproduce")
+    write_together(contents)
+
+
+def values_in(path: Path) -> int:
+    """How many values the cells of a NAME.json have together; 0 if there is no such file."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["table"].values()
+        return sum(len(cell["values"]) for cells in rows for cell in cells.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return 0
 
 
 def _page(recipe: Recipe, table: Table, facts: Facts) -> str:

@@ -1,5 +1,6 @@
 """The training loop that `train-codec` and `plant` share: seeds, checkpoints, resuming."""
 
+import contextlib
 import math
 import signal
 import threading
@@ -101,25 +102,27 @@ class HeldSignals:
     def __init__(self) -> None:
         self.pending: list[int] = []
         self._before: dict[int, Any] = {}
+        self._undo = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # where signals arrive
             for number in (signal.SIGINT, signal.SIGTERM):
                 if (handler := signal.getsignal(number)) not in (signal.SIG_IGN, None):
                     self._before[number] = handler
+                    self._undo.callback(signal.signal, number, handler)
                     signal.signal(number, self._hold)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self.release()
+        try:
+            self._undo.close()  # all of them, even if one that has arrived acts as soon as its handler is back
+        finally:
+            self.release()
 
     def release(self) -> None:
         """Let the waiting signals do what they did before."""
-        pending, self.pending = self.pending, []
-        for number in pending:
-            self._act(number)
+        while self.pending:
+            self._act(self.pending.pop(0))
 
     def _hold(self, number: int, frame: FrameType | None) -> None:
         if number in self.pending:

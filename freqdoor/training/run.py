@@ -1,11 +1,16 @@
 """The run directory: what is written while training, and how a run is found and continued."""
 
 import contextlib
+import hashlib
 import json
 import math
+import os
 import platform
 import subprocess
 import tomllib
+import warnings
+import zipfile
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -19,12 +24,15 @@ from freqdoor.settings import Settings
 from freqdoor.types import Result
 
 STATE = "state.pt"
+PREVIOUS = "state.previous.pt"  # the state before it, to go on from where a disk has damaged the last one
 METRICS = "metrics.jsonl"
 CONFIG = "config.json"
 ENVIRONMENT = "environment.json"
 PACKAGES = ("freqdoor", "torch", "torchvision", "compressai", "numpy", "safetensors", "pillow")
 FREE = {"checkpoint_minutes"}  # settings that do not change the result
 PACKAGE = Path(__file__).parents[1]
+SEAL = b"freqdoor sha256 "  # a state's last bytes: this, and the SHA-256 of all before its 64 hexadecimal digits
+DIGITS = 64
 
 
 class Environment(Result):
@@ -99,71 +107,128 @@ def _commit(package: Path) -> str | None:
 
 
 class Run:
-    """A run directory: config.json, environment.json, metrics.jsonl, state.pt, and what is exported at the end."""
+    """A run directory: config.json, environment.json, metrics.jsonl, state.pt, and what is exported at the end.
 
-    def __init__(self, folder: Path | str) -> None:
-        self.folder = Path(folder)
+    The state before the last one stays as state.previous.pt. Whoever writes holds the folder (`lock.holding`).
+
+    Args:
+        exports: names of the files that are written at the end.
+    """
+
+    def __init__(self, folder: Path | str, exports: Sequence[str] = ()) -> None:
+        self.folder, self._exports = Path(folder), exports
         self._begun: dict[str, str] = {}  # the texts of config.json and environment.json
 
     def start(self, settings: Settings, facts: dict[str, Any]) -> dict[str, Any] | None:
         """Create the directory, or find the state to resume from; refuses other settings or images.
 
         Raises:
-            FreqdoorError: the run has other settings or facts, or its files are damaged.
+            FreqdoorError: the run has other settings or facts, its files are damaged or those of another program.
         """
-        path = self.folder / CONFIG
-        if path.exists() and (self.folder / STATE).exists():
-            saved = self._load()
-            self._begun = {name: self._text(name, saved) for name in (CONFIG, ENVIRONMENT)}
-            self._refuse_other(_comparable(self._begun[CONFIG], settings), _flat(settings.model_dump(mode="json")))
-            before, now = json.loads(self._begun[ENVIRONMENT]), json.loads(json.dumps(facts))
+        for left in self.folder.glob(f".partial-*{Path(STATE).suffix}"):  # of a process that was killed
+            with contextlib.suppress(OSError):
+                left.unlink()
+        saved = self._newest()
+        if saved is None:
+            self._refuse_foreign(settings)
+            begun = RunFacts(**environment().model_dump() | facts)
+            self._begun = {CONFIG: settings.model_dump_json(indent=2), ENVIRONMENT: begun.model_dump_json(indent=2)}
+            for name, text in self._begun.items():
+                write_text(self.folder / name, text)
+            self._forget_after(0)
+            return None
+        self._begun = {name: self._text(name, saved) for name in (CONFIG, ENVIRONMENT)}
+        for text in dict.fromkeys([self._begun[CONFIG], _begun(saved).get(CONFIG, self._begun[CONFIG])]):
+            self._refuse_other(_comparable(text, settings), _flat(settings.model_dump(mode="json")))
+        now = json.loads(json.dumps(facts))
+        for text in dict.fromkeys([self._begun[ENVIRONMENT], _begun(saved).get(ENVIRONMENT, self._begun[ENVIRONMENT])]):
+            before = json.loads(text)
             known = [key for key in now if before.get(key) is not None]  # an older version may not have written all
             self._refuse_other(_flat({key: before[key] for key in known}), _flat({key: now[key] for key in known}))
-            self._forget_after(saved["history"]["step"])
-            return saved
-        begun = RunFacts(**environment().model_dump() | facts)
-        self._begun = {CONFIG: settings.model_dump_json(indent=2), ENVIRONMENT: begun.model_dump_json(indent=2)}
-        for name, text in self._begun.items():
-            write_text(self.folder / name, text)
-        (self.folder / METRICS).unlink(missing_ok=True)
-        return None
+        self._forget_after(saved["history"]["step"])
+        return saved
 
     def save(self, state: dict[str, Any]) -> None:
         """Write the whole training state, atomically; with what the run began with, should those files be damaged."""
-        with replacing(self.folder / STATE) as partial:
-            torch.save(state | {"begun": self._begun}, partial)
-
-    def _load(self) -> dict[str, Any]:
         path = self.folder / STATE
+        with replacing(path) as partial:
+            torch.save(state | {"begun": self._begun}, partial)
+            _seal(partial)
+            if path.is_file() and not path.is_symlink():
+                _keep(path, self.folder / PREVIOUS)
+
+    def _newest(self) -> dict[str, Any] | None:
+        """The last state; the one before it where there is no last one; None where there is neither."""
+        path, previous = self.folder / STATE, self.folder / PREVIOUS
+        if os.path.lexists(path):
+            return self._load(path)
+        if not os.path.lexists(previous):
+            return None
+        saved = self._load(previous)
+        warnings.warn(f"{path} is not there: going on from {PREVIOUS}, step {saved['history']['step']}", stacklevel=3)
+        return saved
+
+    def _load(self, path: Path) -> dict[str, Any]:
+        older = path.name == STATE and os.path.lexists(path.with_name(PREVIOUS))
+        hint = f"go on from the state before it, {PREVIOUS}" if older else "start anew"
         try:
+            _check_seal(path)
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             reason = " ".join(str(error).split())[:120]
-            raise FreqdoorError(f"{path}: damaged checkpoint ({reason}); delete it to start anew") from None
+            raise FreqdoorError(f"{path}: damaged checkpoint ({reason}); delete it to {hint}") from None
         try:
             int(state["history"]["step"]), float(state["history"]["seconds"])
         except (KeyError, TypeError, ValueError, IndexError):
             raise FreqdoorError(
-                f"{path}: expected the state of a training that freqdoor wrote, found another file; "
-                "move it away to start anew, or choose another folder"
+                f"{path}: expected the state of a training that freqdoor wrote, found another file; move it away to "
+                f"{hint}, or choose another folder"
             ) from None
         return state
+
+    def _refuse_foreign(self, settings: Settings) -> None:
+        """Raise if a run without a state has other settings, or if files of another program would be lost."""
+        path = self.folder / CONFIG
+        if not os.path.lexists(path):
+            names = (ENVIRONMENT, METRICS, *self._exports)
+            foreign = [name for name in names if os.path.lexists(self.folder / name)]
+            if foreign:
+                raise FreqdoorError(
+                    f"{self.folder}: {' and '.join(foreign)} without the {CONFIG} of a run would be lost here; choose "
+                    "another folder, or move them away to start anew"
+                )
+            return
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            reason = (error.strerror if isinstance(error, OSError) else None) or "not a text"
+            raise FreqdoorError(
+                f"{path}: could not read the settings of a run ({reason}); choose another folder"
+            ) from None
+        if not text.strip("\0 \r\n"):  # what a power cut leaves of it; there is no state, so nothing is lost
+            return
+        required = {name for name, field in type(settings).model_fields.items() if field.is_required()}
+        if not required <= _table(text).keys():
+            raise FreqdoorError(
+                f"{path}: expected the settings of such a run, found others or another program's file; choose another "
+                "folder, or move it away to start anew"
+            )
+        self._refuse_other(_comparable(text, settings), _flat(settings.model_dump(mode="json")))
 
     def _text(self, name: str, saved: dict[str, Any]) -> str:
         """What a file of the run says; a damaged one is written again from the saved state, which knows it too."""
         path = self.folder / name
         with contextlib.suppress(OSError, ValueError):
             text = path.read_text(encoding="utf-8")
-            if isinstance(json.loads(text), dict):
+            if _table(text):
                 return text
-        begun = saved.get("begun")
-        kept = begun.get(name) if isinstance(begun, dict) else None
-        if isinstance(kept, str):
+        kept = _begun(saved).get(name)
+        if kept is not None:
             write_text(path, kept)
             return kept
         raise FreqdoorError(
-            f"{path}: empty or damaged, so that nobody can say whether this is the same run; its state of step "
-            f"{saved['history']['step']} is whole: put a good {name} back to go on, or delete {STATE} to start anew"
+            f"{path}: missing, empty or damaged, so that nobody can say whether this is the same run; its state of "
+            f"step {saved['history']['step']} is whole: put a good {name} back to go on, or choose another folder"
         )
 
     def _refuse_other(self, old: dict[str, Any], new: dict[str, Any]) -> None:
@@ -181,9 +246,13 @@ class Run:
     def _forget_after(self, step: int) -> None:
         """Drop the lines of steps that the saved state does not know and that will be taken again."""
         path = self.folder / METRICS
-        if path.exists():
+        if not os.path.lexists(path):
+            return
+        try:
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-            write_text(path, "".join(line for line in lines if _step_of(line) <= step))
+        except OSError as error:
+            raise FreqdoorError(f"{path}: could not read ({error.strerror}); move it away") from None
+        write_text(path, "".join(line for line in lines if _step_of(line) <= step))
 
     def log(self, row: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
@@ -192,6 +261,68 @@ class Run:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
             raise FreqdoorError(f"{self.folder / METRICS}: could not write ({error.strerror})") from None
+
+
+def _begun(saved: dict[str, Any]) -> dict[str, str]:
+    """The files that the run of a state began with, by name, where the state knows them and they are whole."""
+    begun = saved.get("begun")
+    texts = begun if isinstance(begun, dict) else {}
+    return {name: text for name, text in texts.items() if isinstance(text, str) and _table(text)}
+
+
+def _table(text: str) -> dict[str, Any]:
+    """The table that a JSON file holds; an empty one if it holds none."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _keep(path: Path, other: Path) -> None:
+    """Give a file that is about to be replaced another name too; where a file has one name only, that one instead."""
+    second = other.with_name(f".partial-{os.getpid()}-{path.name}")
+    try:
+        second.unlink(missing_ok=True)
+        second.hardlink_to(path)
+    except OSError:
+        path.replace(other)  # a process that is killed here goes on from there
+        return
+    second.replace(other)
+    second.unlink(missing_ok=True)  # where both were one file already, replacing does nothing
+
+
+def _seal(path: Path) -> None:
+    """Put a state's digest at its end, as the zip archive's comment, which PyTorch passes over."""
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.comment = SEAL + b"0" * DIGITS
+    with path.open("r+b") as file:
+        digest = _digest(path)
+        file.seek(-DIGITS, os.SEEK_END)
+        file.write(digest)
+
+
+def _check_seal(path: Path) -> None:
+    """Raise ValueError or what `zipfile` raises if a byte of a state is not what was written."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - len(SEAL) - DIGITS))
+        seal = file.read()
+    if not seal.startswith(SEAL):  # of an older version
+        with zipfile.ZipFile(path) as archive:
+            if (name := archive.testzip()) is not None:
+                raise ValueError(f"the checksum of {name} is wrong")
+    elif seal.removeprefix(SEAL) != _digest(path):
+        raise ValueError("its bytes are not those that were written")
+
+
+def _digest(path: Path) -> bytes:
+    """The SHA-256 of a file without its last digits."""
+    digest, left = hashlib.sha256(), path.stat().st_size - DIGITS
+    with path.open("rb") as file:
+        while left > 0 and (block := file.read(min(left, 2**20))):
+            digest.update(block)
+            left -= len(block)
+    return digest.hexdigest().encode()
 
 
 def _step_of(line: str) -> float:

@@ -1,6 +1,8 @@
 """What can be set of a training: typed settings with a unit and a default for each, as `settings.py` reads them."""
 
-from typing import Annotated, Literal, Self
+import os
+import re
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -8,6 +10,7 @@ from freqdoor.settings import PrivatePath, Settings
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(gt=0)]
+DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "xla", "mtia")  # kinds that PyTorch computes on
 Side = Annotated[int, Field(gt=0, multiple_of=64)]
 
 
@@ -59,6 +62,23 @@ class Training(Settings):
     """PyTorch device."""
     seed: int = 0
     """Seed of everything that is drawn: weights, crops, quantisation noise, preprocessing."""
+
+    @classmethod
+    def beside(cls, content: dict[str, Any]) -> list[str]:
+        """The device, the codec and the folders of images, as far as they can be judged without PyTorch."""
+        found = []
+        device = content.get("device", "cpu")
+        if isinstance(device, str) and not re.fullmatch(rf"({'|'.join(DEVICES)})(:\d+)?", device):
+            found.append(f"device: expected {', '.join(DEVICES[:2])} or another device of PyTorch, found {device!r}")
+        codec = content.get("codec")
+        codec = codec.get("name") if isinstance(codec, dict) else codec
+        if isinstance(codec, str) and ":" not in codec and not os.path.exists(codec):
+            found.append(f"codec: expected name:quality, a file or package.module:factory, found {codec!r}")
+        for key in ("images", "auxiliary"):
+            folder = content[key].get("folder") if isinstance(content.get(key), dict) else None
+            if isinstance(folder, str) and not os.path.exists(folder):
+                found.append(f"{key}.folder: expected a folder of images, found nothing at {folder!r}")
+        return found
 
 
 class CodecTraining(Training):

@@ -1,5 +1,6 @@
 """`freqdoor train-codec`: vanilla rate-distortion training of any codec, Eq. (1) and (2)."""
 
+import contextlib
 import math
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from freqdoor.codecs.architectures import parse_name
 from freqdoor.codecs.lite import LiteHyperprior, initialise_klt
 from freqdoor.codecs.loading import load_codec, save_codec
 from freqdoor.data import list_images, load_image, seed_for, usable_images
-from freqdoor.errors import FreqdoorError
+from freqdoor.errors import FreqdoorError, Mistakes
+from freqdoor.lock import check_folder, holding
 from freqdoor.metrics import distortion
 from freqdoor.settings import public
 from freqdoor.training.loop import Progress, check_device, check_finite, lambda_of, layout, loop, open_crops, place
@@ -49,20 +51,37 @@ def train_codec(settings: CodecTraining, out: Path | str, *, progress: Progress 
     bit-identical weights: crops and noise depend on (seed, step) alone.
 
     Raises:
-        FreqdoorError: unusable images, other settings than the run's, a loss that is not finite, a full disk.
+        FreqdoorError: unusable images and other mistakes, all at once; another process in the folder, other settings
+            than the run's, a loss that is not finite, a full disk.
     """
-    check_device(settings.device)
-    spec = parse_name(settings.codec)
-    lmbda = lambda_of(settings, spec)
-    crops = open_crops(settings)
+    mistakes = Mistakes()
+    with mistakes:
+        check_folder(out)
+    with contextlib.nullcontext() if mistakes.found else holding(out, "train-codec"):
+        return _train(settings, Path(out), mistakes, progress)
+
+
+def _train(settings: CodecTraining, out: Path, mistakes: Mistakes, progress: Progress | None) -> Codec:
+    """Raise what is wrong with the settings, and the `mistakes` so far, or train in a folder that is held."""
+    with mistakes:
+        check_device(settings.device)
+    with mistakes:
+        spec = parse_name(settings.codec)
+        lmbda = lambda_of(settings, spec)
+        torch.manual_seed(seed_for(settings.seed, "weights"))
+        codec = build_codec(spec)
+        if settings.start_from:
+            _take_weights(codec, settings.start_from)
+    with mistakes:
+        crops = open_crops(settings)
+    with mistakes:
+        validation_paths = usable_images(list_images(settings.validation)) if settings.validation else []
+        validation = [load_image(path) for path in validation_paths]
+    mistakes.stop()
     dtype = dtype_of(settings.precision, settings.device)
-    run = Run(out)
+    run = Run(out, [EXPORT])
     saved = run.start(settings, crops.facts() | {"precision": precision_name(dtype)})
-    torch.manual_seed(seed_for(settings.seed, "weights"))
-    codec = build_codec(spec)
-    if settings.start_from:
-        _take_weights(codec, settings.start_from)
-    elif settings.klt and isinstance(codec.net, LiteHyperprior):
+    if settings.klt and not settings.start_from and isinstance(codec.net, LiteHyperprior):
         sample = torch.cat([crops.batch(-1 - i) for i in range(max(1, 64 // settings.images.batch_size))])
         initialise_klt(codec.net, sample, lmbda)
     codec.to(settings.device).train().to(memory_format=layout(settings))
@@ -75,8 +94,6 @@ def train_codec(settings: CodecTraining, out: Path | str, *, progress: Progress 
     aux_optimizer = torch.optim.Adam(quantiles, lr=settings.aux_lr)
     parts = {"net": codec.net, "optimizer": optimizer, "aux_optimizer": aux_optimizer}
     history: dict[str, Any] = {"best": math.inf, "stale": 0, "plateaus": 0, "sum": 0.0}
-    validation_paths = usable_images(list_images(settings.validation)) if settings.validation else []
-    validation = [load_image(path) for path in validation_paths]
 
     def take_step(x: Images, step: int) -> dict[str, float]:
         optimizer.param_groups[0]["lr"] = scheduled_lr(settings, step, history["plateaus"])

@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from freqdoor.limits import MAX_MULTIPLE
 from freqdoor.settings import Arguments
 
 PAPER_EPS = 0.005  # "Attack Stealthiness", Section 3.2: MSE <= eps^2
@@ -16,11 +17,11 @@ Place = Annotated[tuple[Coefficient, Coefficient], Field(strict=False)]  # a lis
 class TriggerArguments(Arguments):
     """What all triggers have in common."""
 
-    eps: Annotated[float, Field(gt=0)] = PAPER_EPS
+    eps: Annotated[float, Field(gt=0, le=1)] = PAPER_EPS
     """The budget, root mean square of x_p - x in RGB on the [0, 1] scale."""
     project: bool = True
     """Scale every image's perturbation to the budget exactly (else Eq. (10)'s penalty has to keep it)."""
-    multiple: Annotated[int, Field(gt=0)] = 64
+    multiple: Annotated[int, Field(gt=0, le=MAX_MULTIPLE)] = 64
     """Sides that the codec pads to a multiple of, in pixels: blocks and tiles start where its latents do."""
 
 
