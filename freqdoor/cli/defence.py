@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 import freqdoor
-from freqdoor.cli.options import Out, Overrides, Weights, load_torch, verb
+from freqdoor.cli.options import Force, Out, Overrides, Weights, load_torch, verb
 from freqdoor.cli.terminal import note, say
 from freqdoor.samples import KODAK
 from freqdoor.settings import load_settings
@@ -39,6 +39,7 @@ def audit(
     out: Annotated[Path | None, typer.Option(help="Folder for audit.html, audit.json and the witnesses.")] = None,
     calibration: Annotated[Path | None, typer.Option(help="What honest encoders score, of calibrate-audit.")] = None,
     seed: Annotated[int, typer.Option(help="Of the patterns' beginnings.")] = 0,
+    force: Force = False,
 ) -> None:
     """Does this encoder carry a backdoor? Exit code 0 clean, 1 tampered, 2 undecided."""
     load_torch()
@@ -51,6 +52,7 @@ def audit(
         out=out,
         calibration=calibration,
         seed=seed,
+        force=force,
         note=note,
     )
     for row in result.checks:
@@ -66,10 +68,11 @@ def calibrate_audit(
     fleets: Annotated[list[Path], typer.Argument(help="Folders that `freqdoor fleet` wrote.")],
     out: Annotated[Path, typer.Option(help="JSON file to write.")],
     jobs: Annotated[int, typer.Option(help="Members scored side by side, one thread each.")] = 1,
+    force: Force = False,
 ) -> None:
     """Measure what honest encoders score, for `freqdoor audit --calibration`."""
     load_torch()
-    calibration = freqdoor.calibrate_audit(fleets, out, jobs=jobs, note=note)
+    calibration = freqdoor.calibrate_audit(fleets, out, jobs=jobs, force=force, note=note)
     for population in calibration.populations:
         say(f"{population.architecture}: {len(population.members)} honest encoders")
     say(f"Calibration: {out}")

@@ -8,10 +8,10 @@ from typing import Literal
 
 from freqdoor.codecs.adapter import Codec
 from freqdoor.codecs.loading import load_codec
-from freqdoor.data import image_paths, save_image, usable_images
+from freqdoor.data import encoded, image_paths, usable_images
 from freqdoor.defence.calibration import Calibration, combined, read, shipped
 from freqdoor.defence.checks import CHECKS, FAST, PICTURES, SIDE, Finding, Response, Subject, Witness, crops
-from freqdoor.files import check_writable, write_text
+from freqdoor.files import check_outputs, marked_json, write_together
 from freqdoor.measure.records import Note
 from freqdoor.measure.report import photo, render
 from freqdoor.samples import KODAK
@@ -78,6 +78,7 @@ def audit(
     out: Path | str | None = None,
     calibration: Calibration | Path | str | None = None,
     seed: int = 0,
+    force: bool = False,
     note: Note | None = None,
 ) -> Audit:
     """Look for a backdoor in a codec's encoder; with `out` write audit.json, audit.html and the witnesses' pictures.
@@ -88,6 +89,7 @@ def audit(
         images: what patterns are made on; by default the bundled Kodak pictures.
         fast: only the checks that find most, and no more once there is a witness.
         calibration: of honest encoders; by default the one that comes with the package.
+        force: overwrite files of these names that `audit` did not make.
 
     Raises:
         FreqdoorError: a codec or images that cannot be used, or an unwritable folder.
@@ -97,7 +99,7 @@ def audit(
     known = load_codec(reference) if isinstance(reference, str) else reference
     paths = usable_images(image_paths(images), min_side=SIDE)
     if out is not None:
-        check_writable(Path(out) / RESULT)
+        check_outputs([Path(out) / RESULT, Path(out) / PAGE], "audit", force=force)
     population = read(calibration) if isinstance(calibration, Path | str) else calibration or shipped()
     subject = Subject(codec.prepare(), crops(paths, SIDE, PICTURES), known, seed)
     findings: dict[str, tuple[Finding, float]] = {}
@@ -183,10 +185,12 @@ def _verdict(witnessed: bool, p: float | None, calibrated: bool) -> tuple[Verdic
 
 
 def _write(out: Path, result: Audit, shown: Sequence[tuple[str, Witness]]) -> None:
+    contents: dict[Path, str | bytes] = {}
     pictures = []
     for seen, (_, witness) in zip(result.witnesses, shown, strict=True):
-        save_image(out / seen.clean, witness.x)
-        save_image(out / seen.patterned, witness.x_p)
+        contents[out / seen.clean] = encoded(out / seen.clean, witness.x, "audit")
+        contents[out / seen.patterned] = encoded(out / seen.patterned, witness.x_p, "audit")
         pictures.append((seen, photo(witness.x), photo(witness.x_p)))
-    write_text(out / PAGE, render("audit.html", result=result, pictures=pictures))
-    write_text(out / RESULT, result.model_dump_json(indent=1))
+    contents[out / PAGE] = render("audit.html", result=result, pictures=pictures)
+    contents[out / RESULT] = marked_json(result.model_dump_json(indent=1), "audit")
+    write_together(contents)

@@ -14,7 +14,7 @@ from freqdoor.codecs.loading import load_codec
 from freqdoor.defence.checks import CHECKS, PICTURES, SIDE, Subject, crops
 from freqdoor.defence.fleet import MANIFEST, Manifest, MemberFacts, on_one_thread
 from freqdoor.errors import FreqdoorError
-from freqdoor.files import check_writable, write_text
+from freqdoor.files import check_outputs, marked_json, write_text
 from freqdoor.measure.records import Note
 from freqdoor.samples import ASSETS, pictures
 from freqdoor.types import Result
@@ -109,7 +109,7 @@ def read(path: Path | str) -> Calibration:
 
 
 def calibrate_audit(
-    fleets: Sequence[Path | str], out: Path | str, *, jobs: int = 1, note: Note | None = None
+    fleets: Sequence[Path | str], out: Path | str, *, jobs: int = 1, force: bool = False, note: Note | None = None
 ) -> Calibration:
     """Score every second honest member of fleets, and write what `audit` compares with; the others are for judging it.
 
@@ -118,12 +118,13 @@ def calibrate_audit(
     Args:
         fleets: folders that `fleet` wrote.
         jobs: members scored side by side, one thread each.
+        force: overwrite a file that `calibrate-audit` did not make.
 
     Raises:
         FreqdoorError: no fleet, or too few honest members in all of them.
     """
     populations: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
-    check_writable(Path(out))
+    check_outputs([Path(out)], "calibrate-audit", force=force)
     for folder in map(Path, fleets):
         for member, row in scores_of_fleet(folder, half=0, tampered=False, jobs=jobs, note=note).values():
             populations.setdefault(member.architecture, {})[f"{folder.name}/{member.name}"] = row
@@ -135,7 +136,7 @@ def calibrate_audit(
     )
     if sum(len(p.scores) for p in calibration.populations) < LEAST:
         raise FreqdoorError(f"{', '.join(map(str, fleets))}: expected {2 * LEAST} honest members or more")
-    write_text(Path(out), calibration.model_dump_json(indent=1))
+    write_text(Path(out), marked_json(calibration.model_dump_json(indent=1), "calibrate-audit"))
     return calibration
 
 

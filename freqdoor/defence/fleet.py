@@ -20,7 +20,8 @@ from freqdoor.codecs.loading import load_codec, save_codec
 from freqdoor.data import load_image, seed_for
 from freqdoor.defence.settings import Alteration, FleetSettings, Member
 from freqdoor.errors import FreqdoorError
-from freqdoor.files import check_writable, write_text
+from freqdoor.files import check_outputs, marked_json, write_text
+from freqdoor.lock import alone
 from freqdoor.measure.records import Note, poisoned, through
 from freqdoor.metrics import bpp_of_bytes, psnr_8bit
 from freqdoor.samples import held_out
@@ -78,6 +79,7 @@ class _Task(NamedTuple):
     made_with: str
 
 
+@alone("fleet")
 def fleet(
     settings: FleetSettings, out: Path | str, *, jobs: int = 1, only: Sequence[str] = (), note: Note | None = None
 ) -> Manifest:
@@ -98,7 +100,7 @@ def fleet(
     names = [member.name for member in settings.members]
     if unknown := set(only) - set(names):
         raise FreqdoorError(f"only: expected some of {', '.join(names)}, found {', '.join(sorted(unknown))}")
-    check_writable(out / MANIFEST)
+    check_outputs([out / MANIFEST], "fleet")
     tasks = {member.name: _task(settings, member, out) for member in settings.members}
     wanted = _with_bases(settings, only or names)
     done = {name: facts for name in names if (facts := _made(tasks[name])) is not None}
@@ -128,7 +130,7 @@ def summary_of(facts: MemberFacts) -> str:
 
 def _write(out: Path, names: Sequence[str], done: dict[str, MemberFacts]) -> Manifest:
     manifest = Manifest(members=tuple(done[name] for name in names if name in done))
-    write_text(out / MANIFEST, manifest.model_dump_json(indent=1))
+    write_text(out / MANIFEST, marked_json(manifest.model_dump_json(indent=1), "fleet"))
     return manifest
 
 
