@@ -297,8 +297,10 @@ def _asked_again(partial: Path) -> int | None:
 
 def refuse_overwriting(source: Path, target: Path) -> None:
     """Raise if writing `target` would destroy `source`."""
-    same = os.path.realpath(source) == os.path.realpath(target)
-    with contextlib.suppress(OSError):  # a folder that ignores case, or a second name of one file
+    same = False
+    with contextlib.suppress(OSError, ValueError):  # ValueError: a name with a zero byte, which nothing has
+        same = os.path.realpath(source) == os.path.realpath(target)
+    with contextlib.suppress(OSError, ValueError):  # a folder that ignores case, or a second name of one file
         same = same or os.path.samefile(source, target)
     if same:
         raise FreqdoorError(f"{target}: this would overwrite the original; choose another place to write to")
