@@ -5,14 +5,17 @@ as in a trained codec; the bundled codec has its own. Every picture is written b
 numbers of threads differ, both ways round. A file counts as good where the two pictures differ by at most one of 255
 levels. With `--control` all parts of a network run on as many threads as there are, as in CompressAI; what cannot be
 decoded then is counted as bad. Context models take seconds a picture, so that theirs are crops from the centre.
+`--price` measures what it costs: compress and decompress with all threads, the two ways in turn, in one process.
 
     python benchmarks/threads.py --out threads.json
+    python benchmarks/threads.py --price --only bmshj2018-hyperprior
 """
 
 import argparse
 import json
 import os
 import pickle
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -97,6 +100,30 @@ def work(role: str, architecture: str, pictures: int, folder: Path, control: boo
     print(json.dumps({"bad": bad, "seconds": time.perf_counter() - started, "threads": torch.get_num_threads()}))
 
 
+def price(architecture: str, pictures: int) -> None:
+    """Print what compress and decompress take with one thread for all but g_a and g_s, in what they take without."""
+    codec = network(architecture)
+    ratios: dict[str, list[float]] = {"compress": [], "decompress": []}
+    for path in sorted(KODAK.glob("*.png"))[:pictures]:
+        x = picture(path, architecture)
+        seconds: dict[tuple[str, bool], float] = {}
+        for control in (True, False, False, True):
+            codec._transforms.__dict__.pop("others_on_one_thread", None)
+            if control:
+                codec._transforms.others_on_one_thread = nullcontext
+            started = time.perf_counter()
+            [bitstream] = codec.compress(x)
+            between = time.perf_counter()
+            codec.decompress(bitstream)
+            ended = time.perf_counter()
+            for work, spent in (("compress", between - started), ("decompress", ended - between)):
+                seconds[work, control] = seconds.get((work, control), 0.0) + spent
+        for work, each in ratios.items():
+            each.append(seconds[work, False] / seconds[work, True])
+    shown = ", ".join(f"{work} {statistics.median(each):.3f}" for work, each in ratios.items())
+    print(f"{architecture}, {torch.get_num_threads()} threads, {pictures} pictures, median ratio of times: {shown}")
+
+
 def process(role: str, threads: int, arguments: argparse.Namespace, architecture: str, folder: str) -> dict[str, Any]:
     command = [sys.executable, "-W", "ignore", __file__, "--role", role, "--only", architecture, "--folder", folder]
     command += ["--pictures", str(arguments.pictures), *(["--control"] if arguments.control else [])]
@@ -112,12 +139,16 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=24)
     parser.add_argument("--only", choices=ARCHITECTURES, help="one architecture")
     parser.add_argument("--control", action="store_true", help="let all parts run on all threads")
+    parser.add_argument("--price", action="store_true", help="measure what one thread costs")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--role", choices=("write", "read"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.role:
         work(arguments.role, arguments.only, arguments.pictures, arguments.folder, arguments.control)
+        return
+    if arguments.price:
+        price(arguments.only or "lite-hyperprior", arguments.pictures)
         return
     rows = {}
     for architecture in [arguments.only] if arguments.only else ARCHITECTURES:

@@ -36,6 +36,8 @@ def _at_work(frame: FrameType | None) -> bool:
 
 def _leave(stop: KeyboardInterrupt) -> NoReturn:
     """End the process with one sentence, whatever is on the stack."""
+    if lock := sys.modules.get("freqdoor.lock"):
+        lock.let_go()
     os.write(2, (SHOW_CURSOR if os.isatty(2) else b"") + f"freqdoor: {STOPPED}\n".encode())
     os._exit(stop_code(stop))
 
@@ -61,6 +63,9 @@ def main() -> None:
         run()
     except KeyboardInterrupt as stop:
         _leave(stop)
+    finally:  # what there was to do is done, and said: a stop while Python ends would only hide it
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
 
 
 if __name__ == "__main__":

@@ -71,9 +71,7 @@ def write_together(contents: Mapping[Path, str | bytes]) -> None:
 def _replacing(paths: Sequence[Path | str]) -> Iterator[list[Path]]:
     """As `replacing`, several files at once."""
     targets = [_target(Path(path)) for path in paths]
-    partials = [
-        target.with_name(f"{_left_by(os.getpid())}{secrets.token_hex(4)}{target.suffix[-16:]}") for target in targets
-    ]
+    partials = [unfinished(target) for target in targets]
     try:
         modes = []
         for target, partial in zip(targets, partials, strict=True):
@@ -116,7 +114,7 @@ def _take_places(partials: Sequence[Path], targets: Sequence[Path]) -> None:
     with contextlib.ExitStack() as spare, contextlib.ExitStack() as back:
         for partial, target in zip(partials, targets, strict=True):
             if len(targets) > 1:
-                kept = partial.with_name(f"{_left_by(os.getpid())}{secrets.token_hex(4)}")
+                kept = unfinished(partial)
                 spare.callback(kept.unlink, missing_ok=True)
                 if target.exists():
                     with contextlib.suppress(OSError):  # a file system without hard links
@@ -126,6 +124,11 @@ def _take_places(partials: Sequence[Path], targets: Sequence[Path]) -> None:
                     back.callback(target.unlink, missing_ok=True)
             partial.replace(target)
         back.pop_all()
+
+
+def unfinished(target: Path) -> Path:
+    """Another name beside a file, for what is to become it: `remove_leftovers` knows it by it."""
+    return target.with_name(f"{_left_by(os.getpid())}{secrets.token_hex(4)}{target.suffix[-16:]}")
 
 
 def _left_by(process: int) -> str:
@@ -294,8 +297,10 @@ def _asked_again(partial: Path) -> int | None:
 
 def refuse_overwriting(source: Path, target: Path) -> None:
     """Raise if writing `target` would destroy `source`."""
-    same = os.path.realpath(source) == os.path.realpath(target)
-    with contextlib.suppress(OSError):  # a folder that ignores case, or a second name of one file
+    same = False
+    with contextlib.suppress(OSError, ValueError):  # ValueError: a name with a zero byte, which nothing has
+        same = os.path.realpath(source) == os.path.realpath(target)
+    with contextlib.suppress(OSError, ValueError):  # a folder that ignores case, or a second name of one file
         same = same or os.path.samefile(source, target)
     if same:
         raise FreqdoorError(f"{target}: this would overwrite the original; choose another place to write to")
@@ -326,6 +331,8 @@ def read_text(path: Path | str, what: str = "this text") -> str:
     Raises:
         FreqdoorError: an unreadable file, or one that is no text.
     """
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise FreqdoorError(f"{path}: could not read {what} (a device or a pipe, which may never end)")
     if os.path.isfile(path) and (size := os.path.getsize(path)) > LONGEST_TEXT:
         raise FreqdoorError(
             f"{path}: could not read {what} (expected at most {size_text(LONGEST_TEXT)}, found {size_text(size)})"

@@ -40,6 +40,13 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_let_go_after_fork)
 
 
+def let_go() -> None:
+    """Remove the lock files of a process that is about to end at once."""
+    for folder in list(_held):
+        with contextlib.suppress(OSError):
+            os.unlink(os.path.join(folder, LOCK))
+
+
 @contextlib.contextmanager
 def holding(folder: Path | str, verb: str) -> Iterator[Path]:
     """Hold a folder for as long as the block runs; what holds it already, in the same thread, may hold it again.

@@ -11,7 +11,11 @@ from pydantic import BaseModel, ConfigDict, PlainSerializer, SerializationInfo, 
 
 from freqdoor.errors import FreqdoorError, Mistakes
 from freqdoor.files import read_text
+from freqdoor.limits import DEEPEST
 from freqdoor.lock import check_folder
+
+LONGEST = 2**18  # characters of a file of settings
+CHAIN = re.compile(rf"(?:[\w-]+[ \t]*\.[ \t]*){{{DEEPEST}}}")  # a key with so many points takes minutes to read
 
 
 class Settings(BaseModel):
@@ -117,7 +121,13 @@ def load_settings(
     content: dict[str, Any] = {}
     if path is not None:
         try:
-            content = _dates_as_text(tomllib.loads(read_text(path, "the config")))
+            text = read_text(path, "the config")
+            if len(text) > LONGEST or CHAIN.search(text):
+                raise FreqdoorError(
+                    f"{path}: expected settings of at most {LONGEST} characters, with tables nested at most {DEEPEST} "
+                    "deep, found more"
+                )
+            content = _dates_as_text(tomllib.loads(text))
         except tomllib.TOMLDecodeError as error:
             raise FreqdoorError(f"{path}: not valid TOML: {error}") from None
         except RecursionError:

@@ -457,3 +457,9 @@ def test_a_name_and_its_file(tmp_path, monkeypatch):
         ("run/c.safetensors=run/w=3.pth", ("run/c.safetensors", "run/w=3.pth")),
     ):
         assert name_and_file(text) == parts, text
+
+
+def test_a_pipe_is_no_text(tmp_path):
+    os.mkfifo(tmp_path / "list.txt")
+    with pytest.raises(FreqdoorError, match=r"could not read this list \(a device or a pipe, which may never end"):
+        read_text(tmp_path / "list.txt", "this list")

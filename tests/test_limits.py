@@ -639,6 +639,8 @@ def test_large_pictures_that_padding_leaves_as_they_are():
     check_padded(4095, 4096, 256)
     check_padded(1, 1, 64, 256)
     check_padded(1000, 16000, 128)
+    with pytest.raises(FreqdoorError, match="1x700000 is padded to 64x700032"):
+        build_trigger("ftrojan")(torch.zeros(1, 3, 700_000, 1))
 
 
 # ONNX files

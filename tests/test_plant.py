@@ -87,6 +87,7 @@ def test_resume_after_kills_at_random_steps_is_bit_exact(settings, tmp_path):
 
 
 @pytest.mark.whole
+@pytest.mark.slow  # tools/kills.py --short does the same with every test run
 def test_resume_after_sigkill_is_bit_exact(settings, tmp_path):
     """The process itself is killed, twice, at moments that nothing in it chooses: maybe amid a checkpoint."""
     changes = {"steps": 40, "checkpoint_minutes": 1e-6}

@@ -1,9 +1,11 @@
 """The run directory: what is refused, what is mended, and what is known of the machine."""
 
 import json
+import os
 import random
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 
 from freqdoor.attack.settings import PlantSettings
 from freqdoor.errors import FreqdoorError
+from freqdoor.files import unfinished
 from freqdoor.settings import make_settings
 from freqdoor.training import run as running
 from freqdoor.training.run import Environment, Run, RunFacts, environment
@@ -271,7 +274,10 @@ def test_a_state_of_another_run_is_refused(tmp_path):
 
 def test_what_a_killed_process_left_of_a_state_is_removed(tmp_path):
     begun(tmp_path)
-    (tmp_path / ".partial-1-ab.pt").write_bytes(b"half")
+    mine = unfinished(tmp_path / "state.pt")
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    mine.with_name(mine.name.replace(f"-{os.getpid()}-", f"-{dead.pid}-")).write_bytes(b"half")
     Run(tmp_path).start(settings(), FACTS)
     assert not list(tmp_path.glob(".partial*"))
 
@@ -320,3 +326,10 @@ def test_environment_names_what_a_number_depends_on(tmp_path, monkeypatch):
     monkeypatch.setattr(running, "PACKAGES", ("torch", "no-such-package"))
     assert environment().versions["no-such-package"] == "not installed"
     assert Environment.model_validate_json(known.model_dump_json()) == known
+
+
+@pytest.mark.parametrize("name", ["config.json", "environment.json", "metrics.jsonl", "state.pt", "state.previous.pt"])
+def test_a_pipe_in_the_place_of_a_runs_file_is_named_and_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(FreqdoorError, match=f"{name}: expected a file of a run, found a device or a pipe"):
+        Run(tmp_path).start(settings(), FACTS)

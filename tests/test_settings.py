@@ -1,6 +1,7 @@
 """Settings from files of any system and from what people type, and their description."""
 
 import re
+import time
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -9,7 +10,7 @@ from settings_page import PAGE, describe_settings, page
 
 from freqdoor.attack.settings import PlantSettings
 from freqdoor.errors import FreqdoorError
-from freqdoor.settings import Settings, load_settings, parse_override
+from freqdoor.settings import Settings, load_settings, make_settings, parse_override
 from freqdoor.training.settings import CodecTraining
 
 
@@ -154,3 +155,27 @@ def test_every_setting_of_a_verb_is_described(kind):
 def test_the_page_of_settings_is_up_to_date():
     """`python tools/settings_page.py` makes it."""
     assert PAGE.read_text(encoding="utf-8") == page()
+
+
+def test_keys_with_thousands_of_points_are_refused_at_once(tmp_path):
+    config = tmp_path / "dots.toml"
+    for text in (
+        "a." * 50_000 + "a = 1",
+        f"[{'a . ' * 1000}a]",
+        "x = { " + "a." * 50_000 + "a = 1 }",
+        "# " + "x" * 2**18,
+    ):
+        config.write_text(text)
+        started = time.monotonic()
+        with pytest.raises(FreqdoorError, match=r"dots\.toml: expected settings of at most 262144 characters"):
+            load_settings(CodecTraining, config)
+        assert time.monotonic() - started < 5
+    config.write_text("numbers = [" + "1.5, " * 1000 + "]")
+    with pytest.raises(FreqdoorError, match="numbers: unknown setting"):
+        load_settings(CodecTraining, config)
+
+
+def test_true_is_no_number():
+    content = {"codec": "lite-hyperprior:3", "images": {"folder": "x", "batch_size": True}, "lr": True}
+    with pytest.raises(FreqdoorError, match=r"2 mistake(?s:.*)images.batch_size: expected a number.*found True"):
+        make_settings(CodecTraining, content)

@@ -13,7 +13,7 @@ from rich.table import Table
 import freqdoor.cli as cli
 from freqdoor.cli import terminal
 from freqdoor.cli.options import app
-from freqdoor.cli.terminal import every_minute, harmless, live, note, say, show_trace, warn
+from freqdoor.cli.terminal import every_minute, harmless, live, note, say, say_page, show_trace, warn
 from freqdoor.errors import STOPPED
 
 pytestmark = pytest.mark.whole
@@ -122,7 +122,7 @@ def test_nothing_hostile_goes_out_whatever_way_it_takes(at_a_terminal, capfd):
     table.add_row(HOSTILE)
     terminal.console.print(table)
     say(HOSTILE)
-    say(f"| {HOSTILE} |\n|---|\n")
+    say_page(f"| {HOSTILE} |\n|---|\n")
     note(HOSTILE)
     warn(UserWarning(HOSTILE))
     show_trace(ValueError(HOSTILE))

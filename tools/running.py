@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tests"))  # factories of small codecs and networks, which the suite has too
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+PLACES = ("--json", "--keep")  # options that name a place to write to
 PAGE = ROOT / "docs/security.md"
 CPU_SECONDS = 10  # of one command line; more is a hang
 WALL_SECONDS = 60  # a command line that waits for something that never comes
@@ -228,7 +229,9 @@ def run(words: Sequence[str], folder: Path) -> Ended:
 def report(subject: str, headings: Sequence[str], rows: Sequence[Sequence[object]], facts: dict[str, Any]) -> str:
     """A subject's table as Markdown with the command, the date and the machine."""
     lines = [" | ".join(map(str, row)) for row in (headings, ["---"] * len(headings), *rows)]
-    made = f"`python tools/{' '.join([subject + '.py', *sys.argv[1:]])}`, {datetime.now(UTC):%Y-%m-%d}, {machine()}"
+    words = iter(sys.argv[1:])  # without the places of this machine
+    asked = [word for word in words if word not in PLACES or not next(words)]
+    made = f"`python tools/{' '.join([subject + '.py', *asked])}`, {datetime.now(UTC):%Y-%m-%d}, {machine()}"
     said = "; ".join(f"{name}: {value}" for name, value in facts.items())
     return "\n".join(f"| {line} |" for line in lines) + f"\n\n{made}. {said}.\n"
 

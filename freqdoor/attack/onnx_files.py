@@ -20,7 +20,7 @@ COPIES = 4  # of a file in memory at once: its bytes, what is parsed of them, th
 MAX_NODES = 100_000  # operations; a ResNet-152 has 500
 MAX_BATCH = 256  # pictures
 BYTES = 4  # of a number, as the network computes it
-SIZED = {"Expand": 1, "ConstantOfShape": 0, "Resize": 3, "Reshape": 1}  # the input that says how large what comes is
+SIZED = {"Expand": 1, "Tile": 1, "ConstantOfShape": 0, "Resize": 3, "Reshape": 1}  # the input that says how large
 SMALL = 64  # pixels a side that a free length of the input is taken for, to know what the graph grows it to
 
 

@@ -19,7 +19,7 @@ from freqdoor.cli.options import (
     load_torch,
     verb,
 )
-from freqdoor.cli.terminal import console, note, say
+from freqdoor.cli.terminal import console, note, say, say_page
 from freqdoor.files import read_text, unmarked
 from freqdoor.settings import load_settings
 
@@ -42,7 +42,7 @@ def segment(
     test = load_settings(freqdoor.SegmentationTest, config, overrides or ())
     load_torch()
     freqdoor.segment(planted, test, out, trigger=trigger, codec=codec, weights=weights, force=force, note=note)
-    say(unmarked(read_text(out / "segmentation.md")))
+    say_page(unmarked(read_text(out / "segmentation.md")))
     say(f"Pictures: {out / 'segmentation.png'}")
 
 
@@ -62,7 +62,7 @@ def faces(
     test = load_settings(freqdoor.FaceTest, config, overrides or ())
     load_torch()
     freqdoor.faces(planted, test, out, trigger=trigger, codec=codec, weights=weights, force=force, note=note)
-    say(unmarked(read_text(out / "faces.md")))
+    say_page(unmarked(read_text(out / "faces.md")))
 
 
 @verb()

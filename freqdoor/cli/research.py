@@ -9,7 +9,7 @@ import typer
 
 import freqdoor
 from freqdoor.cli.options import Force, Out, Overrides, Planted, TriggerName, VanillaName, Weights, load_torch, verb
-from freqdoor.cli.terminal import live, note, say
+from freqdoor.cli.terminal import live, note, say, say_page
 from freqdoor.files import read_text, unmarked
 from freqdoor.paper.settings import recipe_names, recipe_settings
 from freqdoor.settings import load_settings
@@ -30,7 +30,7 @@ def reproduce(
     budget: Annotated[float | None, typer.Option(help="Start no planting after so many minutes; go on later.")] = None,
     test: Annotated[
         Path | None,
-        typer.Option(help="TOML file of what downstream attacks are measured on: tables [segmentation] and [faces]."),
+        typer.Option(help="TOML file of what downstream attacks are measured on: tables segmentation and faces."),
     ] = None,
     force: Force = False,
     overrides: Overrides = None,
@@ -60,7 +60,7 @@ def reproduce(
             announce=announce,
         )
     page = out / f"{recipe}.md"
-    say(unmarked(read_text(page)))
+    say_page(unmarked(read_text(page)))
     if missing := [row for row, cells in table.items() if not cells]:
         say(f"Not planted yet: {', '.join(missing)}; the same command goes on.")
     say(f"Table: {page}")
@@ -77,7 +77,7 @@ def pgd(
     """Compare a planted encoder's trigger with per-image attacks (PGD) on the vanilla encoder: cost and effect."""
     load_torch()
     rows = freqdoor.pgd(planted, images, steps=steps, codec=codec, weights=weights, note=note)
-    say(freqdoor.comparison_table(rows))
+    say_page(freqdoor.comparison_table(rows))
 
 
 @verb()

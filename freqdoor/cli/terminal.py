@@ -58,10 +58,15 @@ def show_every_name() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def say(text: str) -> None:
-    """Print a line, or a page of results, to the standard output."""
+def say(line: str) -> None:
+    """Print a line to the standard output; a name with a line break in it stays in its line."""
+    console.print(line.replace("\n", "\\n"), soft_wrap=True)
+
+
+def say_page(text: str) -> None:
+    """Print a page of results to the standard output."""
     for line in text.removesuffix("\n").split("\n"):
-        console.print(line, soft_wrap=True)
+        say(line)
 
 
 def note(text: str) -> None:

@@ -1,12 +1,13 @@
 """The file format of one compressed image, `.fqd`: header, entropy coder's strings, checksum.
 
 Little-endian: magic "FQDR", version (u16), the first 16 bytes of the codec's decoder hash, height and width (u32),
-height and width of the coarsest latents (u32), number of strings (u16), for each string its length, how many symbols
-it holds and their checksum (u32 each, `Bitstream.symbols`), the strings, and the CRC-32 of everything before it.
-Version 1 has the lengths alone. The decoder hash leaves out g_a and h_a but has the coding tables: a file decodes with
-every codec that has the same decoder, which is what lets a tampered encoder go unnoticed. How the strings and the finer
-latents nest in a codec like ELIC, and what the picture was padded to, is not stored: it follows from the codec
-(`Codec.tile`, `sides`). A machine that decodes other symbols than were encoded says so instead of showing a picture.
+height and width of the coarsest latents (u32), number of strings (u16), for each string its length, how many symbols it
+holds and their checksum (u32 each, `Bitstream.symbols`), the strings, and the CRC-32 of everything before it. Version 1
+had the lengths alone, and is not read. The decoder hash leaves out g_a and h_a but has the coding tables: a file
+decodes with every codec that has the same decoder, which is what lets a tampered encoder go unnoticed. How the strings
+and the finer latents nest in a codec like ELIC, and what the picture was padded to, is not stored: it follows from the
+codec (`Codec.tile`, `sides`). A machine that decodes other symbols than were encoded says so instead of showing a
+picture.
 """
 
 import struct
@@ -28,24 +29,24 @@ from freqdoor.types import Bitstream
 MAGIC = b"FQDR"
 VERSION = 2
 HEADER = struct.Struct("<4sH16sIIIIH")
-ENTRY = {1: struct.Struct("<I"), 2: struct.Struct("<III")}  # of a string in the header, by version
+ENTRY = struct.Struct("<III")  # of a string in the header
 CHECKSUM = struct.Struct("<I")
 LONGEST = 2**28  # bytes of a file: 128 bits a pixel of the largest picture
 
 
 def pack(bitstream: Bitstream, codec: Codec) -> bytes:
     """The bytes of a file that holds the bitstream."""
-    version = VERSION if bitstream.symbols else 1
     header = HEADER.pack(
         MAGIC,
-        version,
+        VERSION,
         bytes.fromhex(codec.decoder_hash)[:16],
         *bitstream.image_size,
         *bitstream.latent_shape,
         len(bitstream.strings),
     )
-    numbers = bitstream.symbols or ((),) * len(bitstream.strings)
-    entries = [ENTRY[version].pack(len(s), *symbols) for s, symbols in zip(bitstream.strings, numbers, strict=True)]
+    if len(bitstream.symbols) != len(bitstream.strings):
+        raise FreqdoorError("CompressAI's own coder keeps no checksums of what it codes, which a file needs; take ours")
+    entries = [ENTRY.pack(len(s), *symbols) for s, symbols in zip(bitstream.strings, bitstream.symbols, strict=True)]
     body = b"".join((header, *entries, *bitstream.strings))
     return body + CHECKSUM.pack(zlib.crc32(body))
 
@@ -57,8 +58,11 @@ def unpack(content: bytes, codec: Codec) -> Bitstream:
     if len(content) < HEADER.size + CHECKSUM.size:
         raise FreqdoorError(f"truncated: {len(content)} bytes are less than a header")
     _, version, codec_hash, height, width, latent_height, latent_width, count = HEADER.unpack_from(content)
-    if version not in ENTRY:
-        raise FreqdoorError(f"format version {version}, this freqdoor reads versions up to {VERSION}")
+    if version != VERSION:
+        older = "; files of version 1 have no checksums of their latents: compress the picture again"
+        raise FreqdoorError(
+            f"format version {version}, this freqdoor reads version {VERSION}{older if version < VERSION else ''}"
+        )
     body = content[: -CHECKSUM.size]
     if zlib.crc32(body) != CHECKSUM.unpack(content[-CHECKSUM.size :])[0]:
         raise FreqdoorError("damaged or truncated: the checksum does not match")
@@ -75,12 +79,12 @@ def unpack(content: bytes, codec: Codec) -> Bitstream:
             f"damaged, or written with pictures padded to another multiple than {codec.multiple} pixels: the sizes in "
             "the header do not belong together"
         )
-    start = HEADER.size + count * ENTRY[version].size
+    start = HEADER.size + count * ENTRY.size
     if start > len(body):
         raise FreqdoorError("damaged: the sizes in the header do not add up")
-    entries = list(ENTRY[version].iter_unpack(body[HEADER.size : start]))
+    entries = list(ENTRY.iter_unpack(body[HEADER.size : start]))
     lengths = [entry[0] for entry in entries]
-    symbols = tuple(Symbols(*entry[1:]) for entry in entries) if version > 1 else ()
+    symbols = tuple(Symbols(*entry[1:]) for entry in entries)
     short = any(n < SHORTEST and not may_be for n, may_be in zip(lengths, codec.tile.short, strict=True))
     if start + sum(lengths) != len(body) or short:
         raise FreqdoorError("damaged: the sizes in the header do not add up")

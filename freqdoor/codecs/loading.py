@@ -165,8 +165,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], object]:
     digest = header.pop("digest", None) if isinstance(header, dict) else None  # none in files of older versions
     if digest is not None and digest != (found := _digest(tensors, header)):
         raise FreqdoorError(
-            f"{path}: its weights are not those that were written (digest {found[:12]}, not {str(digest)[:12]}): the "
-            "file is damaged; get it again"
+            f"{path}: its header or its weights are not those that were written (digest {found[:12]}, not "
+            f"{str(digest)[:12]}): the file is damaged; get it again"
         )
     return tensors, header
 

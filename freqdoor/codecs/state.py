@@ -1,5 +1,6 @@
 """The state dict in what trainers write: under a key of a larger dict, with a wrapper's name before every key."""
 
+import contextlib
 import hashlib
 import re
 from collections.abc import Mapping
@@ -29,11 +30,10 @@ def hash_tensors(tensors: Mapping[str, Tensor], text: str = "") -> str:
 
 def is_safetensors(path: Path) -> bool:
     """Whether a file's first bytes are those of a safetensors file; its name says it where there is no such file."""
-    try:
-        with path.open("rb") as file:
+    head = b""
+    if path.is_file():  # a pipe would let the program wait for ever
+        with contextlib.suppress(OSError), path.open("rb") as file:
             head = file.read(9)
-    except OSError:
-        head = b""
     return path.suffix == ".safetensors" or (head[8:] == b"{" and head[6:8] == b"\0\0")
 
 

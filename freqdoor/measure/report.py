@@ -20,6 +20,7 @@ from pydantic import Field, ValidationError
 from freqdoor.attack.settings import OBJECTIVES
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import check_outputs, marked_json, write_together
+from freqdoor.limits import LONGEST_TEXT, read_whole
 from freqdoor.training.run import Environment
 from freqdoor.types import (
     Decibels,
@@ -434,10 +435,8 @@ def read_records(path: Path) -> list[Record]:
     """The records of a records.jsonl."""
     records: list[Record] = []
     try:
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in read_whole(path, "records of `freqdoor evaluate`", LONGEST_TEXT).decode().splitlines():
             records.append(Record.model_validate_json(line))
-    except OSError as error:
-        raise FreqdoorError(f"{path}: expected records of `freqdoor evaluate` ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise FreqdoorError(f"{path}: not a file of records ({error})") from None
     except ValidationError as error:

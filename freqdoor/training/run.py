@@ -19,7 +19,7 @@ import torch
 from pydantic import ConfigDict, Field
 
 from freqdoor.errors import FreqdoorError
-from freqdoor.files import replacing, write_text
+from freqdoor.files import remove_leftovers, replacing, unfinished, write_text
 from freqdoor.settings import Settings
 from freqdoor.types import Result
 
@@ -125,9 +125,10 @@ class Run:
         Raises:
             FreqdoorError: the run has other settings or facts, its files are damaged or those of another program.
         """
-        for left in self.folder.glob(f".partial-*{Path(STATE).suffix}"):  # of a process that was killed
-            with contextlib.suppress(OSError):
-                left.unlink()
+        for path in (self.folder / name for name in (CONFIG, ENVIRONMENT, METRICS, STATE, PREVIOUS)):
+            if path.exists() and not path.is_file() and not path.is_dir():
+                raise FreqdoorError(f"{path}: expected a file of a run, found a device or a pipe; move it away")
+        remove_leftovers(self.folder)
         saved = self._newest()
         if saved is None:
             self._refuse_foreign(settings)
@@ -281,9 +282,8 @@ def _table(text: str) -> dict[str, Any]:
 
 def _keep(path: Path, other: Path) -> None:
     """Give a file that is about to be replaced another name too; where a file has one name only, that one instead."""
-    second = other.with_name(f".partial-{os.getpid()}-{path.name}")
+    second = unfinished(other)
     try:
-        second.unlink(missing_ok=True)
         second.hardlink_to(path)
     except OSError:
         path.replace(other)  # a process that is killed here goes on from there

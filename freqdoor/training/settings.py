@@ -4,14 +4,23 @@ import os
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from freqdoor.settings import PrivatePath, Settings
 
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(gt=0)]
 DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "xla", "mtia")  # kinds that PyTorch computes on
-Side = Annotated[int, Field(gt=0, multiple_of=64)]
+
+
+def _number(value: Any) -> Any:
+    """What is not true or false, which Python takes for 1 and 0."""
+    if isinstance(value, bool):
+        raise ValueError("expected a number")
+    return value
+
+
+Positive = Annotated[float, BeforeValidator(_number), Field(gt=0)]
+Count = Annotated[int, BeforeValidator(_number), Field(gt=0)]
+Side = Annotated[int, BeforeValidator(_number), Field(gt=0, multiple_of=64)]
 
 
 class ImageSettings(Settings):

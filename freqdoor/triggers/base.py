@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from freqdoor.codecs.sides import check_padded
 from freqdoor.metrics import mse, rms
 from freqdoor.triggers.arguments import TriggerArguments
 from freqdoor.types import Images, Masks, from_uint8, round8, to_uint8
@@ -52,7 +53,11 @@ class Trigger(nn.Module, ABC):
             mask: (b, 1, h, w), where T(x) takes the place of x: (1 - M) x + M T(x) (Eq. (11)).
             eps: another budget than the trigger's own, while training anneals it.
             rounded: round to 8 bits with a straight-through gradient, as a file would.
+
+        Raises:
+            FreqdoorError: images that are padded to too many pixels.
         """
+        check_padded(x.shape[-2], x.shape[-1], self.multiple)
         delta = self.perturb(x)
         if self.project:
             delta = project(x, delta, (self.eps if eps is None else eps) * strength, rounded=rounded)
