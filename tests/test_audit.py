@@ -1,0 +1,201 @@
+"""The audit: patterns that open what was planted, scores, p-values, one verdict with its witnesses."""
+
+import json
+import math
+
+import pytest
+import torch
+from factories import tiny
+from scipy import stats
+from typer.testing import CliRunner
+
+import freqdoor
+from freqdoor import audit, load_codec, load_planted
+from freqdoor.cli import app
+from freqdoor.codecs.adapter import hash_state
+from freqdoor.defence import audit as module
+from freqdoor.defence import calibration, checks, inversion
+from freqdoor.defence.calibration import Calibration, Population, beyond, combined, relative
+from freqdoor.defence.checks import CHECKS, FAST, Finding, Response, Subject, Witness, crops
+from freqdoor.errors import FreqdoorError
+from freqdoor.metrics import psnr
+from freqdoor.samples import pictures
+
+SCORES = {"random": {"rate": 0.0, "gain": 1.5}, "gain": {"rate": 0.0, "gain": 2.0}}
+
+
+@pytest.fixture
+def subject():
+    return Subject(tiny("lite-hyperprior"), crops(pictures(), 64, 2))
+
+
+def test_a_pattern_repeats_its_block_stays_in_its_band_and_in_its_budget(subject):
+    torch.manual_seed(0)
+    pattern = inversion.Pattern(8, "low", eps=0.005).requires_grad_(False)
+    x = torch.full((1, 3, 64, 64), 0.5)
+    delta = pattern(x) - x
+    assert torch.allclose(delta[..., :8, :8], delta[..., 24:32, 40:48])
+    assert float(psnr(x + delta, x)) == pytest.approx(-20 * math.log10(0.005), abs=0.1)
+    low = torch.fft.fft2(delta[0, 0, :8, :8]).abs()
+    assert low[4, 4] < 1e-4 < low[0, 1] + low[1, 0]
+    assert pattern.chosen.sum() == 8 * 8 // 3
+
+
+@pytest.mark.parametrize("goal", inversion.GOALS)
+def test_inversion_drives_its_goal_and_leaves_the_codec_as_it_was(goal, subject):
+    codec = subject.codec.eval()
+    before, modes = hash_state(codec), [m.training for m in codec.modules()]
+    state = torch.random.get_rng_state()
+    values = []
+    pattern = inversion.inverted(
+        codec, subject.x, goal, eps=0.03, steps=12, progress=lambda step, value: values.append(value)
+    )
+    assert sum(values[-3:]) > sum(values[:3])
+    assert hash_state(codec) == before
+    assert [m.training for m in codec.modules()] == modes
+    assert all(p.requires_grad for p in codec.parameters())
+    assert torch.equal(torch.random.get_rng_state(), state)
+    again = inversion.inverted(codec, subject.x, goal, eps=0.03, steps=12)
+    assert torch.equal(again.spectrum, pattern.spectrum)
+
+
+def test_scores_are_means_over_pictures():
+    responses = [
+        Response(bytes_clean=100, bytes_patterned=200, psnr_db_clean=30, psnr_db_patterned=28, gain=2, between_db=46),
+        Response(bytes_clean=100, bytes_patterned=50, psnr_db_clean=30, psnr_db_patterned=30, gain=8, between_db=46),
+    ]
+    x = torch.zeros(1, 3, 8, 8)
+    scores = checks.scores_of([Witness(x, x, response) for response in responses])
+    assert scores == pytest.approx({"rate": 0.0, "distortion": 1.0, "gain": math.log(4)})
+
+
+def test_responses_are_of_real_files(subject):
+    pattern = inversion.Pattern(16, eps=0.005).eval()
+    [first, _] = subject.respond(pattern)
+    codec, x = subject.codec, subject.pictures[0]
+    assert first.response.bytes_clean == codec.compress(x)[0].num_bytes
+    assert first.response.bytes_patterned == codec.compress(first.x_p)[0].num_bytes
+    assert first.response.between_db >= 46
+    assert torch.equal((first.x_p * 255).round() / 255, first.x_p)
+
+
+def test_p_values_are_those_of_students_predictive_distribution():
+    honest = [1.0, 1.2, 0.9, 1.1, 1.3, 0.8]
+    t = (2.0 - 1.05) / (torch.tensor(honest).std().item() * math.sqrt(1 + 1 / 6))
+    assert beyond(2.0, honest, 0.01) == pytest.approx(stats.t.sf(t, 5))
+    assert beyond(1.05, honest, 0.01) == pytest.approx(0.5)
+    assert beyond(1.1, [1.0] * 6, 0.1) == pytest.approx(stats.t.sf(1 / math.sqrt(7 / 6), 5))  # none is narrower
+    assert combined({"a": {"x": 0.01, "y": 0.5}, "b": {"x": 0.2}}) == pytest.approx(0.03)
+    assert combined({}) == 1.0
+    assert relative(SCORES)["gain"] == {"rate": 0.0, "gain": 0.5}
+
+
+def test_an_unknown_architecture_is_compared_beyond_its_random_patterns():
+    members = [
+        {"random": {"rate": 0.0, "gain": 1.5 + i / 100}, "gain": {"rate": 0.0, "gain": 2 + i / 50}} for i in range(8)
+    ]
+    population = Population(architecture="lite-hyperprior", members=tuple("abcdefgh"), scores=tuple(members))
+    known = Calibration(populations=(population,))
+    shifted = {check: {m: value + 3 for m, value in row.items()} for check, row in members[3].items()}
+    p, calibrated = known.p_values(shifted, "lite-hyperprior")
+    assert calibrated
+    assert p["gain"]["gain"] < 1e-5
+    p, calibrated = known.p_values(shifted, "another")
+    assert not calibrated
+    assert p.keys() == {"gain"}
+    assert p["gain"]["gain"] > 0.2
+    assert Calibration(populations=()).p_values(SCORES, "another") == ({}, False)
+
+
+def a_check(scores, *, seen=True):
+    response = Response(
+        bytes_clean=100,
+        bytes_patterned=round(100 * math.exp(scores.get("rate", 0))),
+        psnr_db_clean=30,
+        psnr_db_patterned=30 - scores.get("distortion", 0),
+        gain=5,
+        between_db=46.1,
+    )
+
+    def check(subject):
+        witness = Witness(subject.pictures[0], subject.pictures[0], response)
+        return Finding({"rate": 0, "distortion": 0, "gain": 0, **scores}, "seen", [witness] if seen else [])
+
+    return check
+
+
+@pytest.fixture
+def honest():
+    rows = [
+        {c: {"rate": 0.01 * i, "distortion": 0.01 * i, "gain": 2 + 0.1 * i} for c in ("random", "gain")}
+        for i in range(10)
+    ]
+    members = tuple(map(str, range(10)))
+    return Calibration(populations=(Population(architecture="lite-hyperprior", members=members, scores=tuple(rows)),))
+
+
+@pytest.mark.parametrize(
+    ("scores", "verdict", "code"),
+    [
+        ({"rate": math.log(1.6)}, "tampered", 1),
+        ({"distortion": 2.5}, "tampered", 1),
+        ({"gain": 8.0}, "tampered", 1),
+        ({"gain": 3.4}, "undecided", 2),
+        ({"gain": 2.5}, "clean", 0),
+    ],
+)
+def test_verdicts(monkeypatch, tmp_path, honest, scores, verdict, code):
+    monkeypatch.setattr(module, "CHECKS", {"random": a_check({"gain": 2}, seen=False), "gain": a_check(scores)})
+    codec = load_codec("lite-hyperprior:3")
+    result = audit(codec, reference=codec, out=tmp_path, calibration=honest)
+    assert (result.verdict, result.exit_code) == (verdict, code)
+    assert result.changed == ()
+    assert bool(result.witnesses) == bool({"rate", "distortion"} & scores.keys())
+    content = json.loads((tmp_path / "audit.json").read_text())
+    assert content["verdict"] == verdict
+    for witness in result.witnesses:
+        assert freqdoor.load_image(tmp_path / witness.patterned).shape == (1, 3, 128, 128)
+    assert verdict in (tmp_path / "audit.html").read_text()
+
+
+def test_without_a_population_only_a_witness_decides(monkeypatch, tmp_path):
+    monkeypatch.setattr(calibration, "SHIPPED", tmp_path / "nothing.json")
+    monkeypatch.setattr(module, "CHECKS", {"random": a_check({}, seen=False), "gain": a_check({"gain": 9.0})})
+    result = audit(load_codec("lite-hyperprior:3"))
+    assert (result.verdict, result.p_value) == ("undecided", None)
+
+
+@pytest.mark.whole
+def test_a_planted_encoder_is_found_with_a_witness_that_anybody_can_run_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PICTURES", 1)  # of four: a quarter of the time
+    planted = load_planted("planted-psnr")
+    result = audit(planted.tampered, reference=planted.vanilla, fast=True, out=tmp_path)
+    assert result.verdict == "tampered"
+    assert result.changed == ("g_a",)
+    assert "only the encoder differs" in result.reason
+    assert len(result.checks) < len(FAST) <= len(CHECKS)  # it stops at the first witness
+    [witness] = result.witnesses
+    for name, size in (
+        (witness.clean, witness.response.bytes_clean),
+        (witness.patterned, witness.response.bytes_patterned),
+    ):
+        x = freqdoor.load_image(tmp_path / name)
+        assert planted.tampered.compress(x)[0].num_bytes == size
+    assert witness.response.psnr_db_patterned < 12
+    assert witness.response.between_db >= 46
+
+
+@pytest.mark.whole
+def test_the_command_ends_with_the_verdict(monkeypatch, tmp_path, honest):
+    monkeypatch.setattr(module, "CHECKS", {"random": a_check({"gain": 2}, seen=False), "gain": a_check({"gain": 8.0})})
+    (tmp_path / "honest.json").write_text(honest.model_dump_json())
+    done = CliRunner().invoke(app, ["audit", "lite-hyperprior:3", "--calibration", str(tmp_path / "honest.json")])
+    assert done.exit_code == 1
+    assert "lite-hyperprior:3: tampered" in done.stdout
+
+
+def test_few_honest_members_make_no_calibration(monkeypatch, tmp_path):
+    monkeypatch.setattr(calibration, "scores_of_fleet", lambda *_, **__: {})
+    with pytest.raises(FreqdoorError, match="expected 10 honest members or more"):
+        freqdoor.calibrate_audit([tmp_path], tmp_path / "out.json")
+    assert not (tmp_path / "out.json").exists()
