@@ -110,7 +110,7 @@ def inverted(
                 (-value).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 if progress:
-                    progress(step, float(value))
+                    progress(step, float(value.detach()))
         finally:
             for module, mode in modes.items():
                 module.training = mode
