@@ -5,6 +5,7 @@ import re
 import struct
 import sys
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -453,6 +454,17 @@ def test_compressais_coder_is_as_it_was_afterwards():
     codec.coder = "rangecoder"
     with pytest.raises(FreqdoorError, match="coder: expected 'freqdoor' or 'compressai', found 'rangecoder'"):
         codec.compress(natural(3, 64, 64))
+
+
+def test_networks_may_be_built_and_copied_while_something_is_coded():
+    """Each entropy model makes itself a coder of CompressAI's, which has nothing to read."""
+    codec = tiny("mbt2018")
+    with coding.coding(), ThreadPoolExecutor(1) as other:
+        copied = copy.deepcopy(codec.net)
+        made = other.submit(ans.RansDecoder).result()
+        made.set_stream(encode([0, 1], [0, 0], TABLES))
+        made.decode_stream([0], *LISTS)  # another thread's affair, which may go on
+    assert copied.entropy_bottleneck.compress(torch.zeros(1, 16, 4, 4))
 
 
 class OwnCoder(EntropyBottleneck):

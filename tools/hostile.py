@@ -411,13 +411,10 @@ BOMBS: tuple[Callable[[Random], bytes], ...] = (wide_png, text_bomb, wide_ppm, w
 
 def bitstream(random: Random, content: bytes) -> bytes:
     """A damaged bitstream; mostly one whose CRC-32 is right again."""
-    version, count = HEADER.unpack_from(content)[1], HEADER.unpack_from(content)[-1]
-    entry = ENTRY[version]
-    fields, entries = (
-        list(HEADER.unpack_from(content)),
-        list(entry.iter_unpack(content[HEADER.size :][: count * entry.size])),
-    )
-    body = content[HEADER.size + count * entry.size : -CHECKSUM.size]
+    fields = list(HEADER.unpack_from(content))
+    count = int(fields[-1])
+    entries = list(ENTRY.iter_unpack(content[HEADER.size :][: count * ENTRY.size]))
+    body = content[HEADER.size + count * ENTRY.size : -CHECKSUM.size]
     match random.randrange(8):
         case 0:
             place = random.choice([1, 3, 4, 5, 6, 7])
@@ -446,7 +443,7 @@ def bitstream(random: Random, content: bytes) -> bytes:
             ):  # lengths are right again
                 last = len(body) - sum(numbers[0] for numbers in entries[:-1])
                 entries[-1] = (last, *entries[-1][1:])
-    mutated = HEADER.pack(*fields) + b"".join(entry.pack(*numbers) for numbers in entries) + body
+    mutated = HEADER.pack(*fields) + b"".join(ENTRY.pack(*numbers) for numbers in entries) + body
     return mutated + CHECKSUM.pack(zlib.crc32(mutated))
 
 

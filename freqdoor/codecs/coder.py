@@ -356,10 +356,14 @@ class Decoder:
     """Reads symbols from a string, at once or step by step, and never beyond its end.
 
     Has the methods of CompressAI's `RansDecoder` too.
+
+    Attributes:
+        begun: whether there is a string to read.
     """
 
     def __init__(self, string: bytes | None = None) -> None:
         self._lists = _Lists()
+        self.begun = False
         if string is not None:
             self.set_stream(string)
 
@@ -375,6 +379,7 @@ class Decoder:
             raise NotDecodable(f"a string of {len(string)} bytes does not start as an encoder's would")
         self._string, self._words = string, np.frombuffer(string, "<u4", offset=8).astype(np.uint32)
         self._position, self._state, self._symbols = 0, state, Symbols()
+        self.begun = True
 
     def decode(self, indexes: npt.ArrayLike, tables: Tables) -> Integers:
         """The next symbols, (n,), one for every index.

@@ -136,7 +136,8 @@ def coding(coder: CoderName = "freqdoor") -> Iterator[Tally]:
                 setattr(owner, name, ours)
             yield tally
         for decoder in decoders:
-            decoder.finish()
+            if decoder.begun:
+                decoder.finish()
 
 
 def _places(decoders: list[Decoder]) -> Iterator[tuple[Any, str, Any]]:
@@ -146,9 +147,13 @@ def _places(decoders: list[Decoder]) -> Iterator[tuple[Any, str, Any]]:
         decoders: takes every decoder that is made under CompressAI's name for it.
     """
 
+    thread = threading.get_ident()
+
     def new_decoder() -> Decoder:
-        decoders.append(Decoder())
-        return decoders[-1]
+        decoder = Decoder()
+        if threading.get_ident() == thread:  # others may build a network meanwhile
+            decoders.append(decoder)
+        return decoder
 
     def encode_at_once(_: Any, *symbols_indexes_and_tables: Any) -> bytes:
         return WholeEncoder().encode_with_indexes(*symbols_indexes_and_tables)
