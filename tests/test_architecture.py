@@ -14,7 +14,7 @@ RANKS: list[set[str]] = [  # what is in a row may import from the rows above it
     {"triggers", "training"},
     {"attack"},
     {"measure"},
-    {"paper"},
+    {"paper", "defence"},
     {"demonstration"},
     {"cli"},
 ]

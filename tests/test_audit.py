@@ -2,6 +2,10 @@
 
 import json
 import math
+import re
+import shlex
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,18 +14,21 @@ from scipy import stats
 from typer.testing import CliRunner
 
 import freqdoor
+import freqdoor.cli as cli
 from freqdoor import audit, load_codec, load_planted
 from freqdoor.cli import app
 from freqdoor.codecs.adapter import hash_state
 from freqdoor.dct import block_dct, rgb_to_ycbcr
 from freqdoor.defence import audit as module
 from freqdoor.defence import calibration, checks, inversion
+from freqdoor.defence import fleet as fleets
 from freqdoor.defence.calibration import Calibration, Population, beyond, combined, relative
 from freqdoor.defence.checks import CHECKS, FAST, Finding, Response, Subject, Witness, crops
 from freqdoor.errors import FreqdoorError
 from freqdoor.metrics import psnr
 from freqdoor.samples import pictures
 
+PAGE = Path(__file__).parent.parent / "docs/audit.md"
 SCORES = {"random": {"rate": 0.0, "gain": 1.5}, "gain": {"rate": 0.0, "gain": 2.0}}
 
 
@@ -201,3 +208,25 @@ def test_few_honest_members_make_no_calibration(monkeypatch, tmp_path):
     with pytest.raises(FreqdoorError, match="expected 10 honest members or more"):
         freqdoor.calibrate_audit([tmp_path], tmp_path / "out.json")
     assert not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.whole
+def test_the_commands_of_the_page(monkeypatch, tmp_path, capsys):
+    """With checks that cost nothing and a fleet of noisy copies: what is tested is that the commands work together."""
+    cheap = {"random": a_check({"gain": 2}, seen=False), "gain": a_check({"gain": 2.5})}
+    for part in (module, calibration):
+        monkeypatch.setattr(part, "CHECKS", cheap)
+    for part in (fleets, calibration):
+        monkeypatch.setattr(part, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(jobs))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs/fleet").mkdir(parents=True)
+    members = (f'[[members]]\nname = "m{i}"\nalter = {{ kind = "noise", amount = 0.0{i + 1} }}\n' for i in range(10))
+    (tmp_path / "configs/fleet/bundled.toml").write_text("measured = 1\n" + "".join(members))
+    [block] = re.findall(r"<!-- audit -->\n```sh\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    for line in block.splitlines():
+        monkeypatch.setattr("sys.argv", shlex.split(line))
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert not end.value.code, (line, capsys.readouterr().err)
+    assert json.loads((tmp_path / "audit/audit.json").read_text())["verdict"] == "clean"
+    assert [len(p.scores) for p in calibration.read(tmp_path / "honest.json").populations] == [5]
