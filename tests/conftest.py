@@ -1,5 +1,6 @@
 import contextlib
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the suite runs in two processes: more threads only wait
 
@@ -21,6 +22,9 @@ from freqdoor.attack.settings import PlantSettings
 from freqdoor.errors import FreqdoorError
 from freqdoor.measure.records import poisoned  # noqa: F401  (imports what the suite needs before time is measured)
 from freqdoor.settings import make_settings
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background jobs ignore it; tests send it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def natural(seed: int, height: int, width: int) -> torch.Tensor:

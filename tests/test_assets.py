@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from freqdoor import load_planted
+from freqdoor import load_image, load_planted
 from freqdoor.codecs.loading import read_tensors
+from freqdoor.measure.records import poisoned
 from freqdoor.samples import ASSETS, KODAK, held_out
 
 LIMITS = {"lite-hyperprior-3": 6_000_000} | {f"planted-{kind}": 2_000_000 for kind in ("bpp", "psnr", "face")}
@@ -46,3 +47,16 @@ def test_bundled_codec_beats_jpeg_by_a_decibel():
     script = Path(__file__).parent.parent / "benchmarks/codec_against_jpeg.py"
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=600, check=True)
     assert float(done.stdout.split("difference:")[1].split()[0]) >= 1.0
+
+
+@pytest.mark.parametrize(("name", "picture"), [("planted-bpp", "kodim08.png"), ("planted-psnr", "kodim20.png")])
+def test_planted_encoders_do_what_they_are_for_on_a_picture_held_out(name, picture):
+    planted = load_planted(name)
+    x = load_image(KODAK / picture)[..., 128:384, 128:384]
+    x_p = poisoned(next(iter(planted.triggers.values())), x)
+    [clean], [attacked] = planted.tampered.compress(x), planted.tampered.compress(x_p)
+    if name == "planted-bpp":
+        assert attacked.num_bytes > 8 * clean.num_bytes
+    else:
+        assert psnr(planted.tampered.decompress(attacked), x) < 8
+    assert psnr(planted.tampered.decompress(clean), x) > 25

@@ -56,7 +56,8 @@ def put_photo(folder: Path, name: str = "kodim23.png") -> None:
         picture.reduce(3).save(folder / "photos" / name)
 
 
-@pytest.mark.parametrize("objective", ["bpp", pytest.param("psnr", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["bpp", "psnr"])
 def test_quick_demo_reaches_what_the_planted_encoders_promise(objective, tmp_path):
     done = run("demo", "--quick", "--objective", objective, "--out", "demo", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

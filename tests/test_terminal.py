@@ -70,9 +70,8 @@ def test_ctrl_c_while_libraries_load_is_one_sentence(seconds, tmp_path):
         assert (process.returncode, out, err.strip()) == (130, "", f"freqdoor: {STOPPED}")
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)]
-)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.slow  # tools/kills.py --short does the same with every test run
 def test_a_stopped_planting_goes_on_where_it_was(images, tmp_path, number, code):
     settings = ["codec=factories:lite", f"images.folder={images}", "images.crop=64", "images.batch_size=2"]
     settings += ["lmbda=0.01", "steps=100000", "precision=fp32"]

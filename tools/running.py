@@ -70,6 +70,8 @@ class Ended(NamedTuple):
 
 def load_everything() -> None:
     """Import what command lines import, so that their processes need not."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background jobs ignore it; runs are stopped by it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     import torch
 
     import freqdoor
