@@ -11,6 +11,7 @@ import pytest
 from freqdoor import load_image, load_planted
 from freqdoor.codecs.loading import read_tensors
 from freqdoor.measure.records import poisoned
+from freqdoor.metrics import psnr
 from freqdoor.samples import ASSETS, KODAK, held_out
 
 LIMITS = {"lite-hyperprior-3": 6_000_000} | {f"planted-{kind}": 2_000_000 for kind in ("bpp", "psnr", "face")}
