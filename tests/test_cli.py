@@ -171,6 +171,7 @@ def test_unwritable_output(command, images, tmp_path, run_folder, verb):
     assert is_one_sentence(*command(verb, *arguments))
 
 
+@pytest.mark.slow  # tools/faults.py does it with more verbs
 @pytest.mark.parametrize("verb", ["poison", "plant"])
 def test_full_disk(images, tmp_path, run_folder, verb):
     """A file-size limit of 2000 bytes stands for a full disk: the same error reaches the same places."""

@@ -166,12 +166,13 @@ def test_python_example(tmp_path, monkeypatch):
 def test_configs_load():
     from freqdoor.attack.networks import NetworkSpec
     from freqdoor.attack.settings import PlantSettings
+    from freqdoor.defence.settings import FleetSettings
     from freqdoor.measure.testsets import DownstreamTest, FaceTest, SegmentationTest
     from freqdoor.settings import load_settings
     from freqdoor.training.settings import CodecTraining
 
     tests = {"camvid-test": SegmentationTest, "faces-test": FaceTest, "downstream-test": DownstreamTest}
-    kinds = {"train": CodecTraining, "plant": PlantSettings}
+    kinds = {"train": CodecTraining, "plant": PlantSettings, "fleet": FleetSettings}
     for path in sorted((ROOT / "configs").glob("*/*.toml")):
         if path.parent.name != "networks":
             load_settings(tests[path.stem] if path.parent.name == "test" else kinds[path.parent.name], path)
