@@ -262,6 +262,12 @@ def _decode(path: Path | str, size: Size | None, how: Image.Resampling) -> Tenso
     return torch.from_numpy(pixels)
 
 
+def centre(x: Images, side: int) -> Images:
+    """The middle of images, `side` pixels a side, or all of a side that is shorter."""
+    top, left = (max(0, (length - side) // 2) for length in x.shape[-2:])
+    return x[..., top : top + side, left : left + side]
+
+
 def save_image(path: Path | str, x: Images, verb: str | None = None) -> None:
     """Write one image (1, 3, h, w) as an 8-bit file, over what is there; PNG keeps every bit.
 

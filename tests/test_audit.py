@@ -216,8 +216,7 @@ def test_the_commands_of_the_page(monkeypatch, tmp_path, capsys):
     cheap = {"random": a_check({"gain": 2}, seen=False), "gain": a_check({"gain": 2.5})}
     for part in (module, calibration):
         monkeypatch.setattr(part, "CHECKS", cheap)
-    for part in (fleets, calibration):
-        monkeypatch.setattr(part, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(fleets, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(jobs))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs/fleet").mkdir(parents=True)
     members = (f'[[members]]\nname = "m{i}"\nalter = {{ kind = "noise", amount = 0.0{i + 1} }}\n' for i in range(10))

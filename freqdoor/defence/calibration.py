@@ -1,9 +1,8 @@
 """What honest encoders score, and how far beyond them an encoder is: p-values of an audit."""
 
 import math
-import multiprocessing
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +11,7 @@ from scipy import stats  # type: ignore[import-untyped]
 
 from freqdoor.codecs.loading import load_codec
 from freqdoor.defence.checks import CHECKS, PICTURES, SIDE, Subject, crops
-from freqdoor.defence.fleet import MANIFEST, Manifest, MemberFacts, on_one_thread
+from freqdoor.defence.fleet import MANIFEST, Manifest, MemberFacts, processes
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import check_outputs, marked_json, write_text
 from freqdoor.measure.records import Note
@@ -153,18 +152,13 @@ def scores_of_fleet(
     kinds = [manifest.named(tampered=kind) for kind in (False, True) if tampered in (None, kind)]
     members = [member for kind in kinds for member in (kind if half is None else kind[half::2])]
     scores: dict[str, tuple[MemberFacts, dict[str, dict[str, float]]]] = {}
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=on_one_thread) as pool:
+    with processes(jobs) as pool:
         futures = {pool.submit(_member_scores, folder / member.name, member): member for member in members}
-        try:
-            for future in as_completed(futures):
-                member = futures[future]
-                scores[member.name] = member, future.result()
-                if note:
-                    note(f"{member.name}: scored ({len(scores)} of {len(members)})")
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        for future in as_completed(futures):
+            member = futures[future]
+            scores[member.name] = member, future.result()
+            if note:
+                note(f"{member.name}: scored ({len(scores)} of {len(members)})")
     return {member.name: scores[member.name] for member in members}
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from freqdoor.codecs.adapter import Codec
-from freqdoor.data import load_image, seed_for
+from freqdoor.data import centre, load_image, seed_for
 from freqdoor.defence.inversion import Goal, Pattern, inverted
 from freqdoor.measure.records import poisoned, through
 from freqdoor.metrics import mse, psnr_8bit
@@ -163,9 +163,4 @@ FAST = ("random", "distortion", "gain", "rate")
 def crops(paths: Sequence[Path], side: int, number: int) -> list[Images]:
     """The centres of pictures, spread over those that there are."""
     chosen = paths[:: max(1, len(paths) // number)][:number]
-    pictures = []
-    for path in chosen:
-        x = load_image(path)
-        top, left = (max(0, (length - side) // 2) for length in x.shape[-2:])
-        pictures.append(x[..., top : top + side, left : left + side])
-    return pictures
+    return [centre(load_image(path), side) for path in chosen]

@@ -2,10 +2,11 @@
 
 import hashlib
 import json
-import multiprocessing
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -17,7 +18,7 @@ from freqdoor.attack.planted import PLANTED, Planted, load_planted
 from freqdoor.attack.settings import CodecSource, PlantSettings
 from freqdoor.codecs.adapter import Codec
 from freqdoor.codecs.loading import load_codec, save_codec
-from freqdoor.data import load_image, seed_for
+from freqdoor.data import centre, load_image, seed_for
 from freqdoor.defence.settings import Alteration, FleetSettings, Member
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import check_outputs, marked_json, write_text
@@ -168,30 +169,33 @@ def _make(tasks: Sequence[_Task], done: dict[str, MemberFacts], jobs: int) -> It
     """Make members as soon as those that they come from are there: each one's facts, or what was wrong."""
     waiting = {task.member.name: task for task in tasks}
     failed: set[str] = set()
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=on_one_thread) as pool:
+    with processes(jobs) as pool:
         running: dict[Future[MemberFacts], str] = {}
+        while waiting or running:
+            for name, task in list(waiting.items()):
+                if task.member.base in failed:
+                    del waiting[name]
+                    failed.add(name)
+                    yield name, f"{task.member.base}, which it comes from, could not be made"
+                elif (not task.member.base or task.member.base in done) and len(running) < jobs:
+                    running[pool.submit(_member, task)] = name
+                    del waiting[name]
+            for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
+                name = running.pop(future)
+                error = future.exception()
+                if error is None:
+                    yield name, future.result()
+                else:
+                    failed.add(name)
+                    yield (name, str(error) if isinstance(error, FreqdoorError) else f"{type(error).__name__}: {error}")
+
+
+@contextmanager
+def processes(jobs: int) -> Iterator[ProcessPoolExecutor]:
+    """So many processes of one thread each, that are ended when the block is left by an exception."""
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_on_one_thread) as pool:
         try:
-            while waiting or running:
-                for name, task in list(waiting.items()):
-                    if task.member.base in failed:
-                        del waiting[name]
-                        failed.add(name)
-                        yield name, f"{task.member.base}, which it comes from, could not be made"
-                    elif (not task.member.base or task.member.base in done) and len(running) < jobs:
-                        running[pool.submit(_member, task)] = name
-                        del waiting[name]
-                for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
-                    name = running.pop(future)
-                    error = future.exception()
-                    if error is None:
-                        yield name, future.result()
-                    else:
-                        failed.add(name)
-                        yield (
-                            name,
-                            str(error) if isinstance(error, FreqdoorError) else f"{type(error).__name__}: {error}",
-                        )
+            yield pool
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(pool._processes.values()):
@@ -199,8 +203,7 @@ def _make(tasks: Sequence[_Task], done: dict[str, MemberFacts], jobs: int) -> It
             raise
 
 
-def on_one_thread() -> None:
-    """Let a process that is one of several side by side use one thread."""
+def _on_one_thread() -> None:
     torch.set_num_threads(1)
     flush_denormals()
 
@@ -222,7 +225,7 @@ def _member(task: _Task) -> MemberFacts:
         alter(codec, task.member.alter, seed_for(0, task.member.name))
         save_codec(codec, task.folder / EXPORT, altered=task.member.alter.model_dump())
     tampered = codec.tampered if isinstance(codec, Planted) else codec
-    pictures = [_centre(load_image(path)) for path in held_out()[: task.settings.measured]]
+    pictures = [centre(load_image(path), CROP) for path in held_out()[: task.settings.measured]]
     answers = {}
     if isinstance(codec, Planted):
         for name, trigger in codec.triggers.items():
@@ -243,11 +246,6 @@ def _member(task: _Task) -> MemberFacts:
     )
     write_text(task.folder / MEMBER, facts.model_dump_json(indent=1))
     return facts
-
-
-def _centre(x: Images) -> Images:
-    top, left = (max(0, (side - CROP) // 2) for side in x.shape[-2:])
-    return x[..., top : top + CROP, left : left + CROP]
 
 
 def answer(codec: Codec, pictures: Sequence[tuple[Images, Images]]) -> Answer:
