@@ -433,9 +433,17 @@ def records_text(rows: Iterable[Record]) -> str:
 
 def read_records(path: Path) -> list[Record]:
     """The records of a records.jsonl."""
+    return _records_in(_content(path), path)
+
+
+def _content(path: Path) -> bytes:
+    return read_whole(path, "records of `freqdoor evaluate`", LONGEST_TEXT)
+
+
+def _records_in(content: bytes, path: Path) -> list[Record]:
     records: list[Record] = []
     try:
-        for line in read_whole(path, "records of `freqdoor evaluate`", LONGEST_TEXT).decode().splitlines():
+        for line in content.decode().splitlines():
             records.append(Record.model_validate_json(line))
     except UnicodeDecodeError as error:
         raise FreqdoorError(f"{path}: not a file of records ({error})") from None
@@ -456,9 +464,10 @@ def report(folder: Path | str, *, force: bool = False) -> Summary:
         FreqdoorError: records or facts that are none or do not belong together, or a file in the way.
     """
     folder = Path(folder)
-    records = read_records(folder / RECORDS)
+    content = _content(folder / RECORDS)
+    records = _records_in(content, folder / RECORDS)
     facts = Facts.read(folder / FACTS, "the facts that `freqdoor evaluate` writes")
-    digest = hashlib.sha256((folder / RECORDS).read_bytes()).hexdigest()
+    digest = hashlib.sha256(content).hexdigest()
     if facts.records_sha256 not in (None, digest):
         raise FreqdoorError(
             f"{folder}: {RECORDS} was changed, or written by another run than {FACTS}, which was stopped; "
