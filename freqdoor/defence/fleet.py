@@ -147,7 +147,9 @@ def _with_bases(settings: FleetSettings, names: Sequence[str]) -> set[str]:
 def _task(settings: FleetSettings, member: Member, out: Path) -> _Task:
     codec = CodecSource(name=str(out / member.base / EXPORT)) if member.base else settings.codec
     made = settings.settings_of(member, CodecSource(name=member.base) if member.base else settings.codec)
-    content = [member.model_dump(), public(made) if made else None, settings.measured]
+    facts = public(made) if made else {}
+    facts.pop("device", None)  # which says where it is made, not what
+    content = [member.model_dump(), facts, settings.measured]
     made_with = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return _Task(settings, member, codec, out / member.name, made_with)
 
