@@ -17,6 +17,7 @@ from freqdoor.attack.plant import plant
 from freqdoor.attack.planted import PLANTED, Planted, load_planted
 from freqdoor.attack.settings import CodecSource, PlantSettings
 from freqdoor.codecs.adapter import Codec
+from freqdoor.codecs.architectures import ARCHITECTURES
 from freqdoor.codecs.loading import load_codec, save_codec
 from freqdoor.data import centre, load_image, seed_for
 from freqdoor.defence.settings import Alteration, FleetSettings, Member
@@ -121,6 +122,13 @@ def fleet(
         lines = "\n  ".join(f"{name}: {problem}" for name, problem in problems.items())
         raise FreqdoorError(f"{len(problems)} of {len(wanted)} members could not be made:\n  {lines}")
     return manifest
+
+
+def load_member(folder: Path, member: MemberFacts) -> Codec:
+    """A member's codec, from its folder, ready to code; a stranger's architecture is imported by its factory's name."""
+    path = str(folder / member.file)
+    known = member.architecture in ARCHITECTURES
+    return (load_codec(path) if known else load_codec(member.architecture, path)).prepare()
 
 
 def summary_of(facts: MemberFacts) -> str:

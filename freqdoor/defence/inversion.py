@@ -79,25 +79,30 @@ def inverted(
     codec: Codec,
     x: Images,
     goal: Goal,
+    make: Callable[[], Trigger],
     *,
-    block: int = 16,
-    frequencies: str = "all",
-    eps: float = PAPER_EPS,
+    lr: float = LR,
     steps: int = 80,
     seed: int = 0,
     progress: Callable[[int, float], None] | None = None,
-) -> Pattern:
+) -> Trigger:
     """The pattern that drives a goal furthest on pictures, (b, 3, h, w), by Adam against the frozen codec.
 
-    The codec is as it was afterwards, its modes and random numbers too.
+    The budget falls geometrically to the pattern's own. The codec is as it was afterwards, its modes and random numbers
+    too.
+
+    Args:
+        make: gives the pattern with its first, random values.
+        lr: Adam's.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_for(seed, "inversion", goal, block, frequencies))
-        pattern = Pattern(block, frequencies, eps=eps, multiple=codec.multiple).to(x.device)
-        optimizer = torch.optim.Adam([pattern.spectrum], lr=LR)
+        torch.manual_seed(seed_for(seed, "inversion", goal))
+        pattern = make().to(x.device).train()
+        optimizer = torch.optim.Adam(pattern.parameters(), lr=lr)
         modes = {module: module.training for module in codec.modules()}
         asks = {parameter: parameter.requires_grad for parameter in codec.parameters()}
         codec.requires_grad_(False)
+        eps = pattern.eps
         try:
             with torch.no_grad():
                 clean = codec.eval()(x).x_hat
