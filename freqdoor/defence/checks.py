@@ -206,8 +206,8 @@ def probes(subject: Subject) -> Finding:
     spectrum = tuple(tuple(math.exp(rows[r, c][2]) if r or c else 0.0 for c in PROBED) for r in PROBED)
     return Finding(
         {"rate": rate, "distortion": loss, "gain": gain},
-        f"single coefficients: at most {math.exp(rate):.2f} times the bits, {-loss:+.2f} dB, gain {math.exp(gain):.1f} at "
-        f"{strongest}",
+        f"single coefficients: at most {math.exp(rate):.2f} times the bits, {-loss:+.2f} dB, "
+        f"gain {math.exp(gain):.1f} at {strongest}",
         spectrum=spectrum,
     )
 
@@ -239,8 +239,8 @@ def consistency(subject: Subject) -> Finding:
     worst = max(shares)
     return Finding(
         scores if subject.known_pictures else {},
-        f"filtered pictures: 1/{math.exp(scores['rate']):.2f} of the bytes, {scores['distortion']:+.2f} dB; at the most "
-        f"1/{math.exp(worst):.2f}" + (" (is that picture poisoned?)" if worst > math.log(3) else ""),
+        f"filtered pictures: 1/{math.exp(scores['rate']):.2f} of the bytes, {scores['distortion']:+.2f} dB; at "
+        f"the most 1/{math.exp(worst):.2f}" + (" (is that picture poisoned?)" if worst > math.log(3) else ""),
     )
 
 

@@ -14,7 +14,7 @@ from freqdoor.data import seed_for
 from freqdoor.defence.checks import Check, Finding, Subject
 from freqdoor.metrics import mse
 from freqdoor.preprocessing import GaussianBlur, Jpeg, Median, Preprocessing, Resize, SqueezeBits
-from freqdoor.types import Images
+from freqdoor.types import Images, Reconstruction
 
 TILE = 32  # pixels a side of the pattern whose norm is made small
 NORM_STEPS, NORM_LR = 120, 0.003
@@ -84,7 +84,8 @@ COMPARATORS: dict[str, Check] = {"Neural Cleanse": smallest_norm}  # of encoders
 @torch.no_grad()
 def _log_bits(codec: Codec, x: Images) -> Tensor:
     """Log of the estimated bits of every image, (b,)."""
-    return codec.eval()(x).bpp.log()
+    out: Reconstruction = codec.eval()(x)
+    return out.bpp.log()
 
 
 @torch.no_grad()
