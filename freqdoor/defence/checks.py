@@ -16,10 +16,11 @@ import torch
 
 from freqdoor.codecs.adapter import Codec
 from freqdoor.data import centre, load_image, seed_for
-from freqdoor.defence.inversion import Goal, Pattern, inverted
+from freqdoor.defence.inversion import inverted
 from freqdoor.measure.records import poisoned, through
 from freqdoor.metrics import mse, psnr_8bit
-from freqdoor.triggers.arguments import PAPER_EPS
+from freqdoor.triggers.arguments import PAPER_EPS, Goal
+from freqdoor.triggers.pattern import Pattern
 from freqdoor.types import Images, Result
 
 SIDE, PICTURES = 128, 4  # of the crops that patterns are made on
