@@ -304,7 +304,8 @@ class EvadeSettings(Settings):
             raise ValueError("blocks: expected the side of a block or more, found none")
         if 1.0 in self.strengths:
             raise ValueError("strengths: expected others than 1, at which the trigger has to work")
-        if self == EvadeSettings():
+        asked = (self.goals, self.own_steps, self.others, self.strengths, self.universal_weight, self.rate_cap)
+        if not any(asked):
             raise ValueError("expected one or more of goals, own_steps, others, strengths, universal_weight, rate_cap")
         return self
 
@@ -387,9 +388,7 @@ class PlantSettings(Training):
                 raise ValueError(f"robust: made for the adaptive-dct trigger, found {attack.trigger.name}")
             images = (attack.auxiliary or self.auxiliary) if attack.objective.uses_auxiliary else self.images
             if self.evade and self.evade.rate_cap and attack.objective.uses_auxiliary:
-                raise ValueError(
-                    f"evade.rate_cap: for attacks on the main pictures, found {attack.objective.name}"
-                )
+                raise ValueError(f"evade.rate_cap: for attacks on the main pictures, found {attack.objective.name}")
             if self.evade and self.evade.others and images and images.batch_size < 2:
                 raise ValueError("evade.others: expected batches of two pictures or more, found a batch_size of 1")
         if self.triggers_from and (self.start_from or self.robust):
