@@ -35,11 +35,11 @@ class Evasion:
         parts: the patterns and their optimisers, by the names that they are saved under.
     """
 
-    def __init__(self, settings: EvadeSettings, eps: float, multiple: int, device: str) -> None:
-        self.settings, self.eps = settings, eps
+    def __init__(self, settings: EvadeSettings, multiple: int, device: str) -> None:
+        self.settings = settings
         self.goals = [goal for goal in settings.goals for _ in settings.blocks]
         blocks = [block for _ in settings.goals for block in settings.blocks]
-        self.patterns = [Pattern(block, eps=eps, multiple=multiple).to(device) for block in blocks]
+        self.patterns = [Pattern(block, eps=settings.eps, multiple=multiple).to(device) for block in blocks]
         self.optimizers = [pattern_optimizer(pattern) for pattern in self.patterns]
         self.parts: dict[str, Stateful] = {f"pattern/{i}": pattern for i, pattern in enumerate(self.patterns)}
         self.parts |= {f"pattern optimizer/{i}": optimizer for i, optimizer in enumerate(self.optimizers)}
@@ -79,7 +79,7 @@ class Evasion:
             with torch.no_grad():
                 decoys["patterns"] = self._patterned(joint.x, step)
         if settings.own_steps:
-            decoys["own"] = driven(codec, joint.x, joint.clean.x_hat.detach(), settings.own_steps, self.eps)
+            decoys["own"] = driven(codec, joint.x, joint.clean.x_hat.detach(), settings.own_steps, settings.eps)
         for i, (batch, _) in enumerate(joint.poisoned):
             if settings.others:
                 decoys[f"others_{i}"] = with_another_s(batch)
@@ -99,7 +99,7 @@ class Evasion:
         x_p = x
         for i, (pattern, shared) in enumerate(zip(self.patterns, self._shares(x.shape[0], step), strict=True)):
             rows = shared.rows.to(x.device)
-            budget = falling_budget(self.eps, self._age(i, step), self.settings.restart)
+            budget = falling_budget(self.settings.eps, self._age(i, step), self.settings.restart)
             x_p = x_p.index_copy(0, rows, pattern(x[rows], eps=budget)) if len(rows) else x_p
         return x_p
 

@@ -246,7 +246,7 @@ class _Planting:
         self.parts |= {f"optimizer/{name}": optimizer for name, optimizer in self.trigger_optimizers.items()}
         self.evasion = None
         if settings.evade:
-            self.evasion = Evasion(settings.evade, attacks[0].settings.eps, vanilla.multiple, settings.device)
+            self.evasion = Evasion(settings.evade, vanilla.multiple, settings.device)
             self.parts |= self.evasion.parts
         self.history: dict[str, Any] = {"attack_scale": 1.0, "acted": []}
 

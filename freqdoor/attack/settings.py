@@ -281,6 +281,8 @@ class EvadeSettings(Settings):
     answered honestly."""
     blocks: tuple[Block, ...] = (16,)
     """Sides of their blocks in pixels: one pattern for each goal and block."""
+    eps: Positive = PAPER_EPS
+    """RMS at which audits are expected to look: where the budget of patterns and of own perturbations ends."""
     ascent: Count = 1
     """Steps that patterns go towards their goals before each step of the encoder."""
     restart: Count = 60
