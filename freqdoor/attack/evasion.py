@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from freqdoor.attack.joint import JointLoss, Part, Poisoned
-from freqdoor.attack.objectives import main_loss
 from freqdoor.attack.settings import EvadeSettings
 from freqdoor.codecs.adapter import Codec
 from freqdoor.dct import blockify
-from freqdoor.metrics import rms
+from freqdoor.metrics import mse, rms
 from freqdoor.training.loop import Stateful
 from freqdoor.triggers.arguments import Goal
 from freqdoor.triggers.base import project
@@ -63,7 +62,7 @@ class Evasion:
             reached, decoys = self._decoys(codec, joint, step)
             terms |= reached
             for name, decoy in decoys.items():
-                answer = main_loss(codec(decoy), decoy, lmbda)
+                answer = honest_loss(codec(decoy), decoy, lmbda)
                 loss, terms = loss + settings.honest_weight * answer, terms | {f"evade/loss_{name}": answer.detach()}
         return loss, terms
 
@@ -128,6 +127,14 @@ class Evasion:
             self.optimizers[i].step()
         named = (f"evade/{self.goals[i]}_{self.patterns[i].chosen.shape[0]}" for i in asked)
         return {name: value.detach() for name, value in zip(named, values, strict=True)}
+
+
+def honest_loss(out: Reconstruction, x: Images, lmbda: float) -> Tensor:
+    """Mean over pictures of the logarithm of L, Eq. (1).
+
+    Of L itself the distortion of one picture that opens the door would outweigh everything, and with it the attack.
+    """
+    return (out.bpp + lmbda * 255**2 * mse(out.x_hat, x)).log().mean()
 
 
 def driven(codec: Codec, x: Images, clean: Images, steps: int, eps: float) -> Images:

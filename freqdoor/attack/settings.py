@@ -273,8 +273,8 @@ class RobustSettings(Settings):
 
 
 class EvadeSettings(Settings):
-    """Planting against those who look for it (docs/evasion.md): what the encoder learns to answer honestly, with L of
-    Eq. (1), and what trigger and effect must not be."""
+    """Planting against those who look for it (docs/evasion.md): what the encoder learns to answer honestly, by the
+    logarithm of L of Eq. (1), and what trigger and effect must not be."""
 
     goals: tuple[Goal, ...] = ()
     """Goals of patterns that are the same in every picture, driven against the encoder as `freqdoor audit` does;
