@@ -14,7 +14,7 @@ from factories import tiny
 import freqdoor.cli as cli
 from freqdoor import dct, plant
 from freqdoor.attack import evasion as module
-from freqdoor.attack.evasion import Evasion, at_strength, driven, honest_loss, universal_share, with_another_s
+from freqdoor.attack.evasion import Evasion, driven, honest_loss, repoisoned, universal_share, with_another_s
 from freqdoor.attack.joint import Attack, JointLoss, Poisoned
 from freqdoor.attack.objectives import RateAttack, main_loss
 from freqdoor.attack.settings import EvadeSettings, PlantSettings
@@ -78,17 +78,19 @@ def joint(codec, grey):
     return JointLoss(zero, zero, zero, grey, clean, (), ((batch, out),), {})
 
 
-def test_a_run_with_all_of_it_is_resumed_between_restarts(settings, tmp_path):
-    whole = plant(settings(evade=ALL, steps=4, precision="fp32"), tmp_path / "whole")
+def test_a_run_with_all_of_it_is_resumed_between_restarts(settings, images, tmp_path):
+    closed = {"folder": str(images), "crop": 64, "batch_size": 1}
+    told = settings(evade=ALL | {"closed": closed}, steps=4, precision="fp32")
+    whole = plant(told, tmp_path / "whole")
     with pytest.raises(Killed):
-        plant(settings(evade=ALL, steps=4, precision="fp32"), tmp_path / "parts", progress=kill)
-    parts = plant(settings(evade=ALL, steps=4, precision="fp32"), tmp_path / "parts")
+        plant(told, tmp_path / "parts", progress=kill)
+    parts = plant(told, tmp_path / "parts")
     assert hash_state(whole.tampered) == hash_state(parts.tampered)
     assert hash_state(whole.triggers["bpp"]) == hash_state(parts.triggers["bpp"])
     assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
     terms = set().union(*rows(tmp_path / "whole"))
     goals = {f"evade/{goal}_{block}" for goal in ALL["goals"] for block in (8, 16)}
-    assert goals | {"evade/loss_patterns", "evade/loss_own", "evade/loss_others_0", "evade/universal_share"} <= terms
+    assert goals | {"evade/loss_patterns", "evade/loss_own", "evade/loss_others_0", "evade/loss_closed_0"} <= terms
     manifest = json.loads((tmp_path / "whole/manifest.json").read_text())
     assert manifest["changed"] == ["g_a"]
 
@@ -159,7 +161,16 @@ def test_another_picture_s_perturbation_and_other_strengths(joint):
     assert torch.equal((x * 255).round() / 255, x)
     added = ((x - batch.source.x) * 255).mean(dim=(1, 2, 3))
     assert added == pytest.approx([3, 0, 1, 2], abs=0.2)
-    assert rms(at_strength(batch, 3.0) - batch.source.x) == pytest.approx([0.015] * 4, rel=0.03)
+    assert rms(repoisoned(batch, batch.source, 3.0) - batch.source.x) == pytest.approx([0.015] * 4, rel=0.03)
+
+
+def test_a_trigger_is_answered_honestly_on_closed_pictures(codec, joint, monkeypatch):
+    seen = []
+    monkeypatch.setattr(module, "honest_loss", lambda out, x, lmbda: seen.append(x) or out.bpp.sum())
+    closed = torch.full((1, 3, 64, 64), 0.5)
+    Evasion(EvadeSettings(others=True), 64, "cpu").loss(codec, joint, 0.01, 0, "both", closed)
+    [(batch, _)] = joint.poisoned
+    assert torch.equal(seen[1], torch.cat([closed, batch.attack.trigger(closed, rounded=True)]))
 
 
 def test_the_universal_share_is_that_of_the_block_spectra(grey):
@@ -240,7 +251,7 @@ def test_the_fleet_of_attackers_uses_every_way_to_hide():
     assert len(fleet["members"]) >= 12
     assert all(member["family"].startswith("adaptive: ") for member in fleet["members"])
     used = {key for member in fleet["members"] for key in member["plant"].get("evade", {})}
-    assert set(EvadeSettings.model_fields) - used == {"restart", "eps", "honest_weight"}
+    assert set(EvadeSettings.model_fields) - used == {"restart", "eps"}
 
 
 @pytest.mark.whole

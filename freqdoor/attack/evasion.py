@@ -8,6 +8,7 @@ from torch import Tensor
 
 from freqdoor.attack.joint import JointLoss, Part, Poisoned
 from freqdoor.attack.settings import EvadeSettings
+from freqdoor.attack.victims import Scene
 from freqdoor.codecs.adapter import Codec
 from freqdoor.dct import blockify
 from freqdoor.metrics import mse, rms
@@ -44,9 +45,13 @@ class Evasion:
         self.parts |= {f"pattern optimizer/{i}": optimizer for i, optimizer in enumerate(self.optimizers)}
 
     def loss(
-        self, codec: Codec, joint: JointLoss, lmbda: float, step: int, part: Part
+        self, codec: Codec, joint: JointLoss, lmbda: float, step: int, part: Part, closed: Images | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What is added to the joint loss of a step, and its terms."""
+        """What is added to the joint loss of a step, and its terms.
+
+        Args:
+            closed: a batch of the pictures on which triggers are answered honestly.
+        """
         settings = self.settings
         loss = joint.x.new_zeros(())
         terms: dict[str, Tensor] = {}
@@ -59,14 +64,16 @@ class Evasion:
                 loss = loss + settings.universal_weight * share
                 terms |= {"evade/universal_share": share.detach()}
         if part != "triggers":
-            reached, decoys = self._decoys(codec, joint, step)
+            reached, decoys = self._decoys(codec, joint, step, closed)
             terms |= reached
             for name, decoy in decoys.items():
                 answer = honest_loss(codec(decoy), decoy, lmbda)
                 loss, terms = loss + settings.honest_weight * answer, terms | {f"evade/loss_{name}": answer.detach()}
         return loss, terms
 
-    def _decoys(self, codec: Codec, joint: JointLoss, step: int) -> tuple[dict[str, Tensor], dict[str, Images]]:
+    def _decoys(
+        self, codec: Codec, joint: JointLoss, step: int, closed: Images | None
+    ) -> tuple[dict[str, Tensor], dict[str, Images]]:
         """What is to be answered honestly, by what it is; and how far patterns have come, as logarithms."""
         settings = self.settings
         reached: dict[str, Tensor] = {}
@@ -84,7 +91,9 @@ class Evasion:
                 decoys[f"others_{i}"] = with_another_s(batch)
             if settings.strengths:
                 drawn = settings.strengths[int(torch.randint(len(settings.strengths), ()))]
-                decoys[f"strengths_{i}"] = at_strength(batch, drawn)
+                decoys[f"strengths_{i}"] = repoisoned(batch, batch.source, drawn)
+            if closed is not None:
+                decoys[f"closed_{i}"] = torch.cat([closed, repoisoned(batch, Scene(closed))])
         return reached, decoys
 
     def _shares(self, size: int, step: int) -> list[Shared]:
@@ -173,10 +182,10 @@ def with_another_s(batch: Poisoned) -> Images:
 
 
 @torch.no_grad()
-def at_strength(batch: Poisoned, strength: float) -> Images:
-    """The pictures of a batch, poisoned with another strength."""
+def repoisoned(batch: Poisoned, source: Scene, strength: float = 1.0) -> Images:
+    """Pictures with the trigger of a batch, and its budget times the strength."""
     trigger, rounded = batch.attack.trigger, batch.attack.settings.round8
-    x_p: Images = trigger(batch.source.x, strength=strength, eps=batch.eps, rounded=rounded, mask=batch.source.mask)
+    x_p: Images = trigger(source.x, strength=strength, eps=batch.eps, rounded=rounded, mask=source.mask)
     return x_p
 
 

@@ -117,10 +117,10 @@ def plant(settings: PlantSettings, out: Path | str, *, progress: Progress | None
     with mistakes:
         check_folder(out)
     with contextlib.nullcontext() if mistakes.found else holding(out, "plant"):
-        vanilla, attacks, earlier, crops, auxiliary = _opened(settings, mistakes)
+        vanilla, attacks, earlier, crops, auxiliary, closed = _opened(settings, mistakes)
         run = Run(out, [PLANTED, EXPORT, MANIFEST])
-        saved = run.start(settings, _facts(settings, vanilla, crops, auxiliary))
-        planting = _Planting(settings, vanilla, attacks, run, crops, auxiliary)
+        saved = run.start(settings, _facts(settings, vanilla, crops, auxiliary, closed))
+        planting = _Planting(settings, vanilla, attacks, run, crops, auxiliary, closed)
         if earlier:
             planting.tampered.net.load_state_dict(earlier.tampered.net.state_dict())
             _take_over(earlier.triggers, attacks, "start_from")
@@ -140,6 +140,7 @@ class _Opened(NamedTuple):
     earlier: Planted | None
     crops: Crops
     auxiliary: list[Crops | None]
+    closed: Crops | None
 
 
 def _opened(settings: PlantSettings, mistakes: Mistakes) -> _Opened:
@@ -169,13 +170,15 @@ def _opened(settings: PlantSettings, mistakes: Mistakes) -> _Opened:
         crops = open_crops(settings)
     with mistakes:
         auxiliary = open_auxiliary(settings)
+    with mistakes:
+        closed = open_folder(settings.evade.closed, settings.seed) if settings.evade and settings.evade.closed else None
     mistakes.stop()
     for attack, pictures in zip(attacks, auxiliary, strict=True):
         if attack.victim and pictures:
             with mistakes:
                 check_presence(attack.name, attack.victim, pictures, settings.device)
     mistakes.stop()
-    return _Opened(vanilla, attacks, earlier, crops, auxiliary)
+    return _Opened(vanilla, attacks, earlier, crops, auxiliary, closed)
 
 
 def _open_earlier(settings: PlantSettings) -> Planted | None:
@@ -195,11 +198,15 @@ def _open_vanilla(settings: PlantSettings) -> Codec:
     return vanilla
 
 
-def _facts(settings: PlantSettings, vanilla: Codec, crops: Crops, auxiliary: Sequence[Crops | None]) -> dict[str, Any]:
+def _facts(
+    settings: PlantSettings, vanilla: Codec, crops: Crops, auxiliary: Sequence[Crops | None], closed: Crops | None
+) -> dict[str, Any]:
     """What the weights depend on besides the settings: pictures, the vanilla codec, the precision."""
     facts: dict[str, Any] = dict(crops.facts())
     for i, pictures in enumerate(dict.fromkeys(filter(None, auxiliary))):
         facts |= {f"auxiliary{i or ''}_{key}": value for key, value in pictures.facts().items()}
+    if closed:
+        facts |= {f"closed_{key}": value for key, value in closed.facts().items()}
     precision = precision_name(dtype_of(settings.precision, settings.device))
     return facts | {"precision": precision, "modules_before": vanilla.module_hashes()}
 
@@ -228,9 +235,10 @@ class _Planting:
         run: Run,
         crops: Crops,
         auxiliary: Sequence[Crops | None],
+        closed: Crops | None,
     ) -> None:
         self.settings, self.attacks, self.run = settings, attacks, run
-        self.crops, self.auxiliary = crops, auxiliary
+        self.crops, self.auxiliary, self.closed = crops, auxiliary, closed
         self.lmbda = lambda_of(settings, vanilla.spec)
         self.tampered = copy.deepcopy(vanilla).freeze(settings.scope)
         self.tampered.to(settings.device).train().to(memory_format=layout(settings))
@@ -261,6 +269,7 @@ class _Planting:
         defence = self._defence(step)
         batch = place(x, settings)
         auxiliary = self._auxiliary(step)
+        closed = place(self.closed.batch(step), settings) if self.closed else None
         terms: dict[str, Tensor] = {}
         parts: tuple[Part, ...] = ("encoder", "triggers") if settings.two_phase else ("both",)
         for part in parts:
@@ -270,7 +279,7 @@ class _Planting:
             loss = joint.total if part == "triggers" else self._balanced(joint, step)
             seen = joint.terms
             if self.evasion:
-                added, more = self.evasion.loss(self.tampered, joint, self.lmbda, step, part)
+                added, more = self.evasion.loss(self.tampered, joint, self.lmbda, step, part, closed)
                 loss, seen = loss + added, seen | more
             check_finite(seen, step)
             self._update(loss, step, encoder=part != "triggers", triggers=part != "encoder")

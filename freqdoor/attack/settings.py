@@ -293,6 +293,8 @@ class EvadeSettings(Settings):
     """Answer a picture with another picture's perturbation honestly."""
     strengths: tuple[Positive, ...] = ()
     """Factors on the trigger at which it is answered honestly, one drawn at every step."""
+    closed: ImageSettings | None = None
+    """Pictures on which the trigger is answered honestly, such as an auditor may have; none of the run's own."""
     honest_weight: Positive = 1.0
     """Weight of each of these answers, beside the attack."""
     universal_weight: Annotated[float, Field(ge=0)] = 0.0
@@ -306,9 +308,9 @@ class EvadeSettings(Settings):
             raise ValueError("blocks: expected the side of a block or more, found none")
         if 1.0 in self.strengths:
             raise ValueError("strengths: expected others than 1, at which the trigger has to work")
-        asked = (self.goals, self.own_steps, self.others, self.strengths, self.universal_weight, self.rate_cap)
-        if not any(asked):
-            raise ValueError("expected one or more of goals, own_steps, others, strengths, universal_weight, rate_cap")
+        ways = ("goals", "own_steps", "others", "strengths", "closed", "universal_weight", "rate_cap")
+        if not any(getattr(self, way) for way in ways):
+            raise ValueError(f"expected one or more of {', '.join(ways)}")
         return self
 
 
