@@ -235,7 +235,7 @@ class _Planting:
         run: Run,
         crops: Crops,
         auxiliary: Sequence[Crops | None],
-        closed: Crops | None,
+        closed: Crops | None = None,
     ) -> None:
         self.settings, self.attacks, self.run = settings, attacks, run
         self.crops, self.auxiliary, self.closed = crops, auxiliary, closed
