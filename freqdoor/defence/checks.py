@@ -18,13 +18,14 @@ from torch import Tensor
 from freqdoor.codecs.adapter import Codec
 from freqdoor.data import centre, load_image, seed_for
 from freqdoor.defence import patterns
-from freqdoor.defence.inversion import LR, Goal, Pattern, inverted
+from freqdoor.defence.inversion import inverted
 from freqdoor.measure.records import through, through_png
 from freqdoor.metrics import mse, psnr_8bit
 from freqdoor.preprocessing import GaussianBlur, Jpeg, Preprocessing, SqueezeBits
 from freqdoor.samples import KODAK
-from freqdoor.triggers.arguments import PAPER_EPS
+from freqdoor.triggers.arguments import PAPER_EPS, Goal
 from freqdoor.triggers.base import Trigger
+from freqdoor.triggers.pattern import LR, Pattern
 from freqdoor.types import Images, Result
 
 SIDE, PICTURES = 128, 4  # of the crops that patterns are made on

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from freqdoor.dct import block_idct, unblockify, ycbcr_to_rgb
-from freqdoor.defence.inversion import Pattern
 from freqdoor.triggers.arguments import PAPER_EPS, TriggerArguments
 from freqdoor.triggers.base import Trigger
 from freqdoor.triggers.lira import Lira
+from freqdoor.triggers.pattern import Pattern
 from freqdoor.triggers.universal import Universal
 from freqdoor.types import Images
 
