@@ -63,13 +63,8 @@ def load_codec(name: str, weights: Path | str | None = None, *, multiple: int | 
 
 def named(name: str) -> Codec:
     """The codec that a name alone stands for: a file unless the name is a known one."""
-    if name == BUNDLED:
-        return _load_file(ASSETS / "lite-hyperprior-3.safetensors", name)
-    if name.partition(":")[0] not in ARCHITECTURES:
-        if os.path.isfile(name):
-            return _load_file(Path(name))
-        if Path(name).suffix in (".safetensors", ".pth", ".pt", ".tar", ".ckpt"):
-            raise FreqdoorError(f"{name}: expected a checkpoint file, found nothing there")
+    if (path := file_of(name)) is not None:
+        return _load_file(path, name if name == BUNDLED else None)
     spec = parse_name(name)
     if spec.architecture in COMPRESSAI_URLS:
         return _download(spec)
@@ -78,6 +73,23 @@ def named(name: str) -> Codec:
     codec = build_codec(spec)
     _warn_of_others(renew_tables(codec), name)
     return codec
+
+
+def file_of(name: str) -> Path | None:
+    """The file that a name stands for; None where it is an architecture's or a function's.
+
+    Raises:
+        FreqdoorError: the name of a file that is not there.
+    """
+    if name == BUNDLED:
+        return ASSETS / "lite-hyperprior-3.safetensors"
+    if name.partition(":")[0] in ARCHITECTURES:
+        return None
+    if os.path.isfile(name):
+        return Path(name)
+    if Path(name).suffix in (".safetensors", ".pth", ".pt", ".tar", ".ckpt"):
+        raise FreqdoorError(f"{name}: expected a checkpoint file, found nothing there")
+    return None
 
 
 def _with_weights(name: str, path: Path) -> Codec:
