@@ -613,3 +613,35 @@ def test_the_commands_of_the_page(state, tmp_path, monkeypatch, capsys, no_pictu
     assert "mended.safetensors: healthy" in said
     assert not (tmp_path / "ran").exists()
     assert json.loads((tmp_path / "report.json").read_text())["symptoms"][0]["what"] == "wrapper"
+
+
+class Averaging(nn.Module):
+    """Keeps a mean while it trains, and raises if it is asked to."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(1))
+        self.broken = False
+
+    def forward(self, x):
+        if self.training:
+            self.mean += x.mean()
+            if self.broken:
+                raise ValueError("no training")
+        return x
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_train_mode_leaves_no_trace(broken):
+    net = strange()
+    net.g_a.append(Averaging())
+    subject = trial(net)
+    net.g_a[-1].broken = broken
+    modes = [part.training for part in subject.codec.modules()]
+    if broken:
+        with pytest.raises(FreqdoorError, match="no training"):
+            list(behaviour.modes(subject))
+    else:
+        assert list(behaviour.modes(subject)) == []
+    assert net.g_a[-1].mean == 0
+    assert [part.training for part in subject.codec.modules()] == modes

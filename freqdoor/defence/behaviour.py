@@ -131,11 +131,14 @@ def threads(number: int) -> Iterator[None]:
 def training(codec: Codec) -> Iterator[None]:
     """Train mode without gradients in the block, with fixed random numbers; afterwards all tensors are as they were."""
     before = {key: value.clone() for key, value in codec.net.state_dict().items()}
-    with evaluating(codec):
-        torch.manual_seed(0)
-        codec.train()
-        yield
-    codec.net.load_state_dict(before)
+    try:
+        with evaluating(codec):
+            torch.manual_seed(0)
+            codec.train()
+            yield
+    finally:
+        for key, value in codec.net.state_dict().items():  # of a network that counts or averages while it trains
+            value.copy_(before[key])
 
 
 def decoder(trial: Trial) -> Iterator[Symptom]:
