@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ import freqdoor.cli as cli
 from freqdoor import doctor, load_codec, save_codec
 from freqdoor.codecs.adapter import Codec, hash_state
 from freqdoor.codecs.architectures import CodecSpec
+from freqdoor.codecs.loading import write_tensors
 from freqdoor.codecs.pickles import code_in
 from freqdoor.defence import behaviour
 from freqdoor.defence import doctor as module
@@ -136,7 +138,7 @@ def _(state, path):
 
 @in_file("not-a-codec")
 def _(state, path):
-    return saved({"layer1.weight": torch.ones(3)}, path)
+    return saved({"layer1.weight": torch.ones(3), "layer2.weight": torch.ones(3)}, path)
 
 
 @in_file("checksum")
@@ -332,6 +334,11 @@ def _():
     return strange(factor=2.0)
 
 
+@in_codec("rough-rate", behaviour.rate)
+def _():
+    return strange()  # untrained
+
+
 @in_codec("picture", behaviour.picture)
 def _():
     return with_layer("g_s", 7, lambda layer, x: x - 1)
@@ -419,6 +426,12 @@ def test_what_a_codec_does_is_found(what, i):
     assert torch.get_num_threads() == number
 
 
+def test_nothing_is_found_where_a_codec_does_what_it_says():
+    subject = trial(strange(factor=0.8))  # so that the estimate of an untrained network is right
+    finders = (behaviour.decoder, behaviour.rate, behaviour.modes, behaviour.thread_count)
+    assert [row for finder in finders for row in finder(subject)] == []
+
+
 @pytest.mark.whole
 def test_the_bundled_codec_is_healthy():
     diagnosis = doctor("lite-hyperprior:3")
@@ -450,6 +463,8 @@ def test_everything_comes_at_once_and_what_can_be_mended_is(state, sound, tmp_pa
     saved({"model": wrapped | {"loss": torch.ones(1)}, "epoch": 1}, tmp_path / "x.ckpt")
     diagnosis = doctor(tmp_path / "x.ckpt", fix=tmp_path / "y.safetensors", out=tmp_path / "report.json")
     assert whats(diagnosis) == {"wrapper", "prefix", "old-keys", "no-tables"}
+    assert "under model, beside epoch" in diagnosis.symptoms[0].said
+    assert "more beside it (loss)" in diagnosis.symptoms[1].said
     assert set(diagnosis.mended) == whats(diagnosis)
     assert diagnosis.exit_code == 0
     assert Diagnosis.read(tmp_path / "report.json", "a report") == diagnosis
@@ -487,6 +502,22 @@ def test_metadata_of_a_tampered_codec_survives_mending(sound, tmp_path, no_pictu
     assert load_codec(str(tmp_path / "y.safetensors")).tampered
 
 
+def test_good_tables_of_our_own_files_are_kept_and_a_codec_stays_as_it_was(tmp_path, no_pictures):
+    codec = healthy()
+    codec.net.entropy_bottleneck._quantized_cdf[0, 3] += 1  # as another machine rounds
+    before = hash_state(codec)
+    assert doctor(codec).symptoms == ()
+    header = {"kind": "codec", "spec": asdict(codec.spec)}
+    state = codec.net.state_dict()
+    write_tensors(tmp_path / "x", state | {"g_a.0.weight": state["g_a.0.weight"].double()}, header)
+    assert doctor(tmp_path / "x", fix=tmp_path / "y").mended == ("double-precision",)
+    assert hash_state(load_codec(str(tmp_path / "y"))) == before
+    codec.net.entropy_bottleneck._quantized_cdf[0, 3] += 100
+    before = hash_state(codec)
+    assert whats(doctor(codec)) == {"stale-tables"}
+    assert hash_state(codec) == before
+
+
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_every_name_in_a_pickle_is_seen_and_nothing_runs(protocol, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -504,10 +535,30 @@ def test_every_name_in_a_pickle_is_seen_and_nothing_runs(protocol, tmp_path, mon
     assert not (tmp_path / "ran").exists()
 
 
-def test_names_that_are_put_together_on_the_stack_are_seen(tmp_path):
-    decoy = b"\x80\x04\x8c\x02os\x8c\x06system\x8c\x0bcollections\x8c\x0bOrderedDict00\x93."
-    (tmp_path / "x").write_bytes(decoy)
+NAME = b"\x80\x04\x8c\x02os\x8c\x06system"  # two texts on the stack
+
+
+@pytest.mark.parametrize(
+    "decoy",
+    [
+        b"",
+        b"\x8c\x0bcollections\x8c\x0bOrderedDict00",  # pushed and popped
+        b"](K\x01e0",  # a list that takes a number from above a mark
+        b"(K\x01K\x021",  # all above a mark
+        b"(\x8c\x01x\x8c\x01y0t0",
+        b"\x8c\x0bOrderedDict200",  # doubled, and popped twice
+    ],
+)
+def test_names_that_are_put_together_on_the_stack_are_seen(tmp_path, decoy):
+    (tmp_path / "x").write_bytes(NAME + decoy + b"\x93.")
     assert code_in(tmp_path / "x") == ("os.system",)
+
+
+def test_code_is_seen_in_files_of_old_versions_of_pytorch(state, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": state, "callback": Runs()}, tmp_path / "x", _use_new_zipfile_serialization=False)
+    assert whats(doctor(tmp_path / "x")) == {"hostile"}
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(
@@ -567,9 +618,12 @@ def test_the_name_that_fits_is_said(state, tmp_path, no_pictures):
     assert "has N=128, M=192, the weights have N=16, M=24" in row.said
 
 
-def test_a_planted_encoder_alone_and_what_is_not_there(tmp_path):
+def test_a_planted_encoder_alone_several_codecs_and_what_is_not_there(state, tmp_path):
     [row] = doctor(ASSETS / "planted-bpp.safetensors").symptoms
     assert (row.what, "planted encoder" in row.said) == ("not-a-codec", True)
+    both = {f"{name}.{key}": value for name in ("student", "teacher") for key, value in state.items()}
+    [row] = doctor(saved(both, tmp_path / "both.pth")).symptoms
+    assert (row.what, "student., teacher." in row.said) == ("not-a-codec", True)
     with pytest.raises(FreqdoorError, match="found nothing there"):
         doctor(tmp_path / "x.pth")
     os.mkfifo(tmp_path / "pipe")

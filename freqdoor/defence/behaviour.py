@@ -24,7 +24,7 @@ from freqdoor.samples import pictures
 from freqdoor.types import Bitstream, Images, Reconstruction, Result, to_uint8
 
 SIDE, PICTURES = 256, 3  # of the crops
-RATE_SLACK = 0.05  # of the estimate; rANS is within 1.2 % of it on the bundled codec
+RATE_SLACK = {"rate": 0.25, "rough-rate": 0.05}  # of the estimate; 1 % on the bundled codec, 8 after 800 steps only
 STRING_BITS = 64  # and besides, what a string costs however short it is
 NOISE_RATIO = 2.0  # of the rate with noise and with rounding, either way; 1.3 on the bundled codec
 NOISE_BPP = 0.02  # and at least so many bits
@@ -153,13 +153,13 @@ def rate(trial: Trial) -> Iterator[Symptom]:
     """Whether the estimated rate is the real one."""
     estimate = sum(float(answer.bits) for answer in trial.estimated)
     real = sum(8 * coded.num_bytes for coded in trial.coded)
-    slack = RATE_SLACK * estimate + STRING_BITS * sum(len(coded.strings) for coded in trial.coded)
-    if not abs(real - estimate) <= slack:
-        yield symptom(
-            "rate",
-            "likelihoods",
-            f"the rate that forward estimates is {estimate / 8:.0f} bytes, and the real one is {real / 8:.0f}",
-        )
+    strings = STRING_BITS * sum(len(coded.strings) for coded in trial.coded)
+    for what, slack in RATE_SLACK.items():
+        if not abs(real - estimate) <= slack * estimate + strings:
+            yield symptom(
+                what, "likelihoods", f"forward estimates {estimate / 8:.0f} bytes, and the real ones are {real / 8:.0f}"
+            )
+            return
 
 
 def picture(trial: Trial) -> Iterator[Symptom]:

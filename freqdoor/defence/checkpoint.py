@@ -133,8 +133,11 @@ def sentence(error: object, path: Path) -> str:
 def refusal(path: Path, error: FreqdoorError) -> Symptom:
     """Why a file could not be read: code in it, its end is missing, it is something else, or what the reader says."""
     names, said = code_in(path), sentence(error, path)
-    with path.open("rb") as file:
-        head = file.read(64).lower()
+    try:
+        with path.open("rb") as file:
+            head = file.read(64).lower()
+    except OSError as problem:
+        return symptom("unreadable", path.name, f"the system does not let it be read: {problem.strerror}")
     if names:
         hostile = [name for name in names if not is_object(name)]
         if hostile:
@@ -281,6 +284,10 @@ def _width(wanted: CodecSpec | None, spec: CodecSpec, path: Path) -> list[Sympto
     ]
 
 
+def _sized(spec: CodecSpec) -> str:
+    return f"{spec.architecture} with {_shown(spec.arguments)}" if spec.arguments else spec.architecture
+
+
 def _shown(arguments: dict[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in arguments.items())
 
@@ -290,7 +297,7 @@ def name_that_fits(spec: CodecSpec) -> str:
     rows = {quality: parse_name(f"{spec.architecture}:{quality}").arguments for quality in LAMBDAS}
     fits = [quality for quality, arguments in rows.items() if arguments and arguments == spec.arguments]
     if not fits:
-        return f"{spec.architecture} with {_shown(spec.arguments)}"
+        return _sized(spec)
     span = f" to {max(fits)}" if len(fits) > 1 else ""
     return f"{spec.architecture}:{min(fits)}{span}"
 
@@ -325,7 +332,7 @@ def difference(spec: CodecSpec, state: dict[str, Tensor]) -> tuple[float, Sympto
     others = [key for keys in rows.values() for key in keys]
     said = "; ".join(f"{what}: {listed(keys)}" for what, keys in rows.items() if keys)
     share = 1 - len(others) / max(len(shapes.keys() | own.keys()), 1) if shapes else 0.0
-    return share, symptom("shapes", others, f"it is no whole {spec.architecture} of {_shown(spec.arguments)}: {said}")
+    return share, symptom("shapes", others, f"it is no whole {_sized(spec)}: {said}")
 
 
 def with_weights(

@@ -1,5 +1,6 @@
 """`freqdoor doctor`: what is wrong with a codec's checkpoint, in plain words, and what to do; all of it in one run."""
 
+import copy
 from pathlib import Path
 from typing import Literal
 
@@ -142,7 +143,7 @@ def _patient(checkpoint: Codec | str, weights: Path | str | None, path: Path | N
         spec = parse_name(checkpoint)
         if spec.architecture not in ARCHITECTURES:
             return with_weights(spec, None, [])
-    codec = checkpoint if isinstance(checkpoint, Codec) else named(checkpoint)
+    codec = copy.deepcopy(checkpoint) if isinstance(checkpoint, Codec) else named(checkpoint)
     raw = codec.net.state_dict()
     return Patient(codec.spec.architecture, codec.net, codec, raw, list(numbers(raw)), keeps_tables=True)
 

@@ -75,6 +75,7 @@ KINDS: dict[str, Kind] = {
     "modes": Kind("wrong", "train with what eval mode does: rounding, or noise of the same strength"),
     "decoder": Kind("wrong", "let compress and decompress code the latents that forward rounds"),
     "rate": Kind("wrong", "compute the tables and the likelihoods from the same weights, and train with the latter"),
+    "rough-rate": Kind("note", "measure real bytes; after longer training the scales are predicted better"),
     "threads": Kind("wrong", "let the decoder compute nothing that depends on the number of threads"),
     "picture": Kind("wrong", "check that this checkpoint was trained, and of which architecture it is"),
     "dead-channels": Kind("note", "nothing has to be done; a narrower network would do the same"),
