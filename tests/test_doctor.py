@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from compressai.entropy_models import EntropyModel
 from compressai.models import MeanScaleHyperprior
 from factories import tiny
 from safetensors.torch import save_file
@@ -286,7 +287,7 @@ def _(state, path):
 class Strange(MeanScaleHyperprior):
     """Does not what it says, one way each."""
 
-    darker, factor, learned = False, 1.0, False
+    darker, factor, learned, shift = False, 1.0, False, None
 
     def forward(self, x):
         answer = super().forward(x)
@@ -294,7 +295,9 @@ class Strange(MeanScaleHyperprior):
 
     def decompress(self, strings, shape):
         if self.learned:
-            self.g_s(torch.zeros(1, 24, 4, 4))  # which knows the number of threads
+            self.g_a(torch.zeros(1, 3, 64, 64))  # which knows the number of threads
+        if self.shift:
+            self.gaussian_conditional.dequantize = lambda *args: self.shift(EntropyModel.dequantize(*args))
         answer = super().decompress(strings, shape)
         return {"x_hat": answer["x_hat"] * 0.5} if self.darker else answer
 
@@ -362,9 +365,17 @@ def _():
 @in_codec("threads", behaviour.thread_count)
 def _():
     net = with_layer("h_s", 5, None)
-    net.g_s.insert(0, Otherwise(lambda layer, x: x))
+    net.g_a.insert(0, Otherwise(lambda layer, x: x))
     net.learned = True
-    net.h_s[5].change = lambda layer, x: x + 9 * (net.g_s[0].seen - 1)  # of the call before
+    net.h_s[5].change = lambda layer, x: x + 9 * (net.g_a[0].seen - 1)
+    return net
+
+
+@in_codec("threads", behaviour.thread_count)
+def _():
+    net = with_layer("g_a", 0, lambda layer, x: x)
+    net.learned = True
+    net.shift = lambda y_hat: y_hat + 1e-6 * (net.g_a[0].seen - 1)  # the same symbols, and nearly the same picture
     return net
 
 
@@ -424,6 +435,18 @@ def test_what_a_codec_does_is_found(what, i):
     assert {row.what for row in found} == {what}
     assert hash_state(subject.codec) == before
     assert torch.get_num_threads() == number
+
+
+def test_noise_that_is_much_better_than_rounding_is_found():
+    subject = trial(strange())
+    [answer] = subject.estimated
+    subject.__dict__["noisy"] = [answer._replace(x_hat=subject.pictures[0])]
+    [row] = behaviour.modes(subject)
+    assert "dB" in row.said
+    subject.__dict__["noisy"] = [answer._replace(bits=2.5 * answer.bits)]
+    assert len(list(behaviour.modes(subject))) == 1
+    subject.__dict__["noisy"] = [answer._replace(bits=1.5 * answer.bits)]
+    assert list(behaviour.modes(subject)) == []
 
 
 def test_nothing_is_found_where_a_codec_does_what_it_says():
