@@ -256,7 +256,7 @@ def _other_architecture(wanted: str, fits: list[CodecSpec], path: Path) -> Sympt
         "architecture",
         path.name,
         f"the weights do not fit {wanted}; they are of {' or '.join(names)}",
-        f"name {' or '.join(names)} instead",
+        f"name {' or '.join(names)} instead" if all(":" in name for name in names) else "pass the file without a name",
     )
 
 
@@ -425,14 +425,15 @@ def looks(net: nn.Module, raw: dict[str, Tensor]) -> Iterator[Symptom]:
         if w.numel() < MANY or name in rows["constant"]:
             continue
         zeros = float((w == 0).float().mean())
-        if zeros >= ZEROS:
-            rows["pruned"][name] = zeros
         w = w[w != 0]
         levels = len(torch.unique(w))
         halves = any(bool((w == w.to(half).float()).all()) for half in HALVES)
         if levels <= len(w) / FEW and (levels <= LEVELS or not halves):
-            rows["quantised"][name] = levels
-        elif halves and raw.get(f"{name}.weight", w).dtype not in HALVES:  # those are said already
+            rows["quantised"][name] = levels  # of which 0 is one
+            continue
+        if zeros >= ZEROS:
+            rows["pruned"][name] = zeros
+        if halves and raw.get(f"{name}.weight", w).dtype not in HALVES:  # those are said already
             rows["rounded"][name] = levels
     said = {
         "constant": "all their weights are the same number",
