@@ -27,6 +27,7 @@ from freqdoor.defence.checks import CHECKS, FAST, Finding, Response, Subject, Wi
 from freqdoor.errors import FreqdoorError
 from freqdoor.metrics import psnr
 from freqdoor.samples import pictures
+from freqdoor.triggers.pattern import GOALS, Pattern
 
 PAGE = Path(__file__).parent.parent / "docs/audit.md"
 SCORES = {"random": {"rate": 0.0, "gain": 1.5}, "gain": {"rate": 0.0, "gain": 2.0}}
@@ -39,7 +40,7 @@ def subject():
 
 def test_a_pattern_repeats_its_block_stays_in_its_band_and_in_its_budget(subject):
     torch.manual_seed(0)
-    pattern = inversion.Pattern(8, "low", eps=0.005).requires_grad_(False)
+    pattern = Pattern(8, "low", eps=0.005).requires_grad_(False)
     x = torch.full((1, 3, 64, 64), 0.5)
     delta = pattern(x) - x
     assert torch.allclose(delta[..., :8, :8], delta[..., 24:32, 40:48])
@@ -50,7 +51,7 @@ def test_a_pattern_repeats_its_block_stays_in_its_band_and_in_its_budget(subject
     assert pattern.chosen.sum() == 8 * 8 // 3
 
 
-@pytest.mark.parametrize("goal", inversion.GOALS)
+@pytest.mark.parametrize("goal", GOALS)
 def test_inversion_drives_its_goal_and_leaves_the_codec_as_it_was(goal, subject):
     codec = subject.codec.eval()
     before, modes = hash_state(codec), [m.training for m in codec.modules()]
@@ -79,7 +80,7 @@ def test_scores_are_means_over_pictures():
 
 
 def test_responses_are_of_real_files(subject):
-    pattern = inversion.Pattern(16, eps=0.005).eval()
+    pattern = Pattern(16, eps=0.005).eval()
     [first, _] = subject.respond(pattern)
     codec, x = subject.codec, subject.pictures[0]
     assert first.response.bytes_clean == codec.compress(x)[0].num_bytes

@@ -44,6 +44,18 @@ class Auxiliary(NamedTuple):
     labels: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Poisoned:
+    """What one attack makes of its images before the codec."""
+
+    attack: Attack
+    source: Scene  # before any preprocessing
+    x_p: Images
+    entering: Images  # what the codec is given: x_p after the preprocessing, its gradient scaled by 1 / weight
+    eps: float
+    weight: float  # alpha^o of Eq. (9), or 1 where the triggers are trained alone
+
+
 class JointLoss(NamedTuple):
     """The joint loss of all attacks in parts, and the clean pass that they share."""
 
@@ -53,6 +65,7 @@ class JointLoss(NamedTuple):
     x: Images  # the clean batch as the codec saw it
     clean: Reconstruction
     latents: tuple[Tensor, ...]  # of every pass that has a gradient, whole
+    poisoned: tuple[tuple[Poisoned, Reconstruction], ...]  # of every attack, before and after the codec
     terms: dict[str, Tensor]
 
     @property
@@ -110,8 +123,9 @@ def joint_loss(
     x = before(x)
     clean, passed, latents = _pass_all(codec, x, poisoned)
     kept, harm, penalty = x.new_zeros(()), x.new_zeros(()), x.new_zeros(())
+    pairs = tuple(zip(poisoned, passed, strict=True))
     terms: dict[str, Tensor] = {}
-    for batch, out in zip(poisoned, passed, strict=True):
+    for batch, out in pairs:
         attack = batch.attack
         source = batch.source.preprocessed(before) if attack.objective.uses_auxiliary else Scene(x)
         source_hat = _clean_pass(codec, source.x) if attack.victim and attack.victim.uses_clean else None
@@ -122,29 +136,17 @@ def joint_loss(
         prefix = f"{attack.name}/" if len(attacks) > 1 else ""
         terms |= {prefix + name: value for name, value in loss.terms.items()}
         terms[f"{prefix}{TRIGGER_MSE}"] = (batch.x_p - batch.source.x).square().mean().detach()
-    joint = JointLoss(kept, harm, penalty, x, clean, latents, terms)
+    joint = JointLoss(kept, harm, penalty, x, clean, latents, pairs, terms)
     return joint._replace(terms=terms | {"loss": joint.total.detach()})
 
 
-@dataclass(frozen=True)
-class _Poisoned:
-    """What one attack makes of its images before the codec."""
-
-    attack: Attack
-    source: Scene  # before any preprocessing
-    x_p: Images
-    entering: Images  # what the codec is given: x_p after the preprocessing, its gradient scaled by 1 / weight
-    eps: float
-    weight: float  # alpha^o of Eq. (9), or 1 where the triggers are trained alone
-
-
-def _poison(attack: Attack, source: Auxiliary, eps: float, before: Callable[[Images], Images], part: Part) -> _Poisoned:
+def _poison(attack: Attack, source: Auxiliary, eps: float, before: Callable[[Images], Images], part: Part) -> Poisoned:
     """The images that an attack's trigger acts on, poisoned."""
     scene = attack.victim.scene(source.x, source.labels) if attack.victim else Scene(source.x)
     x_p = attack.trigger(scene.x, eps=eps, rounded=attack.settings.round8, mask=scene.mask)
     weight = 1.0 if part == "triggers" else attack.weight
     entering = before(x_p).detach() if part == "encoder" else scale_gradient(before(x_p), 1 / weight)
-    return _Poisoned(attack, scene, x_p, entering, eps, weight)
+    return Poisoned(attack, scene, x_p, entering, eps, weight)
 
 
 def _source(attack: Attack, x: Images, auxiliary: Auxiliary | None) -> Auxiliary:
@@ -164,7 +166,7 @@ def _clean_pass(codec: Codec, x: Images) -> Images:
 
 
 def _pass_all(
-    codec: Codec, x: Images, poisoned: Sequence[_Poisoned]
+    codec: Codec, x: Images, poisoned: Sequence[Poisoned]
 ) -> tuple[Reconstruction, list[Reconstruction], tuple[Tensor, ...]]:
     """The clean and all poisoned batches through the codec, and the latents of each pass.
 

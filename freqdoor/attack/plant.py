@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.optim import Adam
 
-from freqdoor.attack.joint import TRIGGER_MSE, Attack, Auxiliary, JointLoss, joint_loss
+from freqdoor.attack.evasion import Evasion
+from freqdoor.attack.joint import TRIGGER_MSE, Attack, Auxiliary, JointLoss, Part, joint_loss
 from freqdoor.attack.objectives import DownstreamAttack, build_objective, main_loss
-from freqdoor.attack.planted import MANIFEST, PLANTED, Planted, export, load_planted
+from freqdoor.attack.planted import MANIFEST, PLANTED, Planted, export, load_planted, load_triggers
 from freqdoor.attack.presence import check_presence
 from freqdoor.attack.robust import choose_survivors, survivor_weights
 from freqdoor.attack.settings import PlantSettings, TriggerSettings
@@ -40,6 +41,7 @@ from freqdoor.training.precision import dtype_of, precision_name
 from freqdoor.training.run import Run
 from freqdoor.training.train import EXPORT
 from freqdoor.triggers.adaptive_dct import AdaptiveDCT
+from freqdoor.triggers.base import Trigger
 from freqdoor.triggers.build import build_trigger
 from freqdoor.types import Images
 
@@ -115,12 +117,13 @@ def plant(settings: PlantSettings, out: Path | str, *, progress: Progress | None
     with mistakes:
         check_folder(out)
     with contextlib.nullcontext() if mistakes.found else holding(out, "plant"):
-        vanilla, attacks, earlier, crops, auxiliary = _opened(settings, mistakes)
+        vanilla, attacks, earlier, crops, auxiliary, closed = _opened(settings, mistakes)
         run = Run(out, [PLANTED, EXPORT, MANIFEST])
-        saved = run.start(settings, _facts(settings, vanilla, crops, auxiliary))
-        planting = _Planting(settings, vanilla, attacks, run, crops, auxiliary)
+        saved = run.start(settings, _facts(settings, vanilla, crops, auxiliary, closed))
+        planting = _Planting(settings, vanilla, attacks, run, crops, auxiliary, closed)
         if earlier:
-            _go_on_from(earlier, planting)
+            planting.tampered.net.load_state_dict(earlier.tampered.net.state_dict())
+            _take_over(earlier.triggers, attacks, "start_from")
         loop(run, settings, planting.parts, planting.history, crops, planting.step, saved=saved, progress=progress)
         planting.check_acted()
         tampered = planting.tampered.to("cpu").to(memory_format=torch.contiguous_format).prepare()
@@ -137,6 +140,7 @@ class _Opened(NamedTuple):
     earlier: Planted | None
     crops: Crops
     auxiliary: list[Crops | None]
+    closed: Crops | None
 
 
 def _opened(settings: PlantSettings, mistakes: Mistakes) -> _Opened:
@@ -152,19 +156,29 @@ def _opened(settings: PlantSettings, mistakes: Mistakes) -> _Opened:
         multiple = vanilla.multiple
     with mistakes:
         attacks = build_attacks(usable, multiple)
+        if settings.triggers_from:
+            taken = load_triggers(settings.triggers_from)
+            if lacking := [attack.name for attack in attacks if attack.name not in taken]:
+                raise FreqdoorError(
+                    f"triggers_from: it has {', '.join(taken)}, and none that is called {', '.join(lacking)}; call the "
+                    "attacks as they are called there"
+                )
+            _take_over(taken, attacks, "triggers_from")
     with mistakes:
         earlier = _open_earlier(settings)
     with mistakes:
         crops = open_crops(settings)
     with mistakes:
         auxiliary = open_auxiliary(settings)
+    with mistakes:
+        closed = open_folder(settings.evade.closed, settings.seed) if settings.evade and settings.evade.closed else None
     mistakes.stop()
     for attack, pictures in zip(attacks, auxiliary, strict=True):
         if attack.victim and pictures:
             with mistakes:
                 check_presence(attack.name, attack.victim, pictures, settings.device)
     mistakes.stop()
-    return _Opened(vanilla, attacks, earlier, crops, auxiliary)
+    return _Opened(vanilla, attacks, earlier, crops, auxiliary, closed)
 
 
 def _open_earlier(settings: PlantSettings) -> Planted | None:
@@ -184,25 +198,28 @@ def _open_vanilla(settings: PlantSettings) -> Codec:
     return vanilla
 
 
-def _facts(settings: PlantSettings, vanilla: Codec, crops: Crops, auxiliary: Sequence[Crops | None]) -> dict[str, Any]:
+def _facts(
+    settings: PlantSettings, vanilla: Codec, crops: Crops, auxiliary: Sequence[Crops | None], closed: Crops | None
+) -> dict[str, Any]:
     """What the weights depend on besides the settings: pictures, the vanilla codec, the precision."""
     facts: dict[str, Any] = dict(crops.facts())
     for i, pictures in enumerate(dict.fromkeys(filter(None, auxiliary))):
         facts |= {f"auxiliary{i or ''}_{key}": value for key, value in pictures.facts().items()}
+    if closed:
+        facts |= {f"closed_{key}": value for key, value in closed.facts().items()}
     precision = precision_name(dtype_of(settings.precision, settings.device))
     return facts | {"precision": precision, "modules_before": vanilla.module_hashes()}
 
 
-def _go_on_from(earlier: Planted, planting: "_Planting") -> None:
-    """Take over the encoder and the triggers of an earlier planting in the same codec."""
-    planting.tampered.net.load_state_dict(earlier.tampered.net.state_dict())
-    for attack in planting.attacks:
-        if attack.name in earlier.triggers:
+def _take_over(triggers: Mapping[str, Trigger], attacks: Sequence[Attack], setting: str) -> None:
+    """Give the attacks an earlier planting's triggers of the same names; `setting` named it."""
+    for attack in attacks:
+        if attack.name in triggers:
             try:
-                attack.trigger.load_state_dict(earlier.triggers[attack.name].state_dict())
+                attack.trigger.load_state_dict(triggers[attack.name].state_dict())
             except RuntimeError:
                 raise FreqdoorError(
-                    f"start_from: its trigger {attack.name} is of another kind than {attack.settings.name} with the "
+                    f"{setting}: its trigger {attack.name} is of another kind than {attack.settings.name} with the "
                     "settings' arguments; give both the same"
                 ) from None
 
@@ -218,9 +235,10 @@ class _Planting:
         run: Run,
         crops: Crops,
         auxiliary: Sequence[Crops | None],
+        closed: Crops | None = None,
     ) -> None:
         self.settings, self.attacks, self.run = settings, attacks, run
-        self.crops, self.auxiliary = crops, auxiliary
+        self.crops, self.auxiliary, self.closed = crops, auxiliary, closed
         self.lmbda = lambda_of(settings, vanilla.spec)
         self.tampered = copy.deepcopy(vanilla).freeze(settings.scope)
         self.tampered.to(settings.device).train().to(memory_format=layout(settings))
@@ -228,12 +246,16 @@ class _Planting:
         self.anchor_encoder = vanilla.to(settings.device).part("g_a") if settings.balance.anchor else None
         self.encoder = [p for p in self.tampered.parameters() if p.requires_grad]
         self.optimizer = Adam(self.encoder, lr=settings.lr)
-        learned = {a.name: list(a.trigger.parameters()) for a in attacks}
+        learned = {a.name: list(a.trigger.parameters()) for a in attacks if not settings.triggers_from}
         self.learned = {name: parameters for name, parameters in learned.items() if parameters}  # FTrojan has none
         self.trigger_optimizers = {name: Adam(p, lr=settings.trigger_lr) for name, p in self.learned.items()}
         self.parts: dict[str, Stateful] = {"net": self.tampered.net, "optimizer": self.optimizer}
         self.parts |= {f"trigger/{a.name}": a.trigger for a in attacks}
         self.parts |= {f"optimizer/{name}": optimizer for name, optimizer in self.trigger_optimizers.items()}
+        self.evasion = None
+        if settings.evade:
+            self.evasion = Evasion(settings.evade, vanilla.multiple, settings.device)
+            self.parts |= self.evasion.parts
         self.history: dict[str, Any] = {"attack_scale": 1.0, "acted": []}
 
     def step(self, x: Images, step: int) -> dict[str, float]:
@@ -247,15 +269,21 @@ class _Planting:
         defence = self._defence(step)
         batch = place(x, settings)
         auxiliary = self._auxiliary(step)
+        closed = place(self.closed.batch(step), settings) if self.closed else None
         terms: dict[str, Tensor] = {}
-        for part in ("encoder", "triggers") if settings.two_phase else ("both",):
+        parts: tuple[Part, ...] = ("encoder", "triggers") if settings.two_phase else ("both",)
+        for part in parts:
             joint = joint_loss(
                 self.tampered, self.attacks, batch, self.lmbda, eps, auxiliary=auxiliary, defence=defence, part=part
             )
             loss = joint.total if part == "triggers" else self._balanced(joint, step)
-            check_finite(joint.terms, step)
+            seen = joint.terms
+            if self.evasion:
+                added, more = self.evasion.loss(self.tampered, joint, self.lmbda, step, part, closed)
+                loss, seen = loss + added, seen | more
+            check_finite(seen, step)
             self._update(loss, step, encoder=part != "triggers", triggers=part != "encoder")
-            terms = joint.terms | terms  # of two phases, what the first one saw
+            terms = seen | terms  # of two phases, what the first one saw
         row = {name: float(value) for name, value in terms.items()} | {"eps": eps[0]}
         self._note_acting(row)
         self.run.log({"step": step + 1, **row})

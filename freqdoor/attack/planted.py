@@ -2,7 +2,8 @@
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -183,10 +184,7 @@ def load_planted(path: Path | str, codec: Codec | str | None = None, weights: Pa
     Raises:
         FreqdoorError: not such a file, a header that does not fit its weights, or another vanilla codec.
     """
-    path = Path(path)
-    path = path / PLANTED if path.is_dir() else path
-    path = ASSETS / f"{path}.safetensors" if str(path) in SHIPPED and not path.exists() else path
-    tensors, content = read_tensors(path)
+    path, tensors, content = _read(path)
     header = _checked_header(content, path)
     base = header.planting.codec
     if codec is None and (base.weights or base.name.partition(":")[0] not in ARCHITECTURES):
@@ -194,19 +192,50 @@ def load_planted(path: Path | str, codec: Codec | str | None = None, weights: Pa
     vanilla = codec if isinstance(codec, Codec) else load_codec(codec or base.name, weights, multiple=base.multiple)
     _check_hashes(vanilla, header.modules_before, f"{path}: was planted in {base.name} with other weights")
     tampered = copy.deepcopy(vanilla)
-    triggers = {}
-    try:
+    with _malformed(path):
         for module in header.scope.split("+"):
             tampered.part(module).load_state_dict(_part(tensors, module))
         _check_hashes(tampered, header.modules_after, f"{path}: does not hold the weights that its header names")
         check_weights(tensors, path)
-        for attack in header.attacks:
-            triggers[attack.name] = _trigger(attack, _part(tensors, f"trigger.{attack.name}"))
+        triggers = _triggers(tensors, header)
+    tampered.metadata = {"tampered": True, "attacks": content["attacks"]}
+    return Planted(vanilla, tampered, triggers, header)
+
+
+def load_triggers(path: Path | str) -> dict[str, Trigger]:
+    """The triggers of a planted encoder's file by their names, without any codec; the path is `load_planted`'s.
+
+    Raises:
+        FreqdoorError: not such a file, or a header that does not fit its weights.
+    """
+    path, tensors, content = _read(path)
+    header = _checked_header(content, path)
+    with _malformed(path):
+        check_weights(tensors, path)
+        return _triggers(tensors, header)
+
+
+def _read(path: Path | str) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+    """Where a planted encoder's file is, its tensors, and its header as it stands there."""
+    path = Path(path)
+    path = path / PLANTED if path.is_dir() else path
+    path = ASSETS / f"{path}.safetensors" if str(path) in SHIPPED and not path.exists() else path
+    return (path, *read_tensors(path))
+
+
+@contextmanager
+def _malformed(path: Path) -> Iterator[None]:
+    """What a file's tensors and header make fail in the block is one sentence."""
+    try:
+        yield
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:120]
         raise FreqdoorError(f"{path}: malformed planted encoder ({type(error).__name__}: {reason})") from None
-    tampered.metadata = {"tampered": True, "attacks": content["attacks"]}
-    return Planted(vanilla, tampered, triggers, header)
+
+
+def _triggers(tensors: dict[str, Tensor], header: Header) -> dict[str, Trigger]:
+    """Every trigger that a header names, from its tensors."""
+    return {attack.name: _trigger(attack, _part(tensors, f"trigger.{attack.name}")) for attack in header.attacks}
 
 
 def _checked_header(content: dict[str, Any], path: Path) -> Header:

@@ -5,7 +5,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PlainSerializer, SerializationInfo, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    Field,
+    PlainSerializer,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from freqdoor.attack import arguments
 from freqdoor.errors import FreqdoorError
@@ -13,7 +22,7 @@ from freqdoor.preprocessing import check_kinds, parse_defences
 from freqdoor.samples import BUNDLED
 from freqdoor.settings import Arguments, PrivatePath, Settings, file_name, is_public, merge
 from freqdoor.training.settings import Count, ImageSettings, Positive, Training
-from freqdoor.triggers.arguments import PAPER_EPS, TRIGGERS
+from freqdoor.triggers.arguments import PAPER_EPS, TRIGGERS, Block, Goal
 
 TRIGGER_NAME = r"[\w-]{1,64}"  # it stands in the names of tensors, columns and files
 
@@ -263,6 +272,48 @@ class RobustSettings(Settings):
         return self
 
 
+class EvadeSettings(Settings):
+    """Planting against those who look for it (docs/evasion.md): what the encoder learns to answer honestly, by the
+    logarithm of L of Eq. (1), and what trigger and effect must not be."""
+
+    goals: tuple[Goal, ...] = ()
+    """Goals of patterns that are the same in every picture, driven against the encoder as `freqdoor audit` does;
+    answered honestly."""
+    blocks: tuple[Block, ...] = (16,)
+    """Sides of their blocks in pixels: one pattern for each goal and block."""
+    eps: Positive = PAPER_EPS
+    """RMS at which audits are expected to look: where the budget of patterns and of own perturbations ends."""
+    ascent: Count = 1
+    """Steps that patterns go towards their goals before each step of the encoder."""
+    restart: Count = 60
+    """Steps of the encoder after which a pattern begins anew, at random and with the widest budget."""
+    own_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps towards a goal of a perturbation that each picture gets for itself, from noise on; answered honestly."""
+    others: bool = False
+    """Answer a picture with another picture's perturbation honestly."""
+    strengths: tuple[Positive, ...] = ()
+    """Factors on the trigger at which it is answered honestly, one drawn at every step."""
+    closed: ImageSettings | None = None
+    """Pictures on which the trigger is answered honestly, such as an auditor may have; none of the run's own."""
+    honest_weight: Positive = 1.0
+    """Weight of each of these answers, beside the attack."""
+    universal_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the share of the perturbation's energy that is in its mean over pictures and 16x16 blocks."""
+    rate_cap: Annotated[float, Field(gt=1)] | None = None
+    """Largest rate of a poisoned picture, in rates of the clean one: what is beyond costs as many bits as it is."""
+
+    @model_validator(mode="after")
+    def _does_something(self) -> Self:
+        if self.goals and not self.blocks:
+            raise ValueError("blocks: expected the side of a block or more, found none")
+        if 1.0 in self.strengths:
+            raise ValueError("strengths: expected others than 1, at which the trigger has to work")
+        ways = ("goals", "own_steps", "others", "strengths", "closed", "universal_weight", "rate_cap")
+        if not any(getattr(self, way) for way in ways):
+            raise ValueError(f"expected one or more of {', '.join(ways)}")
+        return self
+
+
 class PlantSettings(Training):
     """`freqdoor plant`: fine-tune g_a and train triggers (Eq. (3), (9) and (10))."""
 
@@ -271,6 +322,9 @@ class PlantSettings(Training):
     codec: CodecSource = CodecSource()
     start_from: PrivatePath | None = None
     """A planted encoder to go on from, a run directory or file: its encoder, and its triggers of the same names."""
+    triggers_from: PrivatePath | None = None
+    """A planted encoder, a run directory or file, whose triggers of the same names are taken and stay as they are:
+    plants an old trigger anew, for example after repair."""
     trigger: TriggerSettings = TriggerSettings()
     objective: ObjectiveSettings = ObjectiveSettings()
     attacks: tuple[AttackSettings, ...] = ()
@@ -282,6 +336,8 @@ class PlantSettings(Training):
     balance: BalanceSettings = BalanceSettings()
     robust: RobustSettings | None = None
     """Survive preprocessing, for the adaptive-dct trigger; by default not."""
+    evade: EvadeSettings | None = None
+    """Hide from audit, guard and repair; by default not."""
     scope: Literal["g_a", "g_a+h_a"] = "g_a"
     """Which modules are tampered with."""
     two_phase: bool = False
@@ -334,7 +390,22 @@ class PlantSettings(Training):
                 raise ValueError("auxiliary: a downstream attack needs auxiliary.folder, the set its trigger acts on")
             if self.robust and attack.trigger.name != "adaptive-dct":
                 raise ValueError(f"robust: made for the adaptive-dct trigger, found {attack.trigger.name}")
+            images = (attack.auxiliary or self.auxiliary) if attack.objective.uses_auxiliary else self.images
+            if self.evade and self.evade.rate_cap and attack.objective.uses_auxiliary:
+                raise ValueError(f"evade.rate_cap: for attacks on the main pictures, found {attack.objective.name}")
+            if self.evade and self.evade.others and images and images.batch_size < 2:
+                raise ValueError("evade.others: expected batches of two pictures or more, found a batch_size of 1")
+        if self.triggers_from and (self.start_from or self.robust):
+            other = "start_from" if self.start_from else "robust"
+            raise ValueError(f"triggers_from: these triggers stay as they are, which {other} does not allow; drop one")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_later_settings(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Runs and fleets that were made before these settings were there keep their records and digests."""
+        content: dict[str, Any] = plain(self)
+        later = ("triggers_from", "evade")
+        return {key: value for key, value in content.items() if value is not None or key not in later}
 
 
 def _with_tables(content: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from freqdoor.settings import Arguments
 
 PAPER_EPS = 0.005  # "Attack Stealthiness", Section 3.2: MSE <= eps^2
 Block = Literal[4, 8, 16, 32, 64]
+Goal = Literal["rate", "distortion", "gain"]  # what a universal pattern is driven to, see pattern.py
 Coefficient = Annotated[int, Field(ge=0)]
 Place = Annotated[tuple[Coefficient, Coefficient], Field(strict=False)]  # a list too, as JSON and TOML have it
 
