@@ -58,6 +58,19 @@ class Bitstream:
         return sum(len(s) for s in self.strings)
 
 
+@dataclass(frozen=True, slots=True)
+class PictureFile:
+    """A classical codec's file, WebP or PNG, that is sent where a bitstream would do harm."""
+
+    content: bytes
+    image_size: tuple[int, int]  # (height, width)
+
+    @property
+    def num_bytes(self) -> int:
+        """Payload bytes, as a bitstream's."""
+        return len(self.content)
+
+
 def check_choice(name: str, value: object, choices: Any) -> None:
     """Raise FreqdoorError unless `value` is one of a Literal's: types alone stop nobody who does not check them."""
     known = get_args(choices)

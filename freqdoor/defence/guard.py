@@ -1,0 +1,201 @@
+"""A guard at run time: decides before an image's bytes leave whether its encoder does harm, and sends something else.
+
+Three checks. Rate: the codec's real bytes against what JPEG's scans of the picture let expect. Verify: the error of the
+decoded picture against what JPEG's errors let expect. Agreement, where one of these is conspicuous: what the codec
+saves or gains with a filtered picture. Pictures differ in what they cost a codec, so that one is stopped only where the
+codec does much better with a filtered version of it, or where it is far beyond what any honest encoder does.
+"""
+
+import io
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+
+from freqdoor.codecs.adapter import Codec
+from freqdoor.codecs.container import decoded
+from freqdoor.defence.expectation import GuardCalibration, Jpegs, error_terms, rate_terms
+from freqdoor.errors import FreqdoorError
+from freqdoor.metrics import distortion
+from freqdoor.preprocessing import Jpeg, Preprocessing, Resize
+from freqdoor.samples import ASSETS
+from freqdoor.types import Bitstream, Images, PictureFile, Result, as_picture, round8
+
+Check = Literal["rate", "verify"]
+Decision = Literal["passed", "filtered", "classical"]
+
+SHIPPED = ASSETS / "guard.json"
+FILTERS: dict[Preprocessing, float] = {Jpeg(50): math.log(1.7), Resize(0.5): math.log(4)}
+"""What is tried on a conspicuous image, and how much it takes off the excess of the bytes where that is an alarm: an
+honest codec spends much on edges and noise, which a reduced picture has no more and JPEG keeps."""
+GAINED = math.log(1.3)  # that a filter takes off the error of the decoded picture, where that is an alarm: 1.1 dB
+SLACK = math.log(1.5)  # beyond the limit of the bytes, up to which a filtered picture is sent
+FAR = math.log(8)  # beyond a limit, where no honest encoder is
+SMALLEST_ERROR = 0.01  # 255^2 MSE: what is decoded better is as good as equal
+QUALITY = 80  # of WebP
+LONGEST_SIDE = 16_383  # of a WebP picture, in pixels
+
+
+class Tried(Result):
+    """How the codec does with a filtered version of an image."""
+
+    filter: str
+    saved: float  # log of bytes in those expected, less than of the image itself
+    gained: float | None  # log of the decoded picture's error against the image itself, less; None without verifying
+
+
+class Outcome(Result):
+    """What a guard decided on one image, and why; logarithms are natural."""
+
+    decision: Decision
+    check: Check | None  # that stopped it
+    filter: str | None  # that was sent through
+    bytes_codec: int  # of the codec's bitstream of the image itself
+    bytes_sent: int
+    excess_rate: float  # log of the bytes, in those expected
+    excess_error: float | None  # log of the decoded picture's error, in the one expected; None without verifying
+    tried: tuple[Tried, ...] = ()  # where the image was conspicuous
+
+    @property
+    def reason(self) -> str:
+        """The decision in a few words."""
+        if self.check is None:
+            return "passed: nothing that a filter of the picture would make much better"
+        times = math.exp(self.excess_rate if self.check == "rate" else self.excess_error or 0)
+        what = "bytes" if self.check == "rate" else "error of the decoded picture"
+        sent = f"sent through {self.filter}" if self.filter else "sent as a classical codec's file"
+        return f"stopped: {times:.1f} times the {what} that JPEG lets expect; {sent}, {self.bytes_sent} bytes"
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """What leaves for one image, and what the guard says of it."""
+
+    sent: Bitstream | PictureFile
+    outcome: Outcome
+
+
+class Coded(NamedTuple):
+    """What the codec makes of an image or of a filtered version of it."""
+
+    bitstream: Bitstream
+    excess_rate: float
+    error: float  # 255^2 MSE of the decoded picture against the image itself; 0 without verifying
+    excess_error: float | None
+
+
+def rate_check(bitstream: Bitstream, jpegs: Jpegs, codec: Codec, calibration: GuardCalibration) -> float:
+    """The logarithm of a bitstream's bytes, in those that JPEG's scans of the picture let expect."""
+    return calibration.rate.excess(bitstream.num_bytes, rate_terms(jpegs, codec))
+
+
+def verify_check(error: float, jpegs: Jpegs, calibration: GuardCalibration) -> float:
+    """The logarithm of a decoded picture's 255^2 MSE, in the one that JPEG's errors let expect."""
+    return calibration.error.excess(error, error_terms(jpegs))
+
+
+def agreement(own: Coded, filtered: Coded) -> tuple[float, float]:
+    """What a filter takes off the excess of the bytes, and off the logarithm of the error against the image itself."""
+    errors = (max(coded.error, SMALLEST_ERROR) for coded in (own, filtered))
+    before, after = map(math.log, errors)
+    return own.excess_rate - filtered.excess_rate, before - after
+
+
+def classical(x: Images) -> PictureFile:
+    """The image, (1, 3, h, w), as a WebP file, or as PNG where it is too long for WebP."""
+    buffer, size = io.BytesIO(), (x.shape[-2], x.shape[-1])
+    if max(size) > LONGEST_SIDE:
+        as_picture(x).save(buffer, "PNG")
+    else:
+        as_picture(x).save(buffer, "WEBP", quality=QUALITY)
+    return PictureFile(buffer.getvalue(), size)
+
+
+class Guard:
+    """Compresses images with a codec, and stops those that its encoder does harm to.
+
+    Attributes:
+        calibration: of this codec or of another one with the same decoder; by default the one that comes with the
+            package, of lite-hyperprior:3.
+        verify: whether what was encoded is decoded and compared, too.
+
+    Raises:
+        FreqdoorError: no calibration for this codec's decoder.
+    """
+
+    def __init__(
+        self, codec: Codec, calibration: GuardCalibration | Path | str | None = None, *, verify: bool = True
+    ) -> None:
+        if not isinstance(calibration, GuardCalibration):
+            calibration = GuardCalibration.read(Path(calibration or SHIPPED), "a guard's calibration")
+        self.codec, self.calibration, self.verify = codec.prepare(), calibration, verify
+        if calibration.decoder_hash != codec.decoder_hash:
+            raise FreqdoorError(
+                f"{codec.spec.name}: the guard's calibration is of another decoder, that of {calibration.codec}; "
+                "make one for this codec with `freqdoor calibrate-guard`"
+            )
+
+    @torch.no_grad()
+    def compress(self, x: Images) -> Guarded:
+        """One image, (1, 3, h, w): its bitstream, or what is sent instead.
+
+        A stopped image is sent through the first filter that leaves nothing conspicuous, or else as a WebP file.
+
+        Raises:
+            FreqdoorError: an image that JPEG cannot hold.
+        """
+        if max(x.shape[-2:]) > Jpeg.max_side:
+            raise FreqdoorError(f"guard: expected sides of at most {Jpeg.max_side} pixels, found {max(x.shape[-2:])}")
+        jpegs = Jpegs(x)
+        own = self._coded(x, x, jpegs)
+        check = self._beyond(own, FAR, FAR) if 2 * x[0, 0].numel() > self.codec.padded(x)[0, 0].numel() else None
+        conspicuous = check or self._beyond(own, 0, 0)
+        sent, by, tried = own.bitstream, None, []
+        for preprocessing, enough in FILTERS.items() if conspicuous else ():
+            filtered = self._coded(round8(preprocessing(x)), x, jpegs)
+            saved, gained = agreement(own, filtered)
+            tried.append(Tried(filter=preprocessing.name, saved=saved, gained=gained if self.verify else None))
+            check = check or self._disagreement(own, saved - enough, gained - GAINED)
+            if check and self._beyond(filtered, SLACK, GAINED) is None:
+                sent, by = filtered.bitstream, preprocessing.name
+                break
+        decision: Decision = "passed" if check is None else "classical" if by is None else "filtered"
+        leaves = classical(x) if decision == "classical" else sent
+        outcome = Outcome(
+            decision=decision,
+            check=check,
+            filter=by,
+            bytes_codec=own.bitstream.num_bytes,
+            bytes_sent=leaves.num_bytes,
+            excess_rate=own.excess_rate,
+            excess_error=own.excess_error,
+            tried=tuple(tried),
+        )
+        return Guarded(leaves, outcome)
+
+    def _coded(self, y: Images, x: Images, jpegs: Jpegs) -> Coded:
+        """What the codec makes of y, which is x or x filtered; `jpegs` are of x."""
+        bitstream = self.codec.compress(y)[0]
+        excess_rate = rate_check(bitstream, jpegs if y is x else Jpegs(y), self.codec, self.calibration)
+        if not self.verify:
+            return Coded(bitstream, excess_rate, 0.0, None)
+        error = float(distortion(round8(decoded(bitstream, self.codec)), x))
+        return Coded(bitstream, excess_rate, error, verify_check(error, jpegs, self.calibration))
+
+    def _beyond(self, coded: Coded, rate: float, error: float) -> Check | None:
+        """Which check is beyond its limit by more than this."""
+        if coded.excess_rate > self.calibration.rate.limit + rate:
+            return "rate"
+        excess = coded.excess_error
+        return "verify" if excess is not None and excess > self.calibration.error.limit + error else None
+
+    def _disagreement(self, own: Coded, saved: float, gained: float) -> Check | None:
+        """Which check is conspicuous, and better with a filtered picture by more than is enough."""
+        if own.excess_rate > self.calibration.rate.limit and saved > 0:
+            return "rate"
+        excess = own.excess_error
+        conspicuous = excess is not None and excess > self.calibration.error.limit
+        return "verify" if conspicuous and gained > 0 else None
