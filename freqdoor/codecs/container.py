@@ -4,11 +4,11 @@ Little-endian: magic "FQDR", version (u16), the first 16 bytes of the codec's de
 height and width of the coarsest latents (u32), number of strings (u16), for each string its length, how many symbols it
 holds and their checksum (u32 each, `Bitstream.symbols`), the strings, and the CRC-32 of everything before it. Version 1
 had the lengths alone, and is not read. Version 3 holds a WebP or PNG file instead of strings, without entries and with
-zeros for the latents: what a guard sends of a picture that the codec does harm to. The decoder hash leaves out g_a and h_a but has the coding tables: a file
-decodes with every codec that has the same decoder, which is what lets a tampered encoder go unnoticed. How the strings
-and the finer latents nest in a codec like ELIC, and what the picture was padded to, is not stored: it follows from the
-codec (`Codec.tile`, `sides`). A machine that decodes other symbols than were encoded says so instead of showing a
-picture.
+zeros for the latents: what a guard sends of a picture that the codec does harm to. The decoder hash leaves out g_a and
+h_a but has the coding tables: a file decodes with every codec that has the same decoder, which is what lets a tampered
+encoder go unnoticed. How the strings and the finer latents nest in a codec like ELIC, and what the picture was padded
+to, is not stored: it follows from the codec (`Codec.tile`, `sides`). A machine that decodes other symbols than were
+encoded says so instead of showing a picture.
 """
 
 import struct
@@ -117,13 +117,20 @@ def compress(
         FreqdoorError: an unreadable image, a codec that is none, a file in the way, or a place that cannot be written
             to.
     """
+    codec, x = prepared(image, out, codec, weights, force=force)
+    bitstream = codec.compress(x)[0]
+    write_file(codec, bitstream, Path(out))
+    return bitstream
+
+
+def prepared(
+    image: Path | str, out: Path | str, codec: Codec | str, weights: Path | str | None, *, force: bool
+) -> tuple[Codec, Images]:
+    """The codec and the image, (1, 3, h, w), of what `compress` is asked for; raises as it does before the work."""
     refuse_overwriting(Path(image), Path(out))
     refuse_picture_name(Path(out))
     check_outputs([out], "compress", force=force)
-    codec = _opened(codec, weights)
-    bitstream = codec.compress(load_image(Path(image)))[0]
-    write_file(codec, bitstream, Path(out))
-    return bitstream
+    return _opened(codec, weights), load_image(Path(image))
 
 
 def write_file(codec: Codec, sent: Bitstream | PictureFile, out: Path) -> None:

@@ -1,7 +1,7 @@
 """What a picture should cost a codec, and how well it should be decoded, told from what JPEG makes of it.
 
-The bytes of JPEG's scans at three qualities and the padded pixels, in a sum with weights of zero or more, give the
-codec's bytes; JPEG's errors and a constant give the error of the decoded picture. The weights are fitted on clean
+The bits of JPEG's scans at three qualities and a constant, in a sum with weights of zero or more, give the codec's;
+JPEG's errors and a constant give the error of the decoded picture. The weights are fitted on clean
 photographs, as they are and reduced (`calibrate_guard`), by least squares of the relative error.
 """
 
@@ -24,7 +24,7 @@ from freqdoor.data import centre, image_paths, load_image, usable_images
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import check_outputs, marked_json, write_text
 from freqdoor.measure.records import Note, through
-from freqdoor.metrics import distortion
+from freqdoor.metrics import bpp_of_bytes, distortion
 from freqdoor.samples import KODAK
 from freqdoor.types import Images, Result, as_picture, from_picture, round8
 
@@ -33,6 +33,7 @@ SCAN = b"\xff\xda"  # where the header of a JPEG file ends
 LARGEST = 512  # pixels a side, of what is seen of a photograph
 FEWEST = 8  # photographs
 CONSPICUOUS = 0.05  # share of the pictures expected beyond the limit
+SMALLEST = 0.001  # bits per pixel, or 255^2 MSE, that is told apart from nothing
 REDUCED = 3  # times, the second look at every photograph: as sharp as pictures of the web are
 
 
@@ -69,26 +70,27 @@ class Jpegs:
 
 
 class Expectation(Result):
-    """One expected number: a weighted sum, and how far beyond it a picture is conspicuous."""
+    """One expected number of a picture: a weighted sum, not below what the best photograph had."""
 
     weights: tuple[float, ...]
-    limit: float  # of the logarithm of what was found in what was expected
-    deviation: float  # standard deviation of that logarithm over the pictures of the calibration
+    least: float
+    limit: float  # of the logarithm of what was found in what was expected: beyond it a picture is conspicuous
+    deviation: float  # standard deviation of that logarithm over the photographs
 
     def excess(self, found: float, terms: Sequence[float]) -> float:
         """The logarithm of what was found in what is expected."""
-        return math.log(max(found, 1e-3) / max(float(np.dot(self.weights, terms)), 1e-3))
+        return math.log(max(found, SMALLEST) / max(float(np.dot(self.weights, terms)), self.least))
 
     @classmethod
     def fitted(cls, found: Sequence[float], terms: Sequence[Sequence[float]]) -> "Expectation":
         """Least squares of the relative error; the limit is Student's upper prediction limit for CONSPICUOUS."""
-        scale = np.maximum(np.asarray(found, np.float64), 1e-3)
+        scale = np.maximum(np.asarray(found, np.float64), SMALLEST)
         weights, _ = optimize.nnls(np.asarray(terms, np.float64) / scale[:, None], np.ones(len(scale)))
-        fit = cls(weights=tuple(map(float, weights)), limit=0.0, deviation=0.0)
+        fit = cls(weights=tuple(map(float, weights)), least=float(scale.min()), limit=0.0, deviation=0.0)
         excesses = np.array([fit.excess(value, row) for value, row in zip(found, terms, strict=True)])
         deviation = float(excesses.std(ddof=1))
         t = float(stats.t.ppf(1 - CONSPICUOUS, len(excesses) - 1)) * math.sqrt(1 + 1 / len(excesses))
-        return cls(weights=fit.weights, limit=float(excesses.mean()) + t * deviation, deviation=deviation)
+        return fit.model_copy(update={"limit": float(excesses.mean()) + t * deviation, "deviation": deviation})
 
 
 class GuardCalibration(Result):
@@ -99,13 +101,18 @@ class GuardCalibration(Result):
     module_hashes: dict[str, str]
     decoder_hash: str  # of all encoders that it may be used with
     photographs: int
-    rate: Expectation  # bytes, from `rate_terms`
+    rate: Expectation  # bits per padded pixel, from `rate_terms`
     error: Expectation  # 255^2 MSE, from `error_terms`
 
 
+def padded_rate(num_bytes: float, x: Images, codec: Codec) -> float:
+    """Bits per pixel of the padded image: what a codec really codes, which for small pictures is much more."""
+    return bpp_of_bytes(num_bytes, codec.padded(x))
+
+
 def rate_terms(jpegs: Jpegs, codec: Codec) -> list[float]:
-    """What the bytes of an image are expected from: JPEG's scans and the padded pixels."""
-    return [*jpegs.scans, codec.padded(jpegs.x)[0, 0].numel() / 100]
+    """What the padded rate of an image is expected from: that of JPEG's scans, and one."""
+    return [*(padded_rate(scan, jpegs.x, codec) for scan in jpegs.scans), 1.0]
 
 
 def error_terms(jpegs: Jpegs) -> list[float]:
@@ -117,8 +124,8 @@ def calibrate_guard(
     codec: Codec | str,
     images: Path | str | Sequence[Path | str] = KODAK,
     out: Path | str | None = None,
-    weights: Path | str | None = None,
     *,
+    weights: Path | str | None = None,
     force: bool = False,
     note: Note | None = None,
 ) -> GuardCalibration:
@@ -148,7 +155,7 @@ def calibrate_guard(
         for x in (photograph, round8(F.avg_pool2d(photograph, REDUCED))):
             jpegs = Jpegs(x)
             x_hat, size = through(codec, x)
-            rates.append((size, rate_terms(jpegs, codec)))
+            rates.append((padded_rate(size, x, codec), rate_terms(jpegs, codec)))
             errors.append((float(distortion(round8(x_hat), x)), error_terms(jpegs)))
         if note:
             note(f"{path.name}: measured ({i + 1} of {len(paths)})")

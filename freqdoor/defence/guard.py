@@ -8,7 +8,8 @@ codec does much better with a filtered version of it, or where it is far beyond 
 
 import io
 import math
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -17,7 +18,7 @@ import torch
 
 from freqdoor.codecs.adapter import Codec
 from freqdoor.codecs.container import decoded
-from freqdoor.defence.expectation import GuardCalibration, Jpegs, error_terms, rate_terms
+from freqdoor.defence.expectation import GuardCalibration, Jpegs, error_terms, padded_rate, rate_terms
 from freqdoor.errors import FreqdoorError
 from freqdoor.metrics import distortion
 from freqdoor.preprocessing import Jpeg, Preprocessing, Resize
@@ -28,12 +29,12 @@ Check = Literal["rate", "verify"]
 Decision = Literal["passed", "filtered", "classical"]
 
 SHIPPED = ASSETS / "guard.json"
-FILTERS: dict[Preprocessing, float] = {Jpeg(50): math.log(1.7), Resize(0.5): math.log(4)}
+FILTERS: dict[Preprocessing, float] = {Jpeg(50): math.log(1.7), Resize(0.5): math.log(8)}
 """What is tried on a conspicuous image, and how much it takes off the excess of the bytes where that is an alarm: an
 honest codec spends much on edges and noise, which a reduced picture has no more and JPEG keeps."""
 GAINED = math.log(1.3)  # that a filter takes off the error of the decoded picture, where that is an alarm: 1.1 dB
 SLACK = math.log(1.5)  # beyond the limit of the bytes, up to which a filtered picture is sent
-FAR = math.log(8)  # beyond a limit, where no honest encoder is
+FAR = math.log(8)  # beyond a limit, where no honest encoder is; of the error, if one colour everywhere is as near too
 SMALLEST_ERROR = 0.01  # 255^2 MSE: what is decoded better is as good as equal
 QUALITY = 80  # of WebP
 LONGEST_SIDE = 16_383  # of a WebP picture, in pixels
@@ -89,7 +90,7 @@ class Coded(NamedTuple):
 
 def rate_check(bitstream: Bitstream, jpegs: Jpegs, codec: Codec, calibration: GuardCalibration) -> float:
     """The logarithm of a bitstream's bytes, in those that JPEG's scans of the picture let expect."""
-    return calibration.rate.excess(bitstream.num_bytes, rate_terms(jpegs, codec))
+    return calibration.rate.excess(padded_rate(bitstream.num_bytes, jpegs.x, codec), rate_terms(jpegs, codec))
 
 
 def verify_check(error: float, jpegs: Jpegs, calibration: GuardCalibration) -> float:
@@ -151,7 +152,7 @@ class Guard:
             raise FreqdoorError(f"guard: expected sides of at most {Jpeg.max_side} pixels, found {max(x.shape[-2:])}")
         jpegs = Jpegs(x)
         own = self._coded(x, x, jpegs)
-        check = self._beyond(own, FAR, FAR) if 2 * x[0, 0].numel() > self.codec.padded(x)[0, 0].numel() else None
+        check = self._far(own, x)
         conspicuous = check or self._beyond(own, 0, 0)
         sent, by, tried = own.bitstream, None, []
         for preprocessing, enough in FILTERS.items() if conspicuous else ():
@@ -185,6 +186,14 @@ class Guard:
         error = float(distortion(round8(decoded(bitstream, self.codec)), x))
         return Coded(bitstream, excess_rate, error, verify_check(error, jpegs, self.calibration))
 
+    def _far(self, own: Coded, x: Images) -> Check | None:
+        """Which check no honest encoder answers so to, whatever the picture."""
+        if 2 * x[0, 0].numel() < self.codec.padded(x)[0, 0].numel():
+            return None  # mostly padding, which is not what JPEG codes
+        check = self._beyond(own, FAR, FAR)
+        spread = float(distortion(x, x.mean(dim=(-2, -1), keepdim=True)))  # the error of one colour everywhere
+        return None if check == "verify" and own.error < 2 * spread else check
+
     def _beyond(self, coded: Coded, rate: float, error: float) -> Check | None:
         """Which check is beyond its limit by more than this."""
         if coded.excess_rate > self.calibration.rate.limit + rate:
@@ -199,3 +208,67 @@ class Guard:
         excess = own.excess_error
         conspicuous = excess is not None and excess > self.calibration.error.limit
         return "verify" if conspicuous and gained > 0 else None
+
+
+class GuardCounts(Result):
+    """What a guard did with one set of images."""
+
+    images: int
+    filtered: int
+    classical: int
+    rate: int  # stopped by this check
+    verify: int
+
+    @property
+    def stopped(self) -> int:
+        """How many were stopped."""
+        return self.filtered + self.classical
+
+
+class GuardRates(Result):
+    """What a guard did with clean and with poisoned images, and what was left of an attack."""
+
+    clean: GuardCounts
+    poisoned: GuardCounts
+    clean_outcomes: tuple[Outcome, ...]
+    poisoned_outcomes: tuple[Outcome, ...]
+
+
+def counts(outcomes: Sequence[Outcome]) -> GuardCounts:
+    """How many images were stopped, by what is sent instead and by the check that stopped them."""
+    decisions = Counter(outcome.decision for outcome in outcomes)
+    checks = Counter(outcome.check for outcome in outcomes)
+    return GuardCounts(
+        images=len(outcomes),
+        filtered=decisions["filtered"],
+        classical=decisions["classical"],
+        rate=checks["rate"],
+        verify=checks["verify"],
+    )
+
+
+def guard_rates(
+    codec: Codec,
+    calibration: GuardCalibration | Path | str | None,
+    clean: Iterable[Images],
+    poisoned: Iterable[Images],
+    *,
+    verify: bool = True,
+) -> GuardRates:
+    """What a guard stops of clean and of poisoned images.
+
+    Args:
+        calibration, verify: as for `Guard`.
+        clean, poisoned: images as files hold them, (1, 3, h, w) each, of any number and sizes.
+
+    Raises:
+        FreqdoorError: no calibration for this codec's decoder.
+    """
+    guard = Guard(codec, calibration, verify=verify)
+    of_clean, of_poisoned = ([guard.compress(x).outcome for x in images] for images in (clean, poisoned))
+    return GuardRates(
+        clean=counts(of_clean),
+        poisoned=counts(of_poisoned),
+        clean_outcomes=tuple(of_clean),
+        poisoned_outcomes=tuple(of_poisoned),
+    )

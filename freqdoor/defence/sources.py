@@ -4,8 +4,10 @@ A guard is judged on them: noise, flat colours, drawings and screenshots cost a 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from freqdoor.data import seed_for
@@ -14,7 +16,7 @@ from freqdoor.types import Images, from_picture
 LETTERS = np.array(list("etaoinshrdlucmfwypvbgk"))
 
 
-def _array(pixels: np.ndarray) -> Image.Image:
+def _array(pixels: NDArray[Any]) -> Image.Image:
     return Image.fromarray(np.clip(np.round(pixels), 0, 255).astype(np.uint8), "RGB")
 
 
