@@ -58,9 +58,9 @@ class Jpegs:
         return files
 
     @property
-    def scans(self) -> list[float]:
+    def scans(self) -> list[int]:
         """Bytes of the files without their headers."""
-        return [float(len(file) - file.rindex(SCAN)) for file in self.files]
+        return [len(file) - file.rindex(SCAN) for file in self.files]
 
     @cached_property
     def errors(self) -> list[float]:
@@ -105,7 +105,7 @@ class GuardCalibration(Result):
     error: Expectation  # 255^2 MSE, from `error_terms`
 
 
-def padded_rate(num_bytes: float, x: Images, codec: Codec) -> float:
+def padded_rate(num_bytes: int, x: Images, codec: Codec) -> float:
     """Bits per pixel of the padded image: what a codec really codes, which for small pictures is much more."""
     return bpp_of_bytes(num_bytes, codec.padded(x))
 

@@ -37,7 +37,6 @@ SLACK = math.log(1.5)  # beyond the limit of the bytes, up to which a filtered p
 FAR = math.log(8)  # beyond a limit, where no honest encoder is; of the error, if one colour everywhere is as near too
 SMALLEST_ERROR = 0.01  # 255^2 MSE: what is decoded better is as good as equal
 QUALITY = 80  # of WebP
-LONGEST_SIDE = 16_383  # of a WebP picture, in pixels
 
 
 class Tried(Result):
@@ -106,13 +105,13 @@ def agreement(own: Coded, filtered: Coded) -> tuple[float, float]:
 
 
 def classical(x: Images) -> PictureFile:
-    """The image, (1, 3, h, w), as a WebP file, or as PNG where it is too long for WebP."""
-    buffer, size = io.BytesIO(), (x.shape[-2], x.shape[-1])
-    if max(size) > LONGEST_SIDE:
-        as_picture(x).save(buffer, "PNG")
-    else:
-        as_picture(x).save(buffer, "WEBP", quality=QUALITY)
-    return PictureFile(buffer.getvalue(), size)
+    """The image, (1, 3, h, w), as a WebP file, or as PNG where it is too large for WebP."""
+    picture, buffer = as_picture(x), io.BytesIO()
+    try:
+        picture.save(buffer, "WEBP", quality=QUALITY)
+    except ValueError:
+        picture.save(buffer, "PNG")
+    return PictureFile(buffer.getvalue(), (picture.height, picture.width))
 
 
 class Guard:
