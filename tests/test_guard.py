@@ -20,7 +20,7 @@ from freqdoor.codecs.container import decoded, pack, unpack
 from freqdoor.data import centre, load_image, picture_in
 from freqdoor.defence import guard as module
 from freqdoor.defence.expectation import Expectation, GuardCalibration, Jpegs
-from freqdoor.defence.guard import FILTERS, classical, counts
+from freqdoor.defence.guard import classical, counts
 from freqdoor.defence.sources import SOURCES
 from freqdoor.errors import FreqdoorError
 from freqdoor.measure.records import poisoned
@@ -105,18 +105,17 @@ def test_where_no_filter_helps_a_classical_picture_is_sent(planted, photographs,
     assert float(psnr_8bit(shown, x_p)) > 30
 
 
-def test_what_an_honest_codec_does_badly_is_no_alarm():
+def test_what_an_honest_codec_does_badly_is_no_alarm(planted):
     """Each of these costs or loses much more than JPEG lets expect, with every encoder."""
-    guard = Guard(load_planted("planted-bpp").vanilla)
-    outcomes = [guard.compress(artificial(source, 1)[0]).outcome for source in SOURCES]
-    assert [outcome.decision for outcome in outcomes] == ["passed"] * len(SOURCES)
-    assert sum(bool(outcome.tried) for outcome in outcomes) >= 5
-    assert all(len(outcome.tried) in (0, len(FILTERS)) for outcome in outcomes)
+    guard = Guard(planted["bpp"].vanilla)
+    outcomes = [guard.compress(artificial(source, 1)[0]).outcome for source in ("noise", "patterns", "text", "tiny")]
+    assert [outcome.decision for outcome in outcomes] == ["passed"] * 4
+    assert sum(bool(outcome.tried) for outcome in outcomes) >= 3
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 70), (40, 3)])
-def test_any_size_is_compressed(size):
-    codec = load_planted("planted-bpp").vanilla
+def test_any_size_is_compressed(size, planted):
+    codec = planted["bpp"].vanilla
     sent = Guard(codec).compress(natural(3, *size)).sent
     assert decoded(sent, codec).shape == (1, 3, *size)
 

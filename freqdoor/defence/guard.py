@@ -29,9 +29,10 @@ Check = Literal["rate", "verify"]
 Decision = Literal["passed", "filtered", "classical"]
 
 SHIPPED = ASSETS / "guard.json"
-FILTERS: dict[Preprocessing, float] = {Jpeg(50): math.log(1.7), Resize(0.5): math.log(8)}
-"""What is tried on a conspicuous image, and how much it takes off the excess of the bytes where that is an alarm: an
-honest codec spends much on edges and noise, which a reduced picture has no more and JPEG keeps."""
+SAVED = math.log(1.7)  # that a filter takes off the excess of the bytes, where that is an alarm
+FILTERS: dict[Preprocessing, float] = {Jpeg(50): SAVED, Resize(0.5): math.log(8), Jpeg(10): SAVED}
+"""What is tried on a conspicuous image, and what of the bytes' excess it has to take off: an honest codec spends much on
+edges and noise, which a reduced picture has no more and JPEG keeps."""
 GAINED = math.log(1.3)  # that a filter takes off the error of the decoded picture, where that is an alarm: 1.1 dB
 SLACK = math.log(1.5)  # beyond the limit of the bytes, up to which a filtered picture is sent
 FAR = math.log(8)  # beyond a limit, where no honest encoder is; of the error, if one colour everywhere is as near too
@@ -162,6 +163,8 @@ class Guard:
             if check and self._beyond(filtered, SLACK, GAINED) is None:
                 sent, by = filtered.bitstream, preprocessing.name
                 break
+            if check is None and self._beyond(own, SAVED, GAINED) is None:
+                break  # so little that no stronger filter could take off what is an alarm
         decision: Decision = "passed" if check is None else "classical" if by is None else "filtered"
         leaves = classical(x) if decision == "classical" else sent
         outcome = Outcome(
