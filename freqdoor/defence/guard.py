@@ -18,7 +18,7 @@ import torch
 
 from freqdoor.codecs.adapter import Codec
 from freqdoor.codecs.container import decoded
-from freqdoor.defence.expectation import GuardCalibration, Jpegs, error_terms, padded_rate, rate_terms
+from freqdoor.defence.expectation import GuardCalibration, Jpegs, error_terms, padded_rate, picture_error, rate_terms
 from freqdoor.errors import FreqdoorError
 from freqdoor.metrics import distortion
 from freqdoor.preprocessing import Jpeg, Preprocessing, Resize
@@ -31,8 +31,8 @@ Decision = Literal["passed", "filtered", "classical"]
 SHIPPED = ASSETS / "guard.json"
 SAVED = math.log(1.7)  # that a filter takes off the excess of the bytes, where that is an alarm
 FILTERS: dict[Preprocessing, float] = {Jpeg(50): SAVED, Resize(0.5): math.log(8), Jpeg(10): SAVED}
-"""What is tried on a conspicuous image, and what of the bytes' excess it has to take off: an honest codec spends much on
-edges and noise, which a reduced picture has no more and JPEG keeps."""
+"""What is tried on a conspicuous image, and what of the bytes' excess it has to take off: an honest codec spends much
+on edges and noise, which a reduced picture has no more and JPEG keeps."""
 GAINED = math.log(1.3)  # that a filter takes off the error of the decoded picture, where that is an alarm: 1.1 dB
 SLACK = math.log(1.5)  # beyond the limit of the bytes, up to which a filtered picture is sent
 FAR = math.log(8)  # beyond a limit, where no honest encoder is; of the error, if one colour everywhere is as near too
@@ -185,7 +185,7 @@ class Guard:
         excess_rate = rate_check(bitstream, jpegs if y is x else Jpegs(y), self.codec, self.calibration)
         if not self.verify:
             return Coded(bitstream, excess_rate, 0.0, None)
-        error = float(distortion(round8(decoded(bitstream, self.codec)), x))
+        error = picture_error(as_picture(decoded(bitstream, self.codec)), jpegs.picture)
         return Coded(bitstream, excess_rate, error, verify_check(error, jpegs, self.calibration))
 
     def _far(self, own: Coded, x: Images) -> Check | None:
