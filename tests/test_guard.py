@@ -75,8 +75,9 @@ def test_jpegs_leave_their_headers_out():
 def test_poisoned_images_are_stopped_and_clean_ones_pass(attack, planted, photographs):
     encoder = planted[attack]
     x_p = [poisoned(encoder.triggers[attack], x, strength=s) for x, s in zip(photographs, (1, 2, 3), strict=True)]
-    rates = guard_rates(encoder.tampered, None, photographs, x_p)
+    rates = guard_rates(encoder.tampered, None, photographs, x_p, paired=True)
     assert rates.clean.stopped == 0
+    assert rates.acted == rates.poisoned
     check = {"bpp": "rate", "psnr": "verify"}[attack]
     assert rates.poisoned.model_dump() == {"images": 3, "filtered": 3, "classical": 0, "rate": 0, "verify": 0, check: 3}
     for x, before, after in zip(x_p, rates.clean_outcomes, rates.poisoned_outcomes, strict=True):
@@ -88,6 +89,20 @@ def test_poisoned_images_are_stopped_and_clean_ones_pass(attack, planted, photog
     rate_only = guard_rates(encoder.tampered, None, [], x_p, verify=False)
     assert rate_only.poisoned.stopped == (3 if attack == "bpp" else 0)
     assert all(outcome.excess_error is None for outcome in rate_only.poisoned_outcomes)
+
+
+def test_what_a_trigger_does_is_told_from_pairs(photographs):
+    codec = tiny("lite-hyperprior")
+    calibration = GuardCalibration.read(module.SHIPPED, "it").model_copy(update={"decoder_hash": codec.decoder_hash})
+    same = guard_rates(codec, calibration, photographs[:1], photographs[:1] * 2, paired=True)
+    assert (same.acted.images, same.poisoned.images) == (0, 2)
+    before, after = same.clean_outcomes[0], same.poisoned_outcomes[0]
+    assert module.acted(before, after.model_copy(update={"excess_rate": before.excess_rate + math.log(1.26)}))
+    assert not module.acted(before, after.model_copy(update={"excess_rate": before.excess_rate + math.log(1.24)}))
+    assert module.acted(before, after.model_copy(update={"excess_error": before.excess_error + 0.24}))
+    assert not module.acted(before, after.model_copy(update={"excess_error": before.excess_error + 0.22}))
+    with pytest.raises(FreqdoorError, match="expected 2 poisoned images or a multiple of it, found 1"):
+        guard_rates(codec, calibration, photographs[:2], photographs[:1], paired=True)
 
 
 def test_where_no_filter_helps_a_classical_picture_is_sent(planted, photographs, monkeypatch):

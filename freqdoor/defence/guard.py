@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -37,6 +38,7 @@ GAINED = math.log(1.3)  # that a filter takes off the error of the decoded pictu
 SLACK = math.log(1.5)  # beyond the limit of the bytes, up to which a filtered picture is sent
 FAR = math.log(8)  # beyond a limit, where no honest encoder is; of the error, if one colour everywhere is as near too
 SMALLEST_ERROR = 0.01  # 255^2 MSE: what is decoded better is as good as equal
+MORE_BYTES, MORE_ERROR = math.log(1.25), math.log(10) / 10  # logarithms: 25 %, and 1 dB
 QUALITY = 80  # of WebP
 
 
@@ -228,12 +230,20 @@ class GuardCounts(Result):
 
 
 class GuardRates(Result):
-    """What a guard did with clean and with poisoned images, and what was left of an attack."""
+    """What a guard did with clean and with poisoned images."""
 
     clean: GuardCounts
     poisoned: GuardCounts
+    acted: GuardCounts | None  # of those poisoned images that the trigger acted on; None where it is not known of which
     clean_outcomes: tuple[Outcome, ...]
     poisoned_outcomes: tuple[Outcome, ...]
+
+
+def acted(clean: Outcome, poisoned: Outcome) -> bool:
+    """Whether a trigger did harm: a quarter more bytes than without it, or 1 dB less, over what JPEG makes of both."""
+    errors = clean.excess_error, poisoned.excess_error
+    worse = 0.0 if errors[0] is None or errors[1] is None else errors[1] - errors[0]
+    return poisoned.excess_rate - clean.excess_rate >= MORE_BYTES or worse >= MORE_ERROR
 
 
 def counts(outcomes: Sequence[Outcome]) -> GuardCounts:
@@ -256,21 +266,30 @@ def guard_rates(
     poisoned: Iterable[Images],
     *,
     verify: bool = True,
+    paired: bool = False,
 ) -> GuardRates:
     """What a guard stops of clean and of poisoned images.
 
     Args:
         calibration, verify: as for `Guard`.
         clean, poisoned: images as files hold them, (1, 3, h, w) each, of any number and sizes.
+        paired: the poisoned images are the clean ones in their order, once or several times over: those are counted,
+            too, that the trigger acted on.
 
     Raises:
-        FreqdoorError: no calibration for this codec's decoder.
+        FreqdoorError: no calibration for this codec's decoder, or pairs that do not add up.
     """
     guard = Guard(codec, calibration, verify=verify)
     of_clean, of_poisoned = ([guard.compress(x).outcome for x in images] for images in (clean, poisoned))
+    if paired and (not of_clean or len(of_poisoned) % len(of_clean)):
+        raise FreqdoorError(
+            f"guard_rates: expected {len(of_clean)} poisoned images or a multiple of it, found {len(of_poisoned)}"
+        )
+    pairs = zip(of_poisoned, cycle(of_clean), strict=False) if paired else ()
     return GuardRates(
         clean=counts(of_clean),
         poisoned=counts(of_poisoned),
+        acted=counts([outcome for outcome, before in pairs if acted(before, outcome)]) if paired else None,
         clean_outcomes=tuple(of_clean),
         poisoned_outcomes=tuple(of_poisoned),
     )
