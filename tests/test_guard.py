@@ -55,7 +55,7 @@ def test_an_expectation_finds_the_weights_again_and_calls_few_conspicuous():
     terms = torch.rand(400, 2, generator=generator, dtype=torch.float64)
     noise = torch.randn(400, generator=generator, dtype=torch.float64)
     found = (terms @ torch.tensor([2.0, 0.5], dtype=torch.float64)) * (0.1 * noise).exp()
-    fit = Expectation.fitted(found.tolist(), terms.tolist())
+    fit = Expectation.fitted(found.tolist(), terms.tolist(), share=0.05)
     assert fit.weights == pytest.approx((2.0, 0.5), abs=0.1)
     assert fit.deviation == pytest.approx(0.1, abs=0.02)
     beyond = [fit.excess(value, row) > fit.limit for value, row in zip(found.tolist(), terms.tolist(), strict=True)]

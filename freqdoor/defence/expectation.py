@@ -32,7 +32,7 @@ QUALITIES = (20, 50, 85)  # of JPEG
 SCAN = b"\xff\xda"  # where the header of a JPEG file ends
 LARGEST = 512  # pixels a side, of what is seen of a photograph
 FEWEST = 8  # photographs
-CONSPICUOUS = 0.05  # share of the pictures expected beyond the limit
+CONSPICUOUS_RATE, CONSPICUOUS_ERROR = 0.05, 0.01  # shares of photographs expected beyond the limits
 SMALLEST = 0.001  # bits per pixel, or 255^2 MSE, that is told apart from nothing
 REDUCED = 3  # times, the second look at every photograph: as sharp as pictures of the web are
 
@@ -91,14 +91,14 @@ class Expectation(Result):
         return math.log(max(found, SMALLEST) / max(float(np.dot(self.weights, terms)), self.least))
 
     @classmethod
-    def fitted(cls, found: Sequence[float], terms: Sequence[Sequence[float]]) -> "Expectation":
-        """Least squares of the relative error; the limit is Student's upper prediction limit for CONSPICUOUS."""
+    def fitted(cls, found: Sequence[float], terms: Sequence[Sequence[float]], *, share: float) -> "Expectation":
+        """Least squares of the relative error; the limit is Student's upper prediction limit for this share."""
         scale = np.maximum(np.asarray(found, np.float64), SMALLEST)
         weights, _ = optimize.nnls(np.asarray(terms, np.float64) / scale[:, None], np.ones(len(scale)))
         fit = cls(weights=tuple(map(float, weights)), least=float(scale.min()), limit=0.0, deviation=0.0)
         excesses = np.array([fit.excess(value, row) for value, row in zip(found, terms, strict=True)])
         deviation = float(excesses.std(ddof=1))
-        t = float(stats.t.ppf(1 - CONSPICUOUS, len(excesses) - 1)) * math.sqrt(1 + 1 / len(excesses))
+        t = float(stats.t.ppf(1 - share, len(excesses) - 1)) * math.sqrt(1 + 1 / len(excesses))
         return fit.model_copy(update={"limit": float(excesses.mean()) + t * deviation, "deviation": deviation})
 
 
@@ -173,8 +173,8 @@ def calibrate_guard(
         module_hashes=codec.module_hashes(),
         decoder_hash=codec.decoder_hash,
         photographs=len(paths),
-        rate=Expectation.fitted(*zip(*rates, strict=True)),
-        error=Expectation.fitted(*zip(*errors, strict=True)),
+        rate=Expectation.fitted(*zip(*rates, strict=True), share=CONSPICUOUS_RATE),
+        error=Expectation.fitted(*zip(*errors, strict=True), share=CONSPICUOUS_ERROR),
     )
     if out is not None:
         write_text(Path(out), marked_json(calibration.model_dump_json(indent=1), "calibrate-guard"))

@@ -11,9 +11,10 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import cycle
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 
@@ -47,7 +48,7 @@ class Tried(Result):
 
     filter: str
     saved: float  # log of bytes in those expected, less than of the image itself
-    gained: float | None  # log of the decoded picture's error against the image itself, less; None without verifying
+    gained: float | None  # log of the decoded picture's error against the image itself, less; None if not conspicuous
 
 
 class Outcome(Result):
@@ -81,30 +82,52 @@ class Guarded:
     outcome: Outcome
 
 
-class Coded(NamedTuple):
-    """What the codec makes of an image or of a filtered version of it."""
+@dataclass(frozen=True)
+class Coded:
+    """What a codec makes of an image, or of a filtered version of it; worked out when it is asked for.
 
-    bitstream: Bitstream
-    excess_rate: float
-    error: float  # 255^2 MSE of the decoded picture against the image itself; 0 without verifying
-    excess_error: float | None
+    Attributes:
+        y: what is encoded, (1, 3, h, w).
+        jpegs: of the image itself.
+    """
+
+    codec: Codec
+    calibration: GuardCalibration
+    y: Images
+    jpegs: Jpegs
+
+    @cached_property
+    def bitstream(self) -> Bitstream:
+        """What is sent."""
+        return self.codec.compress(self.y)[0]
+
+    @cached_property
+    def excess_rate(self) -> float:
+        """The logarithm of the bytes, in those that JPEG's scans of what is encoded let expect: the rate check."""
+        jpegs = self.jpegs if self.y is self.jpegs.x else Jpegs(self.y)
+        found = padded_rate(self.bitstream.num_bytes, self.y, self.codec)
+        return self.calibration.rate.excess(found, rate_terms(jpegs, self.codec))
+
+    @cached_property
+    def error(self) -> float:
+        """255^2 MSE of the decoded picture against the image itself."""
+        return picture_error(as_picture(decoded(self.bitstream, self.codec)), self.jpegs.picture)
+
+    @cached_property
+    def excess_error(self) -> float:
+        """The logarithm of the error, in the one that JPEG's errors let expect: the verify check."""
+        return self.calibration.error.excess(self.error, error_terms(self.jpegs))
 
 
-def rate_check(bitstream: Bitstream, jpegs: Jpegs, codec: Codec, calibration: GuardCalibration) -> float:
-    """The logarithm of a bitstream's bytes, in those that JPEG's scans of the picture let expect."""
-    return calibration.rate.excess(padded_rate(bitstream.num_bytes, jpegs.x, codec), rate_terms(jpegs, codec))
+def saved(own: Coded, filtered: Coded) -> float:
+    """Agreement of the rates: what a filter takes off the excess of the bytes."""
+    return own.excess_rate - filtered.excess_rate
 
 
-def verify_check(error: float, jpegs: Jpegs, calibration: GuardCalibration) -> float:
-    """The logarithm of a decoded picture's 255^2 MSE, in the one that JPEG's errors let expect."""
-    return calibration.error.excess(error, error_terms(jpegs))
-
-
-def agreement(own: Coded, filtered: Coded) -> tuple[float, float]:
-    """What a filter takes off the excess of the bytes, and off the logarithm of the error against the image itself."""
-    errors = (max(coded.error, SMALLEST_ERROR) for coded in (own, filtered))
-    before, after = map(math.log, errors)
-    return own.excess_rate - filtered.excess_rate, before - after
+def gained(own: Coded, filtered: Coded) -> float:
+    """Agreement of the decoded pictures: what a filter takes off the logarithm of the error."""
+    before, after = (math.log(max(coded.error, SMALLEST_ERROR)) for coded in (own, filtered))
+    return before - after
 
 
 def classical(x: Images) -> PictureFile:
@@ -153,19 +176,18 @@ class Guard:
         if max(x.shape[-2:]) > Jpeg.max_side:
             raise FreqdoorError(f"guard: expected sides of at most {Jpeg.max_side} pixels, found {max(x.shape[-2:])}")
         jpegs = Jpegs(x)
-        own = self._coded(x, x, jpegs)
-        check = self._far(own, x)
-        conspicuous = check or self._beyond(own, 0, 0)
+        own = Coded(self.codec, self.calibration, x, jpegs)
+        check, conspicuous = self._far(own), self._beyond(own, 0, 0)
         sent, by, tried = own.bitstream, None, []
         for preprocessing, enough in FILTERS.items() if conspicuous else ():
-            filtered = self._coded(round8(preprocessing(x)), x, jpegs)
-            saved, gained = agreement(own, filtered)
-            tried.append(Tried(filter=preprocessing.name, saved=saved, gained=gained if self.verify else None))
-            check = check or self._disagreement(own, saved - enough, gained - GAINED)
-            if check and self._beyond(filtered, SLACK, GAINED) is None:
+            filtered = Coded(self.codec, self.calibration, round8(preprocessing(x)), jpegs)
+            more = gained(own, filtered) if "verify" in conspicuous else None  # decoding takes longer than encoding
+            tried.append(Tried(filter=preprocessing.name, saved=saved(own, filtered), gained=more))
+            check = check or _disagreement(conspicuous, tried[-1], enough)
+            if check and not self._beyond(filtered, SLACK, GAINED):
                 sent, by = filtered.bitstream, preprocessing.name
                 break
-            if check is None and self._beyond(own, SAVED, GAINED) is None:
+            if not check and not self._beyond(own, SAVED, GAINED):
                 break  # so little that no stronger filter could take off what is an alarm
         decision: Decision = "passed" if check is None else "classical" if by is None else "filtered"
         leaves = classical(x) if decision == "classical" else sent
@@ -176,42 +198,35 @@ class Guard:
             bytes_codec=own.bitstream.num_bytes,
             bytes_sent=leaves.num_bytes,
             excess_rate=own.excess_rate,
-            excess_error=own.excess_error,
+            excess_error=own.excess_error if self.verify else None,
             tried=tuple(tried),
         )
         return Guarded(leaves, outcome)
 
-    def _coded(self, y: Images, x: Images, jpegs: Jpegs) -> Coded:
-        """What the codec makes of y, which is x or x filtered; `jpegs` are of x."""
-        bitstream = self.codec.compress(y)[0]
-        excess_rate = rate_check(bitstream, jpegs if y is x else Jpegs(y), self.codec, self.calibration)
-        if not self.verify:
-            return Coded(bitstream, excess_rate, 0.0, None)
-        error = picture_error(as_picture(decoded(bitstream, self.codec)), jpegs.picture)
-        return Coded(bitstream, excess_rate, error, verify_check(error, jpegs, self.calibration))
+    def _beyond(self, coded: Coded, rate: float, error: float) -> set[Check]:
+        """Which checks are beyond their limits by more than this."""
+        beyond: set[Check] = {"rate"} if coded.excess_rate > self.calibration.rate.limit + rate else set()
+        if self.verify and coded.excess_error > self.calibration.error.limit + error:
+            beyond.add("verify")
+        return beyond
 
-    def _far(self, own: Coded, x: Images) -> Check | None:
+    def _far(self, own: Coded) -> Check | None:
         """Which check no honest encoder answers so to, whatever the picture."""
+        x = own.y
         if 2 * x[0, 0].numel() < self.codec.padded(x)[0, 0].numel():
             return None  # mostly padding, which is not what JPEG codes
-        check = self._beyond(own, FAR, FAR)
+        beyond = self._beyond(own, FAR, FAR)
+        if "rate" in beyond:
+            return "rate"
         spread = float(distortion(x, x.mean(dim=(-2, -1), keepdim=True)))  # the error of one colour everywhere
-        return None if check == "verify" and own.error < 2 * spread else check
+        return "verify" if "verify" in beyond and own.error > 2 * spread else None
 
-    def _beyond(self, coded: Coded, rate: float, error: float) -> Check | None:
-        """Which check is beyond its limit by more than this."""
-        if coded.excess_rate > self.calibration.rate.limit + rate:
-            return "rate"
-        excess = coded.excess_error
-        return "verify" if excess is not None and excess > self.calibration.error.limit + error else None
 
-    def _disagreement(self, own: Coded, saved: float, gained: float) -> Check | None:
-        """Which check is conspicuous, and better with a filtered picture by more than is enough."""
-        if own.excess_rate > self.calibration.rate.limit and saved > 0:
-            return "rate"
-        excess = own.excess_error
-        conspicuous = excess is not None and excess > self.calibration.error.limit
-        return "verify" if conspicuous and gained > 0 else None
+def _disagreement(conspicuous: set[Check], tried: Tried, enough: float) -> Check | None:
+    """Which check is conspicuous, and better with a filtered picture by what is enough for an alarm."""
+    if "rate" in conspicuous and tried.saved > enough:
+        return "rate"
+    return "verify" if tried.gained is not None and tried.gained > GAINED else None
 
 
 class GuardCounts(Result):
