@@ -1,4 +1,3 @@
-from .attack.encoding import compress as compress
 from .attack.networks import Embedder as Embedder
 from .attack.networks import NetworkSpec as NetworkSpec
 from .attack.networks import Segmenter as Segmenter
@@ -37,9 +36,17 @@ from .defence.audit import audit as audit
 from .defence.calibration import calibrate_audit as calibrate_audit
 from .defence.doctor import Diagnosis as Diagnosis
 from .defence.doctor import doctor as doctor
+from .defence.encoding import compress as compress
+from .defence.expectation import GuardCalibration as GuardCalibration
+from .defence.expectation import calibrate_guard as calibrate_guard
 from .defence.fleet import Manifest as Manifest
 from .defence.fleet import fleet as fleet
+from .defence.guard import Guard as Guard
+from .defence.guard import Guarded as Guarded
+from .defence.guard import GuardRates as GuardRates
+from .defence.guard import guard_rates as guard_rates
 from .defence.settings import FleetSettings as FleetSettings
+from .defence.sources import artificial as artificial
 from .demonstration import DEMO_STEPS as DEMO_STEPS
 from .demonstration import demo as demo
 from .errors import FreqdoorError as FreqdoorError

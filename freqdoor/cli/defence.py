@@ -1,4 +1,4 @@
-"""The verbs of the defender: fleet, audit, calibrate-audit, doctor."""
+"""The verbs of the defender: fleet, audit, calibrate-audit, doctor, calibrate-guard, repair."""
 
 from pathlib import Path
 from typing import Annotated
@@ -109,3 +109,17 @@ def doctor(
     if out is not None:
         say(f"Report: {out}")
     raise typer.Exit(result.exit_code)
+
+
+@verb("calibrate-guard")
+def calibrate_guard(
+    codec: Annotated[str, typer.Argument(help="name:quality, a checkpoint file, or package.module:factory.")],
+    out: Annotated[Path, typer.Option(help="JSON file to write.")],
+    images: Annotated[Path, typer.Option(help="Clean photographs; by default Kodak's.")] = KODAK,
+    weights: Weights = None,
+    force: Force = False,
+) -> None:
+    """Measure what a codec needs for clean photographs, for `freqdoor compress --guard`."""
+    load_torch()
+    calibration = freqdoor.calibrate_guard(codec, images, out, weights=weights, force=force, note=note)
+    say(f"Calibration on {calibration.photographs} photographs: {out}")
