@@ -37,7 +37,11 @@ from .defence.audit import audit as audit
 from .defence.calibration import calibrate_audit as calibrate_audit
 from .defence.fleet import Manifest as Manifest
 from .defence.fleet import fleet as fleet
+from .defence.repair import Repair as Repair
+from .defence.repair import compare_repairs as compare_repairs
+from .defence.repair import repair as repair
 from .defence.settings import FleetSettings as FleetSettings
+from .defence.settings import RepairSettings as RepairSettings
 from .demonstration import DEMO_STEPS as DEMO_STEPS
 from .demonstration import demo as demo
 from .errors import FreqdoorError as FreqdoorError
