@@ -14,7 +14,7 @@ from freqdoor.attack.objectives import build_objective
 from freqdoor.attack.plant import held_cosine
 from freqdoor.attack.planted import Planted, opened
 from freqdoor.codecs.adapter import Codec
-from freqdoor.codecs.loading import load_codec, save_codec
+from freqdoor.codecs.loading import load_codec, read_state, save_codec
 from freqdoor.data import Crops, centre, load_image
 from freqdoor.defence.audit import Audit, Verdict, audit
 from freqdoor.defence.calibration import Calibration
@@ -98,6 +98,7 @@ def repair(
     Raises:
         FreqdoorError: an unusable codec, image or setting; another process in the folder, a loss that is not finite.
     """
+    codec = checkpoint if isinstance(checkpoint, Codec) else load_codec(checkpoint, weights)
     content = (settings or RepairSettings()).model_dump()
     if isinstance(checkpoint, Codec):
         content["codec"]["name"] = checkpoint.spec.name
@@ -108,8 +109,7 @@ def repair(
     trusted = reference.spec.name if isinstance(reference, Codec) else reference
     given = {"reference": trusted, "method": method, "steps": steps}
     chosen = make_settings(RepairSettings, content | {key: value for key, value in given.items() if value is not None})
-    codec = checkpoint if isinstance(checkpoint, Codec) else load_codec(checkpoint, weights)
-    repairing = _opened(chosen, codec, reference if isinstance(reference, Codec) else None, Path(out))
+    repairing = _opened(chosen, codec, reference, Path(out))
     run = Run(out, [EXPORT, RESULT])
     saved = run.start(chosen, repairing.facts)
     before = clean_answer(codec)
@@ -133,33 +133,34 @@ def repair(
     return result
 
 
-def _opened(settings: RepairSettings, codec: Codec, reference: Codec | None, out: Path) -> "_Repairing":
+def _opened(settings: RepairSettings, codec: Codec, reference: Codec | str | None, out: Path) -> "_Repairing":
     """Open all that the settings name, or raise everything that is wrong with it."""
     mistakes = Mistakes()
     with mistakes:
         check_device(settings.device)
     with mistakes:
         lambda_of(settings, codec.spec)
+    trusted = None
     with mistakes:
         if "distil" in settings.parts:
-            reference = _reference(reference or load_codec(str(settings.reference)), codec)
-    images = settings.images
-    if images.folder == str(KODAK):  # what is measured on stays unseen
-        images = images.model_copy(update={"folder": str(training_folder(out))})
+            trusted = reference if isinstance(reference, Codec) else load_codec(str(settings.reference))
+            check_reference(trusted, codec)
     with mistakes:
+        images = settings.images
+        if images.folder == str(KODAK):  # what is measured on stays unseen
+            images = images.model_copy(update={"folder": str(training_folder(out))})
         crops = open_folder(images, settings.seed)
     mistakes.stop()
-    return _Repairing(settings, codec, crops, reference)
+    return _Repairing(settings, codec, crops, trusted)
 
 
-def _reference(reference: Codec, codec: Codec) -> Codec:
-    """A codec whose latents mean the same."""
+def check_reference(reference: Codec, codec: Codec) -> None:
+    """Raise if a reference's latents mean something else than the codec's: if it has another decoder."""
     if reference.decoder_hash != codec.decoder_hash:
         raise FreqdoorError(
             f"reference: expected a codec with the decoder of {codec.spec.name}, found {reference.spec.name} with "
             "another one, whose latents mean something else; leave distil out of the method"
         )
-    return reference
 
 
 class _Repairing:
@@ -173,7 +174,7 @@ class _Repairing:
         self.codec = copy.deepcopy(codec).freeze(settings.scope)
         self.codec.to(settings.device).train().to(memory_format=layout(settings))
         self.codec.precision = self.dtype
-        self.reference = reference.to(settings.device) if "distil" in settings.parts and reference else None
+        self.reference = reference.to(settings.device) if reference else None
         if "prune" in settings.parts:
             prune_dormant(self.codec, crops, settings.share)
         self.encoder = [p for p in self.codec.parameters() if p.requires_grad]
@@ -312,7 +313,8 @@ def compare_repairs(
             settings=settings,
             calibration=calibration,
         )
-        repaired = load_codec(str(Path(out) / method / EXPORT))
+        repaired = copy.deepcopy(planted.tampered)
+        repaired.net.load_state_dict(read_state(Path(out) / method / EXPORT))
         rows.append(repair_row(method, repaired, planted, strengths, result))
     return Comparison(rows=tuple(rows), environment=environment())
 
