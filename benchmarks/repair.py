@@ -3,8 +3,8 @@
     python benchmarks/repair.py planted-bpp planted-psnr planted-face --out repairs
     python benchmarks/repair.py planted-psnr --out repairs --methods unlearn --reopen 20 50 100
 
-With --reopen an attacker fine-tunes the repaired encoder, and for comparison the vanilla one, for so many steps with the
-old trigger. With --faces, a test file as for `freqdoor faces` (--set changes it), identification is measured too.
+With --reopen an attacker fine-tunes the repaired encoder, and for comparison the vanilla one, for so many steps with
+the old trigger. With --faces, a test file as for `freqdoor faces` (--set changes it), identification is measured too.
 Repairs that are there are not made again.
 """
 

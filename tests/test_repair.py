@@ -27,6 +27,7 @@ from freqdoor.errors import FreqdoorError
 from freqdoor.metrics import distortion, mse, rms
 from freqdoor.samples import held_out
 from freqdoor.settings import make_settings
+from freqdoor.training.run import Run
 from freqdoor.training.train import rate_distortion
 
 PAGE = Path(__file__).parent.parent / "docs/repair.md"
@@ -146,9 +147,9 @@ def test_patterns_that_an_audit_finds_are_made_for_every_goal_and_anew(lite, x, 
     assert len(asked) == 6
 
 
-def test_the_loss_is_that_of_clean_images_and_the_move_of_patterned_ones(lite, x, crops):
+def test_the_loss_is_that_of_clean_images_and_the_move_of_patterned_ones(lite, x, crops, tmp_path):
     settings = settings_of(weight=3.0, method="unlearn")
-    repairing = module._Repairing(settings, lite, crops, None)
+    repairing = module._Repairing(settings, lite, crops, None, Run(tmp_path))
     x_p = (x + 0.02).clamp(0, 1)
     torch.manual_seed(0)
     loss, _ = repairing._loss(x, [x_p])
@@ -161,12 +162,12 @@ def test_the_loss_is_that_of_clean_images_and_the_move_of_patterned_ones(lite, x
     assert all(p.grad is None for name, p in repairing.codec.named_parameters() if ".g_a." not in f".{name}")
 
 
-def test_distil_takes_the_latents_of_the_reference(lite, x, crops):
+def test_distil_takes_the_latents_of_the_reference(lite, x, crops, tmp_path):
     reference = copy.deepcopy(lite)
     with torch.no_grad():
         reference.net.g_a[0].weight.mul_(1.1)
     settings = settings_of(method="distil", reference="trusted", weight=2.0)
-    repairing = module._Repairing(settings, lite, crops, reference)
+    repairing = module._Repairing(settings, lite, crops, reference, Run(tmp_path))
     torch.manual_seed(0)
     loss, _ = repairing._loss(x, [])
     torch.manual_seed(0)
@@ -243,6 +244,7 @@ def test_what_a_repair_leaves(tmp_path, cheap_audit, monkeypatch):
     assert len(trained_on) == 18
     assert not trained_on & {path.name for path in held_out()}
     assert result.before != result.after
+    assert [json.loads(line)["step"] for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()] == [1, 2]
     done = contents(tmp_path / "out")
     monkeypatch.setattr(module._Repairing, "step", None)  # all steps are taken
     repair(str(tmp_path / "came.safetensors"), tmp_path / "out", steps=2, fast=True, settings=settings_of())

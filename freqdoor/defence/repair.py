@@ -109,8 +109,8 @@ def repair(
     trusted = reference.spec.name if isinstance(reference, Codec) else reference
     given = {"reference": trusted, "method": method, "steps": steps}
     chosen = make_settings(RepairSettings, content | {key: value for key, value in given.items() if value is not None})
-    repairing = _opened(chosen, codec, reference, Path(out))
     run = Run(out, [EXPORT, RESULT])
+    repairing = _opened(chosen, codec, reference, run)
     saved = run.start(chosen, repairing.facts)
     before = clean_answer(codec)
     parts, history = repairing.parts, repairing.history
@@ -133,7 +133,7 @@ def repair(
     return result
 
 
-def _opened(settings: RepairSettings, codec: Codec, reference: Codec | str | None, out: Path) -> "_Repairing":
+def _opened(settings: RepairSettings, codec: Codec, reference: Codec | str | None, run: Run) -> "_Repairing":
     """Open all that the settings name, or raise everything that is wrong with it."""
     mistakes = Mistakes()
     with mistakes:
@@ -148,10 +148,10 @@ def _opened(settings: RepairSettings, codec: Codec, reference: Codec | str | Non
     with mistakes:
         images = settings.images
         if images.folder == str(KODAK):  # what is measured on stays unseen
-            images = images.model_copy(update={"folder": str(training_folder(out))})
+            images = images.model_copy(update={"folder": str(training_folder(run.folder))})
         crops = open_folder(images, settings.seed)
     mistakes.stop()
-    return _Repairing(settings, codec, crops, trusted)
+    return _Repairing(settings, codec, crops, trusted, run)
 
 
 def check_reference(reference: Codec, codec: Codec) -> None:
@@ -166,8 +166,8 @@ def check_reference(reference: Codec, codec: Codec) -> None:
 class _Repairing:
     """What one run of `repair` holds on to from step to step."""
 
-    def __init__(self, settings: RepairSettings, codec: Codec, crops: Crops, reference: Codec | None) -> None:
-        self.settings, self.crops = settings, crops
+    def __init__(self, settings: RepairSettings, codec: Codec, crops: Crops, reference: Codec | None, run: Run) -> None:
+        self.settings, self.crops, self.run = settings, crops, run
         self.lmbda = lambda_of(settings, codec.spec)
         self.dtype = dtype_of(settings.precision, settings.device)
         self.hashes = codec.module_hashes()
@@ -208,7 +208,9 @@ class _Repairing:
         norm = torch.nn.utils.clip_grad_norm_(self.encoder, settings.clip)
         check_finite({"the encoder's gradient": norm}, step)
         self.optimizer.step()
-        return {name: float(value) for name, value in terms.items()}
+        row = {name: float(value) for name, value in terms.items()}
+        self.run.log({"step": step + 1, **row})
+        return row
 
     def _differentiate(self, loss: Tensor) -> None:
         self.optimizer.zero_grad()
