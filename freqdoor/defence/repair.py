@@ -26,7 +26,7 @@ from freqdoor.files import marked_json, write_text
 from freqdoor.lock import alone
 from freqdoor.measure.records import Note, poisoned
 from freqdoor.metrics import distortion
-from freqdoor.samples import KODAK, held_out, training_folder
+from freqdoor.samples import held_out, training_folder
 from freqdoor.settings import make_settings, public
 from freqdoor.training.loop import (
     Progress,
@@ -117,7 +117,7 @@ def repair(
     loop(run, chosen, parts, history, repairing.crops, repairing.step, saved=saved, progress=progress)
     repaired = repairing.finished()
     save_codec(repaired, run.folder / EXPORT, repaired=public(chosen))
-    again = audit(repaired, images=KODAK, fast=fast, out=run.folder / "audit", calibration=calibration, note=note)
+    again = audit(repaired, fast=fast, out=run.folder / "audit", calibration=calibration, note=note)
     result = Repair(
         codec=codec.spec.name,
         method=chosen.method,
@@ -147,7 +147,7 @@ def _opened(settings: RepairSettings, codec: Codec, reference: Codec | str | Non
             check_reference(trusted, codec)
     with mistakes:
         images = settings.images
-        if images.folder == str(KODAK):  # what is measured on stays unseen
+        if not images.folder:
             images = images.model_copy(update={"folder": str(training_folder(run.folder))})
         crops = open_folder(images, settings.seed)
     mistakes.stop()

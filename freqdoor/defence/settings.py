@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from freqdoor.attack.settings import CodecSource, PlantSettings
-from freqdoor.samples import KODAK
 from freqdoor.settings import PrivatePath, Settings, merge, mistakes
 from freqdoor.training.settings import CodecTraining, Count, ImageSettings, Positive, Side, Training
 from freqdoor.triggers.arguments import PAPER_EPS
@@ -131,8 +130,8 @@ DEFAULT_METHOD = "unlearn"
 class CleanImages(ImageSettings):
     """Where clean images come from; by default the 18 bundled ones that a repair is not measured on."""
 
-    folder: PrivatePath = str(KODAK)
-    """Folder of 8-bit RGB images, searched recursively."""
+    folder: PrivatePath = ""
+    """Folder of 8-bit RGB images, searched recursively; by default the bundled ones."""
     crop: Side = 128
     """Side of the square crops in pixels."""
 
@@ -150,7 +149,7 @@ class RepairSettings(Training):
     against the encoder while it learns to code them as the clean image; inverted: the same with patterns that an audit
     finds, made anew now and then; sam: sharpness-aware steps; prune: channels that clean images hardly use are set to 0
     first; distil: the latents of the reference."""
-    steps: Count = 250
+    steps: Count = 600
     """Optimiser steps in all."""
     lr: Positive = 1e-3
     """Adam's learning rate; from the middle of the steps it falls along a cosine to 1 %."""
