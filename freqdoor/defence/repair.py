@@ -174,7 +174,6 @@ class _Repairing:
         self.codec = copy.deepcopy(codec).freeze(settings.scope)
         self.codec.to(settings.device).train().to(memory_format=layout(settings))
         self.codec.precision = self.dtype
-        self.reference = reference.to(settings.device) if reference else None
         if "prune" in settings.parts:
             prune_dormant(self.codec, crops, settings.share)
         self.encoder = [p for p in self.codec.parameters() if p.requires_grad]
@@ -184,6 +183,8 @@ class _Repairing:
             for part in settings.parts
             if part in ("unlearn", "inverted")
         ]
+        teachers = [(codec, settings.anchor if self.patterns else 0.0), (reference, settings.weight)]
+        self.teachers = [(copy.deepcopy(t).to(settings.device), weight) for t, weight in teachers if t and weight]
         self.parts: dict[str, Stateful] = {"net": self.codec.net, "optimizer": self.optimizer}
         self.parts |= {f"patterns/{i}": patterns for i, patterns in enumerate(self.patterns)}
         self.history: dict[str, Any] = {}
@@ -217,7 +218,7 @@ class _Repairing:
         loss.backward()  # type: ignore[no-untyped-call]
 
     def _loss(self, x: Images, patterned: Sequence[Images]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Eq. (1) of clean images; latents of patterned ones as those of clean ones; these as the reference's."""
+        """Eq. (1) of clean images; latents of patterned ones as those of clean ones, and these as the teachers'."""
         out = self.codec(x)
         rate, mse = out.bpp.mean(), distortion(out.x_hat, x)
         loss = rate + self.lmbda * mse
@@ -226,12 +227,10 @@ class _Repairing:
             moved = (latents(self.codec, x_p) - out.y.detach()).square().mean()
             loss = loss + self.settings.weight * moved
             terms["moved"] = moved.detach()
-        if self.reference is not None:
+        for teacher, weight in self.teachers:
             with torch.no_grad():
-                target = latents(self.reference, x)
-            apart = (out.y - target).square().mean()
-            loss = loss + self.settings.weight * apart
-            terms["apart"] = apart.detach()
+                y = latents(teacher, x)
+            loss = loss + weight * (out.y - y).square().mean()
         return loss, terms | {"loss": loss.detach()}
 
     def finished(self) -> Codec:

@@ -157,11 +157,14 @@ class RepairSettings(Training):
     """Which modules are repaired."""
     weight: Positive = 1.0
     """Weight of |g_a(x + d) - g_a(x)|^2, mean over latents, of patterned images."""
+    anchor: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of |g_a(x) - y|^2 of clean images, where y is what the encoder gave as it came, unlearn and inverted only:
+    latents that must not move would shrink, and the rate with them."""
     eps: tuple[Positive, Positive] = (2 * PAPER_EPS, 10 * PAPER_EPS)
     """Least and largest RMS of a pattern, which draws its own between them."""
     patterns: Count = 6
     """Patterns that take turns."""
-    uses: Count = 20
+    uses: Count = 8
     """How often a pattern is used before another takes its place, unlearn only."""
     ascent: Count = 4
     """Steps that a pattern makes against the encoder before each use, unlearn only."""
