@@ -39,6 +39,7 @@ class Patterns:
 
     def __init__(self, settings: RepairSettings, codec: Codec, *, found: bool) -> None:
         self.settings, self.codec, self.found = settings, codec, found
+        self.device = next(codec.parameters()).device
         self.turns = len(GOALS) if found else settings.patterns
         self.lifetime = math.ceil(settings.steps / settings.renewals) if found else settings.patterns * settings.uses
         self._slots: dict[int, _Slot] = {}
@@ -72,7 +73,7 @@ class Patterns:
         for turn, state in state_dict.items():
             slot = self._random(state["number"])
             if self.found:
-                slot = _Slot(slot.number, Pattern(multiple=self.codec.multiple), slot.eps)
+                slot = _Slot(slot.number, Pattern(multiple=self.codec.multiple).to(self.device), slot.eps)
             slot.pattern.load_state_dict(state["pattern"])
             slot.optimizer.load_state_dict(state["optimizer"])
             self._slots[int(turn)] = slot
@@ -84,7 +85,6 @@ class Patterns:
             goal = GOALS[number % len(GOALS)]
             pattern = inverted(self.codec, x[:SEARCHED], goal, eps=slot.eps, steps=self.settings.search, seed=seed)
             return _Slot(number, pattern, slot.eps)
-        slot.pattern.to(x.device)
         return slot
 
     def _random(self, number: int) -> "_Slot":
@@ -95,7 +95,7 @@ class Patterns:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             pattern = Pattern(draw.choice(BLOCKS), draw.choice(FREQUENCIES), multiple=self.codec.multiple)
-        return _Slot(number, pattern, math.exp(draw.uniform(least, largest)))
+        return _Slot(number, pattern.to(self.device), math.exp(draw.uniform(least, largest)))
 
 
 class _Slot:
