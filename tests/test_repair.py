@@ -17,12 +17,13 @@ import freqdoor.cli as cli
 from freqdoor import RepairSettings, compare_repairs, load_codec, load_planted, repair
 from freqdoor.codecs.loading import save_codec
 from freqdoor.data import Crops, list_images
+from freqdoor.dct import block_dct, blockify, rgb_to_ycbcr
 from freqdoor.defence import audit as auditing
 from freqdoor.defence import repair as module
 from freqdoor.defence import unlearning
 from freqdoor.defence.checks import Finding, Response, Witness
 from freqdoor.defence.repair import Repair, reactivated, repairs_table
-from freqdoor.defence.unlearning import Patterns, at_the_sharpest, latents, prune_dormant
+from freqdoor.defence.unlearning import Modulated, Patterns, at_the_sharpest, latents, prune_dormant
 from freqdoor.errors import FreqdoorError
 from freqdoor.metrics import distortion, mse, rms
 from freqdoor.samples import held_out
@@ -74,6 +75,22 @@ def cheap_audit(monkeypatch):
     return set_to
 
 
+def test_a_modulated_pattern_weighs_every_block_of_every_image_anew():
+    torch.manual_seed(0)
+    pattern = Modulated(16, "mid", eps=0.005).requires_grad_(False)
+    x = torch.full((2, 3, 64, 64), 0.5)
+    delta = pattern(x) - x
+    assert rms(delta).flatten().tolist() == pytest.approx([0.005] * 2, rel=0.02)
+    blocks = block_dct(blockify(rgb_to_ycbcr(delta), 16))  # (b, 3, 4, 4, 16, 16)
+    assert (blocks[..., pattern.chosen == 0].abs() < 1e-6).all()
+    unit = blocks.flatten(-2) / blocks.flatten(-2).norm(dim=-1, keepdim=True)
+    weights = (blocks.flatten(-2) * unit[:1, :, :1, :1]).sum(-1)
+    assert torch.allclose(weights.abs(), blocks.flatten(-2).norm(dim=-1), atol=1e-6)  # all along one direction
+    assert (weights < 0).any()
+    assert weights.flatten().unique().numel() == weights.numel()
+    assert not torch.equal(pattern(x) - x, delta)
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
@@ -93,15 +110,20 @@ def test_settings_that_mean_nothing_are_refused(changes, problem):
 def test_patterns_follow_from_seed_and_step_and_their_state(lite, x):
     settings = settings_of(patterns=2, uses=2, ascent=2)
     first = Patterns(settings, lite, found=False)
-    shown = [first.patterned(x, step) for step in range(6)]
+
+    def patterned(patterns, step):
+        torch.manual_seed(step)  # as a training does
+        return patterns.patterned(x, step)
+
+    shown = [patterned(first, step) for step in range(6)]
     again = Patterns(settings, lite, found=False)
-    assert all(torch.equal(again.patterned(x, step), shown[step]) for step in range(3))
+    assert all(torch.equal(patterned(again, step), shown[step]) for step in range(3))
     kept = copy.deepcopy(again.state_dict())
     resumed = Patterns(settings, lite, found=False)
     resumed.load_state_dict(kept)
-    assert all(torch.equal(resumed.patterned(x, step), shown[step]) for step in range(3, 6))
+    assert all(torch.equal(patterned(resumed, step), shown[step]) for step in range(3, 6))
     assert {slot["number"] for slot in first.state_dict().values()} == {2, 3}  # each of two was used twice
-    assert not torch.equal(Patterns(settings_of(seed=1), lite, found=False).patterned(x, 0), shown[0])
+    assert not torch.equal(patterned(Patterns(settings_of(seed=1), lite, found=False), 0), shown[0])
 
 
 def test_patterns_keep_their_budgets_and_are_8_bit(lite, x):

@@ -164,7 +164,7 @@ class RepairSettings(Training):
     """Least and largest RMS of a pattern, which draws its own between them."""
     patterns: Count = 6
     """Patterns that take turns."""
-    uses: Count = 8
+    uses: Count = 20
     """How often a pattern is used before another takes its place, unlearn only."""
     ascent: Count = 4
     """Steps that a pattern makes against the encoder before each use, unlearn only."""

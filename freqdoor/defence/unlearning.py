@@ -12,11 +12,14 @@ from torch import Tensor, nn
 
 from freqdoor.codecs.adapter import Codec
 from freqdoor.data import Crops, seed_for
+from freqdoor.dct import block_idct, ycbcr_to_rgb
 from freqdoor.defence.inversion import LR, Goal, Pattern, inverted
 from freqdoor.defence.settings import RepairSettings
+from freqdoor.triggers.universal import tiled
 from freqdoor.types import Images
 
 BLOCKS = (8, 16, 16, 32)  # sides of what patterns repeat, in pixels, as often as they are drawn
+CELL = 16  # pixels that a modulated pattern has one weight for
 FREQUENCIES = ("all", "all", "low", "mid", "high")
 GOALS = get_args(Goal)
 SEARCHED = 4  # images that a pattern is found on, as in an audit
@@ -28,6 +31,22 @@ def latents(codec: Codec, x: Images) -> Tensor:
     """g_a(x) of the padded images, in float32."""
     y: Tensor = codec.part("g_a")(codec.padded(x))
     return y
+
+
+class Modulated(Pattern):
+    """A pattern with random signed weights for every 16-pixel block and channel of every image, drawn at each use.
+
+    So an adaptive trigger has them; what is learnt of the pattern holds for all of them.
+    """
+
+    def perturb(self, x: Images) -> Images:
+        """The weighted block over every image."""
+        coefficients = (self.spectrum * self.chosen)[None, :, None, None]
+        field = tiled(block_idct(coefficients)[0, :, 0, 0], x, self.multiple)
+        rows, columns = (math.ceil(side / CELL) for side in x.shape[-2:])
+        weights = torch.randn(x.shape[0], 3, rows, columns, device=x.device)
+        weights = weights.repeat_interleave(CELL, 2).repeat_interleave(CELL, 3)[..., : x.shape[-2], : x.shape[-1]]
+        return ycbcr_to_rgb(weights * field)
 
 
 class Patterns:
@@ -94,7 +113,8 @@ class Patterns:
         least, largest = map(math.log, self.settings.eps)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            pattern = Pattern(draw.choice(BLOCKS), draw.choice(FREQUENCIES), multiple=self.codec.multiple)
+            kind = Modulated if number % 2 else Pattern
+            pattern = kind(draw.choice(BLOCKS), draw.choice(FREQUENCIES), multiple=self.codec.multiple)
         return _Slot(number, pattern.to(self.device), math.exp(draw.uniform(least, largest)))
 
 
