@@ -45,7 +45,11 @@ from .defence.guard import Guard as Guard
 from .defence.guard import Guarded as Guarded
 from .defence.guard import GuardRates as GuardRates
 from .defence.guard import guard_rates as guard_rates
+from .defence.repair import Repair as Repair
+from .defence.repair import compare_repairs as compare_repairs
+from .defence.repair import repair as repair
 from .defence.settings import FleetSettings as FleetSettings
+from .defence.settings import RepairSettings as RepairSettings
 from .defence.sources import artificial as artificial
 from .demonstration import DEMO_STEPS as DEMO_STEPS
 from .demonstration import demo as demo

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.stats import binomtest  # type: ignore[import-untyped]
 
 from freqdoor.attack.planted import Planted, load_planted
@@ -95,7 +96,7 @@ class DefenceMatrix(Result):
     hours: float
 
 
-def auc(tampered: Sequence[float], honest: Sequence[float]) -> float:
+def auc(tampered: ArrayLike, honest: ArrayLike) -> float:
     """The share of pairs in which the tampered one scores higher; ties count half."""
     a, b = np.asarray(tampered)[:, None], np.asarray(honest)[None]
     return float(((a > b) + 0.5 * (a == b)).mean())

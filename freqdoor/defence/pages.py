@@ -153,10 +153,10 @@ def roc_figure(matrix: DefenceMatrix) -> bytes:
             curves.append((f"audit: {name}", attacks, suspicion))
     if plain := [row for row in groups(matrix).get("all, downstream too", []) if row.norm is not None]:
         curves.append(("Neural Cleanse: all, downstream too", plain, lambda row: row.norm or 0.0))
-    for label, attacks, score in curves:
-        others = [score(row) for row in honest(matrix, known=attacks[0].known)]
+    for label, drawn, score in curves:
+        others = [score(row) for row in honest(matrix, known=drawn[0].known)]
         if others:
-            axes.plot(*_roc([score(row) for row in attacks], others), drawstyle="steps-post", label=label)
+            axes.plot(*_roc([score(row) for row in drawn], others), drawstyle="steps-post", label=label)
     axes.set(
         xlabel="false alarms on honest encoders", ylabel="tampered encoders found", xlim=(-0.02, 1), ylim=(0, 1.02)
     )
