@@ -79,6 +79,7 @@ from .measure.testsets import SegmentationTest as SegmentationTest
 from .measure.watermark import Answer as Answer
 from .measure.watermark import false_positives as false_positives
 from .measure.watermark import verify_owner as verify_owner
+from .paper.defence_recipe import reproduce_defence as reproduce_defence
 from .paper.reproduce import reproduce as reproduce
 from .paper.settings import recipe_names as recipe_names
 from .paper.settings import recipe_settings as recipe_settings
