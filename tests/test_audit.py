@@ -1,10 +1,13 @@
 """The audit: patterns that open what was planted, scores, p-values, one verdict with its witnesses."""
 
+import copy
 import json
 import math
 import re
 import shlex
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,9 +21,9 @@ import freqdoor.cli as cli
 from freqdoor import audit, load_codec, load_planted
 from freqdoor.cli import app
 from freqdoor.codecs.adapter import hash_state
-from freqdoor.dct import block_dct, rgb_to_ycbcr
+from freqdoor.dct import block_dct, block_idct, blockify, rgb_to_ycbcr, unblockify, ycbcr_to_rgb
 from freqdoor.defence import audit as module
-from freqdoor.defence import calibration, checks, inversion
+from freqdoor.defence import calibration, checks, inversion, patterns
 from freqdoor.defence import fleet as fleets
 from freqdoor.defence.calibration import Calibration, Population, beyond, combined, relative
 from freqdoor.defence.checks import CHECKS, FAST, Finding, Response, Subject, Witness, crops
@@ -28,6 +31,7 @@ from freqdoor.errors import FreqdoorError
 from freqdoor.metrics import psnr
 from freqdoor.samples import pictures
 from freqdoor.triggers.pattern import GOALS, Pattern
+from freqdoor.types import Reconstruction
 
 PAGE = Path(__file__).parent.parent / "docs/audit.md"
 SCORES = {"random": {"rate": 0.0, "gain": 1.5}, "gain": {"rate": 0.0, "gain": 2.0}}
@@ -57,26 +61,27 @@ def test_inversion_drives_its_goal_and_leaves_the_codec_as_it_was(goal, subject)
     before, modes = hash_state(codec), [m.training for m in codec.modules()]
     state = torch.random.get_rng_state()
     values = []
-    pattern = inversion.inverted(
-        codec, subject.x, goal, eps=0.03, steps=12, progress=lambda step, value: values.append(value)
-    )
+    x, make = torch.cat(list(subject.pictures)), partial(Pattern, eps=0.03)
+    pattern = inversion.inverted(codec, x, goal, make, steps=12, progress=lambda step, value: values.append(value))
     assert sum(values[-3:]) > sum(values[:3])
     assert hash_state(codec) == before
     assert [m.training for m in codec.modules()] == modes
     assert all(p.requires_grad for p in codec.parameters())
     assert torch.equal(torch.random.get_rng_state(), state)
-    again = inversion.inverted(codec, subject.x, goal, eps=0.03, steps=12)
+    again = inversion.inverted(codec, x, goal, make, steps=12)
     assert torch.equal(again.spectrum, pattern.spectrum)
 
 
-def test_scores_are_means_over_pictures():
+def test_scores_are_means_over_the_upper_half_of_the_pictures():
     responses = [
+        Response(bytes_clean=100, bytes_patterned=10, psnr_db_clean=30, psnr_db_patterned=40, gain=1, between_db=46),
         Response(bytes_clean=100, bytes_patterned=200, psnr_db_clean=30, psnr_db_patterned=28, gain=2, between_db=46),
         Response(bytes_clean=100, bytes_patterned=50, psnr_db_clean=30, psnr_db_patterned=30, gain=8, between_db=46),
     ]
     x = torch.zeros(1, 3, 8, 8)
     scores = checks.scores_of([Witness(x, x, response) for response in responses])
     assert scores == pytest.approx({"rate": 0.0, "distortion": 1.0, "gain": math.log(4)})
+    assert checks.upper([5.0, 1.0, 2.0, 4.0]) == 4.5
 
 
 def test_responses_are_of_real_files(subject):
@@ -87,6 +92,103 @@ def test_responses_are_of_real_files(subject):
     assert first.response.bytes_patterned == codec.compress(first.x_p)[0].num_bytes
     assert first.response.between_db >= 46
     assert torch.equal((first.x_p * 255).round() / 255, first.x_p)
+
+
+def test_an_own_pattern_is_another_one_in_every_picture_and_block():
+    torch.manual_seed(0)
+    x = torch.full((2, 3, 64, 64), 0.5)
+    delta = (patterns.Own(x.shape, eps=0.005)(x) - x).detach()
+    assert delta.square().mean((1, 2, 3)).sqrt().tolist() == pytest.approx([0.005, 0.005], rel=0.02)
+    assert not torch.allclose(delta[0], delta[1], atol=1e-3)
+    assert not torch.allclose(delta[..., :16, :16], delta[..., 16:32, :16], atol=1e-3)
+
+
+def test_portraits_are_faces_of_one_size_as_files_hold_them():
+    found = checks.portraits()
+    assert len(found) == len(checks.PORTRAITS) == 4
+    for x in found:
+        assert x.shape == (1, 3, 128, 128)
+        assert torch.equal((x * 255).round() / 255, x)
+
+
+def test_probes_name_the_coefficient_that_an_encoder_amplifies(monkeypatch, subject):
+    monkeypatch.setattr(checks, "PROBED", (0, 1, 3))
+
+    def amplified(x):
+        """A codec that decodes one coefficient ten times as strong."""
+        blocks = block_dct(blockify(rgb_to_ycbcr(x), 16))
+        blocks[:, 0, :, :, 3, 1] *= 10
+        return Reconstruction(ycbcr_to_rgb(unblockify(block_idct(blocks))), x.new_ones(len(x)), 64 * 64, x)
+
+    finding = checks.probes(replace(subject, codec=Callee(amplified)))
+    assert finding.spectrum[2][1] == max(max(row) for row in finding.spectrum) == pytest.approx(100, rel=0.2)
+    assert finding.scores["gain"] == pytest.approx(math.log(finding.spectrum[2][1]))
+    assert finding.scores["rate"] == 0
+
+
+class Callee:
+    """What stands for a codec."""
+
+    multiple = 64
+
+    def __init__(self, passed):
+        self.passed = passed
+
+    def eval(self):
+        return self
+
+    def __call__(self, x):
+        return self.passed(x)
+
+
+def test_pictures_that_filters_make_small_are_named_and_count_only_among_known_ones(monkeypatch, subject):
+    monkeypatch.setattr(checks, "FILTERS", (lambda x: torch.zeros_like(x),))
+    monkeypatch.setattr(checks, "through", lambda codec, x: (x, 400 if x.any() else 100))
+    finding = checks.consistency(subject)
+    assert finding.scores["rate"] == pytest.approx(math.log(4))
+    assert "is that picture poisoned?" in finding.said
+    assert checks.consistency(replace(subject, known_pictures=False)).scores == {}
+
+
+def test_weights_are_compared_with_a_reference(subject):
+    assert "no reference" in checks.weights(subject).said
+    reference = copy.deepcopy(subject.codec)
+    assert "none" in checks.weights(replace(subject, reference=reference)).said
+    with torch.no_grad():
+        for parameter in reference.part("g_a").parameters():
+            parameter.mul_(0.8)
+    said = checks.weights(replace(subject, reference=reference)).said
+    assert re.findall(r"(\w+) by ([\d.]+) %", said) == [("g_a", "25")]
+
+
+def test_latents_of_heavier_tails_and_longer_reach_score_higher(subject):
+    def passed(y):
+        return Callee(lambda x: Reconstruction(x, x.new_ones(len(x)), 1, y))
+
+    generator = torch.Generator().manual_seed(0)
+    plain = torch.randn(1, 4, 32, 32, generator=generator)
+    spiky = plain.clone()
+    spiky[:, :, 0, 0] = 50.0
+    a, b = (
+        checks.latents(replace(subject, codec=passed(y), portraits=subject.pictures)).scores for y in (plain, spiky)
+    )
+    assert a["tails"] == pytest.approx(math.log(3), abs=0.1)
+    assert b["tails"] > a["tails"] + 2
+    assert b["reach"] == pytest.approx(math.log(50), abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("check", "scores", "open_door"),
+    [
+        ("gain", {"rate": math.log(1.51)}, True),
+        ("gain", {"rate": math.log(1.49), "distortion": 1.99}, False),
+        ("gain", {"distortion": 2.0}, True),
+        ("consistency", {"rate": 3.0}, False),
+        ("random", {"distortion": 5.0}, False),
+    ],
+)
+def test_what_counts_as_a_witness(check, scores, open_door):
+    assert checks.opens(check, scores) == open_door
 
 
 def test_p_values_are_those_of_students_predictive_distribution():

@@ -168,7 +168,7 @@ def test_the_fleet_that_is_shipped_is_large_enough_and_knows_its_folders():
     assert made["bpp-1"].images.folder == "photos"
     faces, alone, trained = made["tuned-faces"], made["encoder-photos-21"], made["trained-q2-3"]
     assert isinstance(faces, CodecTraining)
-    assert faces.images.folder == "/data/faces"
+    assert faces.images.folder == "/data/faces/images"
     assert (alone.scope, alone.start_from) == ("g_a", "lite-hyperprior:3")
     assert (trained.start_from, trained.codec) == (None, "lite-hyperprior:2")
     assert made["pruned-0.1"] is None
