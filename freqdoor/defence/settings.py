@@ -155,12 +155,12 @@ class RepairSettings(Training):
     """Adam's learning rate; from the middle of the steps it falls along a cosine to 1 %."""
     scope: Literal["g_a", "g_a+h_a"] = "g_a"
     """Which modules are repaired."""
-    weight: Positive = 0.3
+    weight: Positive = 1.0
     """Weight of |g_a(x + d) - g_a(x)|^2, mean over latents, of patterned images; distil's of |g_a(x) - y|^2."""
-    eps: tuple[Positive, Positive] = (PAPER_EPS, 6 * PAPER_EPS)
+    eps: tuple[Positive, Positive] = (2 * PAPER_EPS, 10 * PAPER_EPS)
     """Least and largest RMS of a pattern, which draws its own between them."""
-    patterns: Count = 6
-    """Patterns that take turns."""
+    patterns: Annotated[int, Field(gt=0, multiple_of=2)] = 6
+    """Patterns that take turns; every second one is weighted anew in every block of an image."""
     uses: Count = 20
     """How often a pattern is used before another takes its place, unlearn only."""
     ascent: Count = 4
