@@ -182,7 +182,8 @@ class _Repairing:
             for part in settings.parts
             if part in ("unlearn", "inverted")
         ]
-        self.reference = copy.deepcopy(reference).to(settings.device) if reference else None
+        teachers = [(codec, settings.anchor if self.patterns else 0.0), (reference, settings.weight)]
+        self.teachers = [(copy.deepcopy(t).to(settings.device), weight) for t, weight in teachers if t and weight]
         self.parts: dict[str, Stateful] = {"net": self.codec.net, "optimizer": self.optimizer}
         self.parts |= {f"patterns/{i}": patterns for i, patterns in enumerate(self.patterns)}
         self.history: dict[str, Any] = {}
@@ -216,21 +217,18 @@ class _Repairing:
         loss.backward()  # type: ignore[no-untyped-call]
 
     def _loss(self, x: Images, patterned: Sequence[Images]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Eq. (1) of clean images; latents of patterned images as those of clean ones, and these as the reference's."""
-        weight = self.settings.weight
+        """Eq. (1) of clean images; latents of patterned images as those of clean ones, and these as the teachers'."""
         clean = self.codec(x)
         loss = main_loss(clean, x, self.lmbda)
         terms = {"loss_clean": loss.detach()}
         for x_p in patterned:
             moved = (latents(self.codec, x_p) - clean.y.detach()).square().mean()
-            loss = loss + weight * moved
+            loss = loss + self.settings.weight * moved
             terms["moved"] = moved.detach()
-        if self.reference is not None:
+        for teacher, weight in self.teachers:
             with torch.no_grad():
-                y = latents(self.reference, x)
-            apart = (clean.y - y).square().mean()
-            loss = loss + weight * apart
-            terms["apart"] = apart.detach()
+                y = latents(teacher, x)
+            loss = loss + weight * (clean.y - y).square().mean()
         return loss, terms | {"loss": loss.detach()}
 
     def finished(self) -> Codec:

@@ -157,6 +157,9 @@ class RepairSettings(Training):
     """Which modules are repaired."""
     weight: Positive = 1.0
     """Weight of |g_a(x + d) - g_a(x)|^2, mean over latents, of patterned images; distil's of |g_a(x) - y|^2."""
+    anchor: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of |g_a(x) - y|^2 of clean images, where y is what the encoder gave as it came, unlearn and inverted only:
+    latents that must not move would shrink, and the rate with them."""
     eps: tuple[Positive, Positive] = (2 * PAPER_EPS, 10 * PAPER_EPS)
     """Least and largest RMS of a pattern, which draws its own between them."""
     patterns: Annotated[int, Field(gt=0, multiple_of=2)] = 6
