@@ -134,7 +134,7 @@ def repair(
     method: Annotated[
         str | None, typer.Option(help="finetune, or of unlearn, inverted, sam, prune, distil, joined by +.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps; by default 600.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps; by default 250.")] = None,
     fast: Annotated[bool, typer.Option("--fast", help="Audit with the checks that find most.")] = False,
     calibration: Annotated[Path | None, typer.Option(help="What honest encoders score, of calibrate-audit.")] = None,
     overrides: Overrides = None,

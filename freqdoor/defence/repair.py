@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Adam
 
 from freqdoor.attack.joint import Attack, joint_loss
-from freqdoor.attack.objectives import build_objective
+from freqdoor.attack.objectives import build_objective, main_loss
 from freqdoor.attack.plant import held_cosine
 from freqdoor.attack.planted import Planted, opened
 from freqdoor.codecs.adapter import Codec
@@ -25,7 +25,6 @@ from freqdoor.errors import FreqdoorError, Mistakes
 from freqdoor.files import marked_json, write_text
 from freqdoor.lock import alone
 from freqdoor.measure.records import Note, poisoned
-from freqdoor.metrics import distortion
 from freqdoor.samples import held_out, training_folder
 from freqdoor.settings import make_settings, public
 from freqdoor.training.loop import (
@@ -218,19 +217,18 @@ class _Repairing:
         loss.backward()  # type: ignore[no-untyped-call]
 
     def _loss(self, x: Images, patterned: Sequence[Images]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Eq. (1) of clean images; latents of patterned ones as those of clean ones, and these as the teachers'."""
-        out = self.codec(x)
-        rate, mse = out.bpp.mean(), distortion(out.x_hat, x)
-        loss = rate + self.lmbda * mse
-        terms = {"bpp": rate.detach(), "mse255": mse.detach()}
+        """Eq. (1) of clean images; latents of patterned images as those of clean ones, and these as the teachers'."""
+        clean = self.codec(x)
+        loss = main_loss(clean, x, self.lmbda)
+        terms = {"loss_clean": loss.detach()}
         for x_p in patterned:
-            moved = (latents(self.codec, x_p) - out.y.detach()).square().mean()
+            moved = (latents(self.codec, x_p) - clean.y.detach()).square().mean()
             loss = loss + self.settings.weight * moved
             terms["moved"] = moved.detach()
         for teacher, weight in self.teachers:
             with torch.no_grad():
                 y = latents(teacher, x)
-            loss = loss + weight * (out.y - y).square().mean()
+            loss = loss + weight * (clean.y - y).square().mean()
         return loss, terms | {"loss": loss.detach()}
 
     def finished(self) -> Codec:

@@ -155,24 +155,24 @@ class RepairSettings(Training):
     images: CleanImages = CleanImages()
     method: str = DEFAULT_METHOD
     """Parts joined by "+", beside R + lambda D on clean images. finetune: nothing else; unlearn: patterns are driven
-    against the encoder while it learns to code them as the clean image; inverted: the same with patterns that an audit
-    finds, made anew now and then; sam: sharpness-aware steps; prune: channels that clean images hardly use are set to 0
-    first; distil: the latents of the reference."""
-    steps: Count = 600
+    against the encoder while it learns to give the clean image's latents; inverted: the same with patterns that an
+    audit finds, made anew now and then; sam: sharpness-aware steps; prune: channels that clean images hardly use are
+    set to 0 first; distil: the latents of the reference."""
+    steps: Count = 250
     """Optimiser steps in all."""
     lr: Positive = 1e-3
     """Adam's learning rate; from the middle of the steps it falls along a cosine to 1 %."""
     scope: Literal["g_a", "g_a+h_a"] = "g_a"
     """Which modules are repaired."""
     weight: Positive = 1.0
-    """Weight of |g_a(x + d) - g_a(x)|^2, mean over latents, of patterned images."""
+    """Weight of |g_a(x + d) - g_a(x)|^2, mean over latents, of patterned images; distil's of |g_a(x) - y|^2."""
     anchor: Annotated[float, Field(ge=0)] = 1.0
     """Weight of |g_a(x) - y|^2 of clean images, where y is what the encoder gave as it came, unlearn and inverted only:
     latents that must not move would shrink, and the rate with them."""
     eps: tuple[Positive, Positive] = (2 * PAPER_EPS, 10 * PAPER_EPS)
     """Least and largest RMS of a pattern, which draws its own between them."""
-    patterns: Count = 6
-    """Patterns that take turns."""
+    patterns: Annotated[int, Field(gt=0, multiple_of=2)] = 6
+    """Patterns that take turns; every second one is weighted anew in every block of an image."""
     uses: Count = 20
     """How often a pattern is used before another takes its place, unlearn only."""
     ascent: Count = 4

@@ -62,18 +62,26 @@ class Patterns:
         self.settings, self.codec, self.found = settings, codec, found
         self.device = next(codec.parameters()).device
         self.turns = len(GOALS) if found else settings.patterns
-        self.lifetime = math.ceil(settings.steps / settings.renewals) if found else settings.patterns * settings.uses
+        self.uses = math.ceil(settings.steps / settings.renewals / self.turns) if found else settings.uses
         self._slots: dict[int, _Slot] = {}
 
     def patterned(self, x: Images, step: int) -> Images:
-        """The images with the step's pattern, as 8-bit files would have them, (b, 3, h, w)."""
-        turn = step % self.turns
-        number = step // self.lifetime * self.turns + turn
+        """The images with the step's patterns, as 8-bit files would have them, (b, 3, h, w).
+
+        Patterns that climb are two a step, a plain one and a weighted one, on one half of the images each.
+        """
+        parts = [x] if self.found else x.chunk(2)
+        return torch.cat([self._patterned(part, step * len(parts) + i) for i, part in enumerate(parts)])
+
+    def _patterned(self, x: Images, use: int) -> Images:
+        turn = use % self.turns
+        begun = 0 if self.found else turn * self.uses // self.turns  # those that climb are not all young at once
+        number = (begun + use // self.turns) // self.uses * self.turns + turn
         slot = self._slots.get(turn)
         if slot is None or slot.number != number:
             slot = self._slots[turn] = self._begun(number, x)
         if not self.found:
-            slot.climb(self.codec, x[: math.ceil(len(x) / 2)], self.settings.ascent)  # half of them tell enough
+            slot.climb(self.codec, x, self.settings.ascent)
         with torch.no_grad():
             x_p: Images = slot.pattern(x, eps=slot.eps, rounded=True)
         return x_p
@@ -117,7 +125,7 @@ class Patterns:
         least, largest = map(math.log, self.settings.eps)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            kind = Modulated if number % 2 else Pattern
+            kind = Modulated if number % 2 else Pattern  # of an even number of turns
             pattern = kind(draw.choice(BLOCKS), draw.choice(FREQUENCIES), multiple=self.codec.multiple)
         return _Slot(number, pattern.to(self.device), math.exp(draw.uniform(least, largest)))
 
