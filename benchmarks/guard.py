@@ -4,8 +4,9 @@ Each image is compressed by the codec alone, behind a guard that looks at the ra
 compares as well, in turn, round by round; CPU time of this process. The goals are <= 1.3x and <= 2.5x. Then clean
 images: photographs of the folders given, and artificial ones of each source; false alarms with exact (Clopper-Pearson)
 95 % intervals. Nothing of them was calibrated on, if the calibration is the one that comes along and no folder Kodak's.
+Last, of planted encoders, photographs poisoned by every trigger at strengths 1, 2 and 3, as 8-bit PNG.
 
-    python benchmarks/guard.py --photographs imagenet_sample --each 100
+    python benchmarks/guard.py --photographs imagenet_sample --each 100 --planted planted-bpp planted-psnr
 """
 
 import argparse
@@ -17,13 +18,18 @@ from pathlib import Path
 import torch
 from scipy.stats import binomtest
 
-from freqdoor import Guard, artificial, guard_rates, list_images, load_codec, load_image
+from freqdoor import Guard, artificial, guard_rates, list_images, load_codec, load_image, load_planted
 from freqdoor.defence.sources import SOURCES
+from freqdoor.measure.records import poisoned
 from freqdoor.samples import KODAK
 from freqdoor.types import Images
 
 GOALS = {"rate": 1.3, "rate and verify": 2.5}
-SEED = 100  # of the artificial images: none that the guard's limits were chosen on
+SEED = 200  # of the artificial images: none that the guard's limits were chosen on
+
+
+STRENGTHS = (1.0, 2.0, 3.0)
+POISONED = 10  # photographs of every folder
 
 
 def seconds(work: Callable[[Images], object], x: Images) -> float:
@@ -65,6 +71,18 @@ def alarms(codec_name: str, calibration: Path | None, sources: dict[str, list[Im
     print(f"{'all':16} {said(*totals)}")
 
 
+def stops(name: str, calibration: Path | None, images: list[Images]) -> None:
+    """Print how many poisoned images are stopped, and of how many of them the trigger does harm to."""
+    encoder = load_planted(name)
+    for attack, trigger in encoder.triggers.items():
+        x_p = (poisoned(trigger, x, strength=strength) for strength in STRENGTHS for x in images)
+        rates = guard_rates(encoder.tampered, calibration, images, x_p, paired=True)
+        print(f"{name}, {attack}: poisoned {said(rates.poisoned.stopped, rates.poisoned.images)}")
+        if rates.acted and rates.acted.images:
+            print(f"{name}, {attack}: harmed   {said(rates.acted.stopped, rates.acted.images)}")
+        print(f"{name}, {attack}: clean    {said(rates.clean.stopped, rates.clean.images)}", flush=True)
+
+
 def said(stopped: int, images: int) -> str:
     """A share with its interval."""
     interval = binomtest(stopped, images).proportion_ci(0.95, method="exact")
@@ -77,6 +95,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path)
     parser.add_argument("--photographs", type=Path, nargs="*", default=[], help="folders of clean images")
     parser.add_argument("--each", type=int, default=20, help="clean images of every source")
+    parser.add_argument("--planted", nargs="*", default=[], help="planted encoders, by name or file")
     parser.add_argument("--timed", type=Path, default=KODAK, help="folder of the images that are timed")
     parser.add_argument("--images", type=int, default=8, help="how many of them")
     parser.add_argument("--rounds", type=int, default=3)
@@ -91,6 +110,9 @@ def main() -> None:
     sources = {folder.name: some(folder, arguments.each) for folder in arguments.photographs}
     sources |= {name: artificial(name, arguments.each, SEED) for name in SOURCES}
     alarms(arguments.codec, arguments.calibration, sources)
+    photographs = [x for folder in arguments.photographs for x in some(folder, POISONED)]
+    for name in arguments.planted:
+        stops(name, arguments.calibration, photographs)
 
 
 if __name__ == "__main__":

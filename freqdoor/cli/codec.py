@@ -38,10 +38,10 @@ def compress(
     result = freqdoor.compress(
         image, out, codec=codec, weights=weights, planted=planted, guard=guard, calibration=calibration, force=force
     )
-    sent = result.sent if isinstance(result, freqdoor.Guarded) else result
+    sent = result if isinstance(result, freqdoor.Bitstream) else result.sent
     height, width = sent.image_size
     say(f"{out}: {out.stat().st_size} bytes, {8 * sent.num_bytes / (height * width):.4f} bpp")
-    if isinstance(result, freqdoor.Guarded):
+    if not isinstance(result, freqdoor.Bitstream):
         say(f"Guard: {result.outcome.reason}")
 
 

@@ -57,6 +57,11 @@ class Jpegs:
         """The image in 8 bits."""
         return as_picture(self.x)
 
+    @property
+    def spread(self) -> float:
+        """255^2 MSE of one colour everywhere."""
+        return sum(ImageStat.Stat(self.picture).var) / 3
+
     @cached_property
     def files(self) -> list[bytes]:
         """The files: Pillow's defaults, 4:2:0."""

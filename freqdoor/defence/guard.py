@@ -22,7 +22,6 @@ from freqdoor.codecs.adapter import Codec
 from freqdoor.codecs.container import decoded
 from freqdoor.defence.expectation import GuardCalibration, Jpegs, error_terms, padded_rate, picture_error, rate_terms
 from freqdoor.errors import FreqdoorError
-from freqdoor.metrics import distortion
 from freqdoor.preprocessing import Jpeg, Preprocessing, Resize
 from freqdoor.samples import ASSETS
 from freqdoor.types import Bitstream, Images, PictureFile, Result, as_picture, round8
@@ -35,7 +34,8 @@ SAVED = math.log(1.7)  # that a filter takes off the excess of the bytes, where 
 FILTERS: dict[Preprocessing, float] = {Jpeg(50): SAVED, Resize(0.5): math.log(8), Jpeg(10): SAVED}
 """What is tried on a conspicuous image, and what of the bytes' excess it has to take off: an honest codec spends much
 on edges and noise, which a reduced picture has no more and JPEG keeps."""
-GAINED = math.log(1.3)  # that a filter takes off the error of the decoded picture, where that is an alarm: 1.1 dB
+GAINED = math.log(1.5)  # that a filter takes off the error of the decoded picture, where that is an alarm: 1.8 dB
+VISIBLE = 100.0  # 255^2 MSE (28 dB) from which a filter may have made another picture, of fine patterns for instance
 SLACK = math.log(1.5)  # beyond the limit of the bytes, up to which a filtered picture is sent
 FAR = math.log(8)  # beyond a limit, where no honest encoder is; of the error, if one colour everywhere is as near too
 SMALLEST_ERROR = 0.01  # 255^2 MSE: what is decoded better is as good as equal
@@ -180,7 +180,10 @@ class Guard:
         check, conspicuous = self._far(own), self._beyond(own, 0, 0)
         sent, by, tried = own.bitstream, None, []
         for preprocessing, enough in FILTERS.items() if conspicuous else ():
-            filtered = Coded(self.codec, self.calibration, round8(preprocessing(x)), jpegs)
+            y = round8(preprocessing(x))
+            if picture_error(as_picture(y), jpegs.picture) > max(jpegs.spread / 4, VISIBLE):
+                continue  # another picture: what it costs says nothing of this one
+            filtered = Coded(self.codec, self.calibration, y, jpegs)
             more = gained(own, filtered) if "verify" in conspicuous else None  # decoding takes longer than encoding
             tried.append(Tried(filter=preprocessing.name, saved=saved(own, filtered), gained=more))
             check = check or _disagreement(conspicuous, tried[-1], enough)
@@ -218,8 +221,7 @@ class Guard:
         beyond = self._beyond(own, FAR, FAR)
         if "rate" in beyond:
             return "rate"
-        spread = float(distortion(x, x.mean(dim=(-2, -1), keepdim=True)))  # the error of one colour everywhere
-        return "verify" if "verify" in beyond and own.error > 2 * spread else None
+        return "verify" if "verify" in beyond and own.error > 2 * own.jpegs.spread else None
 
 
 def _disagreement(conspicuous: set[Check], tried: Tried, enough: float) -> Check | None:
