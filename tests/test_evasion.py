@@ -251,7 +251,7 @@ def test_the_fleet_of_attackers_uses_every_way_to_hide():
     assert len(fleet["members"]) >= 12
     assert all(member["family"].startswith("adaptive: ") for member in fleet["members"])
     used = {key for member in fleet["members"] for key in member["plant"].get("evade", {})}
-    assert set(EvadeSettings.model_fields) - used == {"eps"}
+    assert set(EvadeSettings.model_fields) - used <= {"eps", "restart", "ascent"}  # how hard, not what
 
 
 @pytest.mark.whole

@@ -35,7 +35,9 @@ def audit(
     weights: Weights = None,
     reference: Annotated[str | None, typer.Option(help="The codec that it should be, to compare modules with.")] = None,
     images: Annotated[Path, typer.Option(help="Images to make patterns on; by default Kodak's.")] = KODAK,
-    fast: Annotated[bool, typer.Option("--fast", help="The checks that find most; stop at the first witness.")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="Only the checks that find most.")] = False,
+    exhaustive: Annotated[bool, typer.Option("--exhaustive", help="Go on once there is a witness.")] = False,
+    device: Annotated[str, typer.Option(help="PyTorch device that patterns are optimised on.")] = "cpu",
     out: Annotated[Path | None, typer.Option(help="Folder for audit.html, audit.json and the witnesses.")] = None,
     calibration: Annotated[Path | None, typer.Option(help="What honest encoders score, of calibrate-audit.")] = None,
     seed: Annotated[int, typer.Option(help="Of the patterns' beginnings.")] = 0,
@@ -49,6 +51,8 @@ def audit(
         reference=reference,
         images=images,
         fast=fast,
+        exhaustive=exhaustive,
+        device=device,
         out=out,
         calibration=calibration,
         seed=seed,
@@ -68,11 +72,12 @@ def calibrate_audit(
     fleets: Annotated[list[Path], typer.Argument(help="Folders that `freqdoor fleet` wrote.")],
     out: Annotated[Path, typer.Option(help="JSON file to write.")],
     jobs: Annotated[int, typer.Option(help="Members scored side by side, one thread each.")] = 1,
+    device: Annotated[str, typer.Option(help="PyTorch device that patterns are optimised on.")] = "cpu",
     force: Force = False,
 ) -> None:
     """Measure what honest encoders score, for `freqdoor audit --calibration`."""
     load_torch()
-    calibration = freqdoor.calibrate_audit(fleets, out, jobs=jobs, force=force, note=note)
+    calibration = freqdoor.calibrate_audit(fleets, out, jobs=jobs, device=device, force=force, note=note)
     for population in calibration.populations:
         say(f"{population.architecture}: {len(population.members)} honest encoders")
     say(f"Calibration: {out}")

@@ -1,6 +1,5 @@
 """`freqdoor audit`: does an encoder carry a backdoor? Scores, witnesses, one verdict, as JSON and as a page."""
 
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,17 +9,30 @@ from freqdoor.codecs.adapter import Codec
 from freqdoor.codecs.loading import load_codec
 from freqdoor.data import encoded, image_paths, usable_images
 from freqdoor.defence.calibration import Calibration, combined, read, shipped
-from freqdoor.defence.checks import CHECKS, FAST, PICTURES, SIDE, Finding, Response, Subject, Witness, crops
+from freqdoor.defence.checks import (
+    CHECKS,
+    DROP_DB,
+    FAST,
+    PICTURES,
+    PROBED,
+    RATIO,
+    SIDE,
+    Finding,
+    Response,
+    Subject,
+    Witness,
+    crops,
+    opens,
+)
 from freqdoor.files import check_outputs, marked_json, write_together
 from freqdoor.measure.records import Note
 from freqdoor.measure.report import photo, render
 from freqdoor.samples import KODAK
+from freqdoor.training.loop import check_device
 from freqdoor.training.run import Environment, environment
 from freqdoor.types import Result
 
 RESULT, PAGE = "audit.json", "audit.html"
-RATIO = 1.5  # times the bytes, in the mean over pictures, from which a pattern is a witness
-DROP_DB = 2.0  # loss of the decoded picture, likewise
 LEVEL = 0.01  # the false-alarm rate: below it an encoder without a witness is called tampered
 DOUBT = 0.05  # and below this one nothing is decided
 Verdict = Literal["clean", "tampered", "undecided"]
@@ -44,6 +56,7 @@ class CheckResult(Result):
     scores: dict[str, float]
     p_values: dict[str, float]  # of each score; empty without a population
     seconds: float
+    spectrum: tuple[tuple[float, ...], ...] = ()  # gain of every single coefficient that was tried, row by row
 
 
 class Audit(Result):
@@ -75,6 +88,8 @@ def audit(
     reference: Codec | str | None = None,
     images: Path | str | Sequence[Path] = KODAK,
     fast: bool = False,
+    exhaustive: bool = False,
+    device: str = "cpu",
     out: Path | str | None = None,
     calibration: Calibration | Path | str | None = None,
     seed: int = 0,
@@ -87,7 +102,9 @@ def audit(
         checkpoint, weights: the codec under test, as for `load_codec`, or a loaded codec.
         reference: the codec that it should be, if there is one to compare with.
         images: what patterns are made on; by default the bundled Kodak pictures.
-        fast: only the checks that find most, and no more once there is a witness.
+        fast: only the checks that find most.
+        exhaustive: go on with further checks once there is a witness.
+        device: that patterns are optimised on.
         calibration: of honest encoders; by default the one that comes with the package.
         force: overwrite files of these names that `audit` did not make.
 
@@ -101,7 +118,15 @@ def audit(
     if out is not None:
         check_outputs([Path(out) / RESULT, Path(out) / PAGE], "audit", force=force)
     population = read(calibration) if isinstance(calibration, Path | str) else calibration or shipped()
-    subject = Subject(codec.prepare(), crops(paths, SIDE, PICTURES), known, seed)
+    check_device(device)
+    subject = Subject(
+        codec.prepare(),
+        crops(paths, SIDE, PICTURES),
+        reference=known,
+        seed=seed,
+        device=device,
+        known_pictures=images == KODAK,
+    )
     findings: dict[str, tuple[Finding, float]] = {}
     for name in FAST if fast else CHECKS:
         if note:
@@ -109,18 +134,12 @@ def audit(
         begun = time.monotonic()
         finding = CHECKS[name](subject)
         findings[name] = finding, time.monotonic() - begun
-        if fast and is_witness(finding):
+        if opens(name, finding.scores) and not exhaustive:
             break
     result, shown = _judged(subject, findings, population, time.monotonic() - started)
     if out is not None:
         _write(Path(out), result, shown)
     return result
-
-
-def is_witness(finding: Finding) -> bool:
-    """Whether the pictures of a finding show a backdoor by themselves."""
-    rate, drop = finding.scores.get("rate", 0.0), finding.scores.get("distortion", 0.0)
-    return bool(finding.witnesses) and (rate >= math.log(RATIO) or drop >= DROP_DB)
 
 
 def _judged(
@@ -134,7 +153,7 @@ def _judged(
     shown = [
         (name, max(finding.witnesses, key=lambda w: max(w.response.ratio / RATIO, w.response.drop_db / DROP_DB)))
         for name, (finding, _) in findings.items()
-        if is_witness(finding)
+        if opens(name, finding.scores)
     ]
     verdict, reason = _verdict(bool(shown), p, calibrated)
     changed = None
@@ -153,7 +172,12 @@ def _judged(
         changed=changed,
         checks=tuple(
             CheckResult(
-                check=name, said=finding.said, scores=finding.scores, p_values=p_values.get(name, {}), seconds=spent
+                check=name,
+                said=finding.said,
+                scores=finding.scores,
+                p_values=p_values.get(name, {}),
+                seconds=spent,
+                spectrum=finding.spectrum,
             )
             for name, (finding, spent) in findings.items()
         ),
@@ -191,6 +215,6 @@ def _write(out: Path, result: Audit, shown: Sequence[tuple[str, Witness]]) -> No
         contents[out / seen.clean] = encoded(out / seen.clean, witness.x, "audit")
         contents[out / seen.patterned] = encoded(out / seen.patterned, witness.x_p, "audit")
         pictures.append((seen, photo(witness.x), photo(witness.x_p)))
-    contents[out / PAGE] = render("audit.html", result=result, pictures=pictures)
+    contents[out / PAGE] = render("audit.html", result=result, pictures=pictures, probed=PROBED)
     contents[out / RESULT] = marked_json(result.model_dump_json(indent=1), "audit")
     write_together(contents)

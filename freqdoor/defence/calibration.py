@@ -9,9 +9,9 @@ from typing import Literal
 import numpy as np
 from scipy import stats  # type: ignore[import-untyped]
 
-from freqdoor.codecs.loading import load_codec
-from freqdoor.defence.checks import CHECKS, PICTURES, SIDE, Subject, crops
-from freqdoor.defence.fleet import MANIFEST, Manifest, MemberFacts, processes
+from freqdoor.defence.checks import CHECKS, PICTURES, SIDE, Subject, crops, opens
+from freqdoor.defence.comparators import COMPARATORS
+from freqdoor.defence.fleet import MANIFEST, Manifest, MemberFacts, load_member, processes
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import check_outputs, marked_json, write_text
 from freqdoor.measure.records import Note
@@ -20,7 +20,13 @@ from freqdoor.types import Result
 
 SHIPPED = ASSETS / "audit.json"
 RANDOM = "random"  # the check that the others are set against where no population is known
-NARROWEST = {"rate": 0.01, "distortion": 0.05, "gain": 0.1}  # standard deviations that no population falls below
+NARROWEST = {
+    "rate": 0.01,
+    "distortion": 0.05,
+    "gain": 0.1,
+    "reach": 0.1,
+    "tails": 0.1,
+}  # standard deviations that no population falls below
 LEAST = 5  # encoders that make a population
 SCORES = "scores.json"  # in a member's folder
 
@@ -78,9 +84,12 @@ class Calibration(Result):
 
 
 def relative(scores: Scores) -> dict[str, dict[str, float]]:
-    """Scores above what random patterns have."""
+    """Scores above what random patterns have; those that random patterns have not are left out."""
     own = scores[RANDOM]
-    return {check: {measure: value - own[measure] for measure, value in row.items()} for check, row in scores.items()}
+    return {
+        check: {measure: value - own[measure] for measure, value in row.items() if measure in own}
+        for check, row in scores.items()
+    }
 
 
 def beyond(value: float, honest: Sequence[float], narrowest: float) -> float:
@@ -108,7 +117,13 @@ def read(path: Path | str) -> Calibration:
 
 
 def calibrate_audit(
-    fleets: Sequence[Path | str], out: Path | str, *, jobs: int = 1, force: bool = False, note: Note | None = None
+    fleets: Sequence[Path | str],
+    out: Path | str,
+    *,
+    jobs: int = 1,
+    device: str = "cpu",
+    force: bool = False,
+    note: Note | None = None,
 ) -> Calibration:
     """Score every second honest member of fleets, and write what `audit` compares with; the others are for judging it.
 
@@ -117,6 +132,7 @@ def calibrate_audit(
     Args:
         fleets: folders that `fleet` wrote.
         jobs: members scored side by side, one thread each.
+        device: that patterns are optimised on.
         force: overwrite a file that `calibrate-audit` did not make.
 
     Raises:
@@ -125,7 +141,9 @@ def calibrate_audit(
     populations: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
     check_outputs([Path(out)], "calibrate-audit", force=force)
     for folder in map(Path, fleets):
-        for member, row in scores_of_fleet(folder, half=0, tampered=False, jobs=jobs, note=note).values():
+        for member, row in scores_of_fleet(
+            folder, half=0, tampered=False, jobs=jobs, device=device, note=note
+        ).values():
             populations.setdefault(member.architecture, {})[f"{folder.name}/{member.name}"] = row
     calibration = Calibration(
         populations=tuple(
@@ -140,20 +158,31 @@ def calibrate_audit(
 
 
 def scores_of_fleet(
-    folder: Path, *, half: int | None = None, tampered: bool | None = None, jobs: int = 1, note: Note | None = None
+    folder: Path,
+    *,
+    half: int | None = None,
+    tampered: bool | None = None,
+    jobs: int = 1,
+    device: str = "cpu",
+    exhaustive: bool = True,
+    note: Note | None = None,
 ) -> dict[str, tuple[MemberFacts, dict[str, dict[str, float]]]]:
     """The scores of a fleet's members by name, measured now where they are not there yet.
 
     Args:
         half: of the honest and of the tampered members every second one, from the first (0) or the second (1) on.
         tampered: only these members, or only the honest ones.
+        exhaustive: all checks; otherwise none behind the first witness, as `audit` does, and none of the comparators
+            is left out.
     """
     manifest = Manifest.read(folder / MANIFEST, "the manifest of a fleet")
     kinds = [manifest.named(tampered=kind) for kind in (False, True) if tampered in (None, kind)]
     members = [member for kind in kinds for member in (kind if half is None else kind[half::2])]
     scores: dict[str, tuple[MemberFacts, dict[str, dict[str, float]]]] = {}
     with processes(jobs) as pool:
-        futures = {pool.submit(_member_scores, folder / member.name, member): member for member in members}
+        futures = {
+            pool.submit(member_scores, folder / member.name, member, device, exhaustive): member for member in members
+        }
         for future in as_completed(futures):
             member = futures[future]
             scores[member.name] = member, future.result()
@@ -162,13 +191,26 @@ def scores_of_fleet(
     return {member.name: scores[member.name] for member in members}
 
 
-def _member_scores(folder: Path, member: MemberFacts) -> dict[str, dict[str, float]]:
+def member_scores(
+    folder: Path, member: MemberFacts, device: str = "cpu", exhaustive: bool = True
+) -> dict[str, dict[str, float]]:
+    """The scores of one member, by check and comparator; those that lack are measured and kept in its folder."""
     path = folder / SCORES
+    scores: dict[str, dict[str, float]] = {}
     if path.exists():
         kept = MemberScores.read(path, "scores of a fleet's member")
-        if kept.module_hashes == member.module_hashes and kept.scores.keys() == CHECKS.keys():
-            return kept.scores
-    subject = Subject(load_codec(str(folder / member.file)).prepare(), crops(pictures(), SIDE, PICTURES))
-    scores = {name: check(subject).scores for name, check in CHECKS.items()}
-    write_text(path, MemberScores(module_hashes=member.module_hashes, scores=scores).model_dump_json(indent=1))
+        if kept.module_hashes == member.module_hashes:
+            scores = {name: row for name, row in kept.scores.items() if name in CHECKS or name in COMPARATORS}
+    subject: Subject | None = None
+    open_door = False
+    for name, check in (COMPARATORS | CHECKS).items():
+        if open_door and not exhaustive:
+            break
+        if name not in scores:
+            if subject is None:
+                subject = Subject(load_member(folder, member), crops(pictures(), SIDE, PICTURES), device=device)
+            scores[name] = check(subject).scores
+            facts = MemberScores(module_hashes=member.module_hashes, scores=scores)
+            write_text(path, facts.model_dump_json(indent=1))
+        open_door = name in CHECKS and opens(name, scores[name])
     return scores

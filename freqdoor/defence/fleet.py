@@ -17,6 +17,7 @@ from freqdoor.attack.plant import plant
 from freqdoor.attack.planted import PLANTED, Planted, load_planted
 from freqdoor.attack.settings import CodecSource, PlantSettings
 from freqdoor.codecs.adapter import Codec
+from freqdoor.codecs.architectures import ARCHITECTURES
 from freqdoor.codecs.loading import load_codec, save_codec
 from freqdoor.data import centre, load_image, seed_for
 from freqdoor.defence.settings import Alteration, FleetSettings, Member
@@ -123,6 +124,13 @@ def fleet(
     return manifest
 
 
+def load_member(folder: Path, member: MemberFacts) -> Codec:
+    """A member's codec, from its folder, ready to code; a stranger's architecture is imported by its factory's name."""
+    path = str(folder / member.file)
+    known = member.architecture in ARCHITECTURES
+    return (load_codec(path) if known else load_codec(member.architecture, path)).prepare()
+
+
 def summary_of(facts: MemberFacts) -> str:
     """One line on how a member answers."""
     attacks = (f"{name} {a.bpp:.2f} bpp, {a.psnr_db:.2f} dB" for name, a in facts.poisoned.items())
@@ -147,7 +155,9 @@ def _with_bases(settings: FleetSettings, names: Sequence[str]) -> set[str]:
 def _task(settings: FleetSettings, member: Member, out: Path) -> _Task:
     codec = CodecSource(name=str(out / member.base / EXPORT)) if member.base else settings.codec
     made = settings.settings_of(member, CodecSource(name=member.base) if member.base else settings.codec)
-    content = [member.model_dump(), public(made) if made else None, settings.measured]
+    facts = public(made) if made else {}
+    facts.pop("device", None)  # which says where it is made, not what
+    content = [member.model_dump(), facts, settings.measured]
     made_with = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return _Task(settings, member, codec, out / member.name, made_with)
 

@@ -6,8 +6,9 @@ import torch
 
 from freqdoor.codecs.adapter import Codec
 from freqdoor.data import seed_for
-from freqdoor.triggers.arguments import PAPER_EPS, Goal
-from freqdoor.triggers.pattern import GOALS, Pattern, Seen, falling_budget, pattern_optimizer
+from freqdoor.triggers.arguments import Goal
+from freqdoor.triggers.base import Trigger
+from freqdoor.triggers.pattern import GOALS, LR, Seen, falling_budget
 from freqdoor.types import Images
 
 
@@ -15,22 +16,26 @@ def inverted(
     codec: Codec,
     x: Images,
     goal: Goal,
+    make: Callable[[], Trigger],
     *,
-    block: int = 16,
-    frequencies: str = "all",
-    eps: float = PAPER_EPS,
+    lr: float = LR,
     steps: int = 80,
     seed: int = 0,
     progress: Callable[[int, float], None] | None = None,
-) -> Pattern:
+) -> Trigger:
     """The pattern that drives a goal furthest on pictures, (b, 3, h, w), by Adam against the frozen codec.
 
-    The codec is as it was afterwards, its modes and random numbers too.
+    The budget falls geometrically to the pattern's own. The codec is as it was afterwards, its modes and random numbers
+    too.
+
+    Args:
+        make: gives the pattern with its first, random values.
+        lr: Adam's.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_for(seed, "inversion", goal, block, frequencies))
-        pattern = Pattern(block, frequencies, eps=eps, multiple=codec.multiple).to(x.device)
-        optimizer = pattern_optimizer(pattern)
+        torch.manual_seed(seed_for(seed, "inversion", goal))
+        pattern = make().to(x.device).train()
+        optimizer = torch.optim.Adam(pattern.parameters(), lr=lr)
         modes = {module: module.training for module in codec.modules()}
         asks = {parameter: parameter.requires_grad for parameter in codec.parameters()}
         codec.requires_grad_(False)
@@ -39,7 +44,7 @@ def inverted(
                 clean = codec.eval()(x).x_hat
             codec.train()  # rounding has no gradient, noise has
             for step in range(steps):
-                x_p = pattern(x, eps=falling_budget(eps, step, steps))
+                x_p = pattern(x, eps=falling_budget(pattern.eps, step, steps))
                 value = GOALS[goal](Seen(x, x_p, codec(x_p), clean)).mean()
                 optimizer.zero_grad()
                 (-value).backward()  # type: ignore[no-untyped-call]

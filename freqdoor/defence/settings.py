@@ -73,7 +73,9 @@ class FleetSettings(Settings):
     plant: dict[str, Any] = Field(default_factory=dict)
     """Settings of `freqdoor plant` that planted members share."""
     folders: dict[str, PrivatePath] = Field(default_factory=dict)
-    """Folders of images by the name that members' settings call them: images.folder = "NAME"."""
+    """Folders of images by the name that members' settings call them: images.folder = "NAME" or "NAME/train"."""
+    networks: dict[str, PrivatePath] = Field(default_factory=dict)
+    """Downstream networks, as for `load_network`, by the name that members' settings call them: network = "NAME"."""
     measured: Count = 4
     """Bundled Kodak pictures, of those that the demo holds out, that each member is measured on when it is made."""
     members: Annotated[tuple[Member, ...], Field(min_length=1)]
@@ -112,11 +114,18 @@ class FleetSettings(Settings):
         return None
 
     def _with_folders(self, content: dict[str, Any]) -> dict[str, Any]:
-        """The content with the folders in place of their names."""
+        """The content with the folders and networks in place of their names."""
 
         def filled(key: str, value: Any) -> Any:
             if isinstance(value, dict):
                 return {k: filled(k, v) for k, v in value.items()}
-            return self.folders.get(value, value) if key == "folder" else value
+            if isinstance(value, list | tuple):
+                return [filled(key, v) for v in value]
+            if key == "network":
+                return self.networks.get(value, value)
+            if key in ("folder", "files", "labels"):
+                name, *below = value.split("/", 1)
+                return "/".join([self.folders.get(name, name), *below])
+            return value
 
         return {key: filled(key, value) for key, value in content.items()}

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ def _train(settings: CodecTraining, out: Path, mistakes: Mistakes, progress: Pro
         check_device(settings.device)
     with mistakes:
         spec = parse_name(settings.codec)
+        spec = replace(spec, arguments=spec.arguments | settings.arguments)
         lmbda = lambda_of(settings, spec)
         torch.manual_seed(seed_for(settings.seed, "weights"))
         codec = build_codec(spec)
