@@ -35,6 +35,8 @@ from .data import save_image as save_image
 from .defence.audit import Audit as Audit
 from .defence.audit import audit as audit
 from .defence.calibration import calibrate_audit as calibrate_audit
+from .defence.doctor import Diagnosis as Diagnosis
+from .defence.doctor import doctor as doctor
 from .defence.fleet import Manifest as Manifest
 from .defence.fleet import fleet as fleet
 from .defence.settings import FleetSettings as FleetSettings

@@ -191,6 +191,7 @@ MARKS = (  # how a file says which verb wrote it, at its beginning or its end
     rb"\A(?:\xff\xd8\xff|II\*\0|MM\0\*|RIFF....WEBP).*[^a-z]freqdoor ([a-z-]+)\0",  # EXIF
     rb"\A<!doctype html>.*<meta name=\"generator\" content=\"freqdoor ([a-z-]+)\">",
     rb"\A\{\s*\"made_by\": \"freqdoor ([a-z-]+)\"",
+    rb"\A.{8}\{\"__metadata__\":\{\"freqdoor\":\"\{.*\\\"made_by\\\": \\\"freqdoor ([a-z-]+)\\\"",  # safetensors
     MARKDOWN_MARK,
 )
 FORMS = (  # files that carry no mark, those of earlier versions too: what they are known by, and the verb

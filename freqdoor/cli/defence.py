@@ -1,4 +1,4 @@
-"""The verbs of the defender: fleet, audit, calibrate-audit."""
+"""The verbs of the defender: fleet, audit, calibrate-audit, doctor."""
 
 from pathlib import Path
 from typing import Annotated
@@ -81,3 +81,31 @@ def calibrate_audit(
     for population in calibration.populations:
         say(f"{population.architecture}: {len(population.members)} honest encoders")
     say(f"Calibration: {out}")
+
+
+@verb()
+def doctor(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint file, name:quality, or package.module:factory.")],
+    weights: Weights = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the report.")] = None,
+    fix: Annotated[Path | None, typer.Option(help="Safetensors file for the mended codec.")] = None,
+    force: Force = False,
+) -> None:
+    """What is wrong with a codec's checkpoint, and what to do? Exit code 0 healthy, 1 wrong, 2 cannot be judged."""
+    load_torch()
+    result = freqdoor.doctor(checkpoint, weights=weights, out=out, fix=fix, force=force, note=note)
+    for row in result.symptoms:
+        say(f"{row.severity}: {row.what}: {row.said}. What to do: {row.remedy}.")
+    if (seen := result.behaviour) is not None:
+        say(
+            f"on {seen.crops} Kodak crops of {seen.side} pixels: {seen.bpp_estimated:.3f} bpp estimated, "
+            f"{seen.bpp_real:.3f} real, {seen.psnr_db:.2f} dB, {seen.channels - len(seen.dead_channels)} of "
+            f"{seen.channels} channels in use"
+        )
+    if result.unexamined is not None:
+        say(f"not looked at: {result.unexamined}")
+    for line in filter(None, (result.fix, f"{checkpoint}: {result.verdict}")):
+        say(line)
+    if out is not None:
+        say(f"Report: {out}")
+    raise typer.Exit(result.exit_code)

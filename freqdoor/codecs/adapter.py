@@ -432,13 +432,17 @@ def hash_state(module: nn.Module) -> str:
 
 def build_codec(spec: CodecSpec) -> Codec:
     """A codec with the spec's architecture and random weights."""
+    return Codec(build_network(spec), spec)
+
+
+def build_network(spec: CodecSpec) -> Any:
+    """The network of a spec's architecture with random weights; what a stranger's function returns is not checked."""
     if spec.architecture in ARCHITECTURES:
         try:
-            return Codec(ARCHITECTURES[spec.architecture].network(**spec.arguments), spec)
+            return ARCHITECTURES[spec.architecture].network(**spec.arguments)
         except (TypeError, ValueError, ArithmeticError, AssertionError, RuntimeError) as error:
             reason = str(error) or f"{spec.arguments} do not go together"  # CompressAI asserts without a sentence
             raise FreqdoorError(f"{spec.name}: wrong arguments for {spec.architecture}: {reason}") from None
     factory = import_object(spec.architecture)
     with surroundings(spec.name):
-        net = call(spec.name, "factory", factory, **spec.arguments)
-    return Codec(net, spec)
+        return call(spec.name, "factory", factory, **spec.arguments)

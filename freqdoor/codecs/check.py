@@ -30,9 +30,9 @@ def checked(codec: Codec) -> Codec:
     with evaluating(codec.net):
         size = _settle(codec)
         x = waves_picture(codec.net, *size)
-        y, bitstream = _watch(codec, "g_a", lambda: codec.compress(x)[0])
-        y_decoded, decoded = _watch(codec, "g_s", lambda: codec.decompress(bitstream))
-        y_forward, expected = _watch(codec, "g_s", lambda: codec(x).x_hat.clamp(0, 1))
+        y, bitstream = watched(codec, "g_a", lambda: codec.compress(x)[0])
+        y_decoded, decoded = watched(codec, "g_s", lambda: codec.decompress(bitstream))
+        y_forward, expected = watched(codec, "g_s", lambda: codec(x).x_hat.clamp(0, 1))
         apart = _distance(decoded, expected)
         if not apart <= SAME and y_decoded is not None and y is not None and y.shape == y_decoded.shape:
             allowed = max(ROUNDING, 2 * _distance(y_forward, y)) if y_forward is not None else ROUNDING
@@ -76,7 +76,7 @@ def _settle(codec: Codec) -> tuple[int, int]:
     )
 
 
-def _watch(codec: Codec, part: str, run: Callable[[], Any]) -> tuple[Tensor | None, Any]:
+def watched(codec: Codec, part: str, run: Callable[[], Any]) -> tuple[Tensor | None, Any]:
     """The latents that pass through g_a (out of it) or g_s (into it) in a run, and what the run returns."""
     latents: list[Any] = []
     module = codec.part(part)

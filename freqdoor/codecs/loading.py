@@ -22,8 +22,8 @@ from freqdoor.codecs.adapter import Codec, build_codec, mask_contexts
 from freqdoor.codecs.architectures import ARCHITECTURES, LAMBDAS, MAX_GROUPS, VARIABLE_RATE, CodecSpec, parse_name
 from freqdoor.codecs.check import checked
 from freqdoor.codecs.pickles import LONGEST_TABLE, WIDEST, read_pickle
-from freqdoor.codecs.sizes import TABLES, check_shapes, outline
-from freqdoor.codecs.state import bare, hash_tensors, is_safetensors
+from freqdoor.codecs.sizes import TABLES, Shapes, check_shapes, outline
+from freqdoor.codecs.state import Stored, bare, hash_tensors, is_safetensors
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import replacing
 from freqdoor.limits import MAX_MULTIPLE, check_memory, file_size, parse_json
@@ -56,28 +56,40 @@ def load_codec(name: str, weights: Path | str | None = None, *, multiple: int | 
     """
     if multiple is not None and not 0 < multiple <= MAX_MULTIPLE:
         raise FreqdoorError(f"multiple: expected 1 to {MAX_MULTIPLE} pixels, found {multiple}")
-    codec = _named(name) if weights is None else _with_weights(name, Path(weights))
+    codec = named(name) if weights is None else _with_weights(name, Path(weights))
     codec.stated_multiple = multiple
     return checked(codec)
 
 
-def _named(name: str) -> Codec:
+def named(name: str) -> Codec:
     """The codec that a name alone stands for: a file unless the name is a known one."""
-    if name == BUNDLED:
-        return _load_file(ASSETS / "lite-hyperprior-3.safetensors", name)
-    if name.partition(":")[0] not in ARCHITECTURES:
-        if os.path.isfile(name):
-            return _load_file(Path(name))
-        if Path(name).suffix in (".safetensors", ".pth", ".pt", ".tar", ".ckpt"):
-            raise FreqdoorError(f"{name}: expected a checkpoint file, found nothing there")
+    if (path := file_of(name)) is not None:
+        return _load_file(path, name if name == BUNDLED else None)
     spec = parse_name(name)
     if spec.architecture in COMPRESSAI_URLS:
         return _download(spec)
     if spec.architecture in ARCHITECTURES:
         raise FreqdoorError(f"{name}: no trained weights are bundled ({BUNDLED} is); train them or pass --weights FILE")
     codec = build_codec(spec)
-    _renew_tables(codec, name)
+    _warn_of_others(renew_tables(codec), name)
     return codec
+
+
+def file_of(name: str) -> Path | None:
+    """The file that a name stands for; None where it is an architecture's or a function's.
+
+    Raises:
+        FreqdoorError: the name of a file that is not there.
+    """
+    if name == BUNDLED:
+        return ASSETS / "lite-hyperprior-3.safetensors"
+    if name.partition(":")[0] in ARCHITECTURES:
+        return None
+    if os.path.isfile(name):
+        return Path(name)
+    if Path(name).suffix in (".safetensors", ".pth", ".pt", ".tar", ".ckpt"):
+        raise FreqdoorError(f"{name}: expected a checkpoint file, found nothing there")
+    return None
 
 
 def _with_weights(name: str, path: Path) -> Codec:
@@ -87,7 +99,7 @@ def _with_weights(name: str, path: Path) -> Codec:
     if header is None:
         return _from_state_dict(tensors, path, spec)
     if spec.architecture not in ARCHITECTURES:  # the caller's factory, the file's weights
-        return _filled(spec, tensors, path)
+        return filled(spec, tensors, path)
     loaded = _load_file(path)
     if loaded.spec.architecture != spec.architecture:
         raise FreqdoorError(
@@ -129,15 +141,21 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """The tensors of a file and the header that we wrote; None and a bare state dict for files of others."""
+    stored, header = read_stored(path)
+    return (bare(stored.state, path), None) if header is None else (stored.state, header)
+
+
+def read_stored(path: Path) -> tuple[Stored, dict[str, Any] | None]:
+    """What a file holds, as it stands there, and the header that we wrote; None for files of others."""
     if not is_safetensors(path):
-        return bare(read_pickle(path), path), None
+        return read_pickle(path), None
     tensors, header = _read_safetensors(path)
-    return (tensors, header) if isinstance(header, dict) else (bare(tensors, path), None)
+    return Stored(tensors), (header if isinstance(header, dict) else None)
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
     """A plain state dict from a safetensors or PyTorch file, without running anything that the file contains."""
-    return _read_safetensors(path)[0] if is_safetensors(path) else read_pickle(path)
+    return read_stored(path)[0].state
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], object]:
@@ -180,13 +198,13 @@ def _load_file(path: Path, name: str | None = None) -> Codec:
             f"{path}: holds {header.get('kind', 'something unknown')}, not a whole codec; "
             "pass it as --planted beside the codec it was planted in"
         )
-    spec = _checked_spec(header.get("spec"), path, name)
-    codec = _filled(spec, tensors, path)
+    spec = checked_spec(header.get("spec"), path, name)
+    codec = filled(spec, tensors, path)
     codec.metadata = {key: value for key, value in header.items() if key not in ("kind", "spec")}
     return codec
 
 
-def _checked_spec(content: object, path: Path, name: str | None) -> CodecSpec:
+def checked_spec(content: object, path: Path, name: str | None) -> CodecSpec:
     """A spec from a file's header, which a stranger may have written: known architectures of bounded size only."""
     try:
         spec = CodecSpec(**(content | ({"name": name} if name else {})))  # type: ignore[operator]
@@ -217,15 +235,15 @@ def _checked_spec(content: object, path: Path, name: str | None) -> CodecSpec:
 def _from_state_dict(state: dict[str, Tensor], path: Path, spec: CodecSpec | None) -> Codec:
     """A codec whose architecture is the spec's, or the only one that the state dict fits."""
     if spec is not None and spec.architecture not in ARCHITECTURES:
-        codec = _filled(spec, state, path)
-        _renew_tables(codec, str(path))
+        codec = filled(spec, state, path)
+        _warn_of_others(renew_tables(codec), str(path))
         return codec
     candidates = [spec.architecture] if spec else list(ARCHITECTURES)
     for architecture in candidates:
-        fitting = _fitting(architecture, state, spec or CodecSpec(name=path.name, architecture=architecture))
+        fitting = fitting_spec(architecture, state, spec or CodecSpec(name=path.name, architecture=architecture))
         if fitting is not None:
-            codec = _filled(fitting, state, path)
-            _renew_tables(codec, str(path))  # as CompressAI's eval_model does
+            codec = filled(fitting, state, path)
+            _warn_of_others(renew_tables(codec), str(path))  # as CompressAI's eval_model does
             return codec
     if "Gain" in state:
         raise FreqdoorError(f"{path}: {VARIABLE_RATE}")
@@ -235,18 +253,22 @@ def _from_state_dict(state: dict[str, Tensor], path: Path, spec: CodecSpec | Non
     )
 
 
-def _fitting(architecture: str, state: dict[str, Tensor], spec: CodecSpec) -> CodecSpec | None:
+def fitting_spec(architecture: str, state: dict[str, Tensor], spec: CodecSpec) -> CodecSpec | None:
     """The spec with the architecture's arguments as the weights' shapes say them; None where they do not fit it."""
     try:
         arguments = ARCHITECTURES[architecture].arguments(state)
-        if not _bounded(arguments):
-            return None
         spec = replace(spec, architecture=architecture, arguments=arguments)
-        expected = outline(lambda: build_codec(spec).net)
-        check_shapes(expected, _renamed(state, expected))
+        if (expected := shapes_of(spec)) is None:
+            return None
+        check_shapes(expected, renamed(state, expected))
     except (RuntimeError, KeyError, IndexError, ValueError, TypeError, FreqdoorError):
         return None
     return spec
+
+
+def shapes_of(spec: CodecSpec) -> Shapes | None:
+    """The names and shapes of the tensors of a known architecture; None where its arguments are out of bounds."""
+    return outline(lambda: build_codec(spec).net) if _bounded(spec.arguments) else None
 
 
 def _bounded(arguments: dict[str, Any]) -> bool:
@@ -257,14 +279,14 @@ def _bounded(arguments: dict[str, Any]) -> bool:
     return all(len(v) <= MAX_GROUPS and all(isinstance(s, int) and 0 < s <= MAX_WIDTH for s in v) for v in lists)
 
 
-def _filled(spec: CodecSpec, state: dict[str, Tensor], path: Path) -> Codec:
+def filled(spec: CodecSpec, state: dict[str, Tensor], path: Path) -> Codec:
     """The codec of a spec with the weights of a state dict, which have to fit it before it takes any memory."""
     try:
         if spec.architecture in ARCHITECTURES:  # a factory is the user's own code
             expected = outline(lambda: build_codec(spec).net)
-            check_shapes(expected, _renamed(state, expected))
+            check_shapes(expected, renamed(state, expected))
         codec = build_codec(spec)
-        _load_state(codec.net, state)
+        load_state(codec.net, state)
     except (RuntimeError, KeyError, ValueError) as error:
         first = " ".join(str(error).split())[:160]
         raise FreqdoorError(f"{path}: the weights do not fit {spec.architecture} ({first})") from None
@@ -272,7 +294,7 @@ def _filled(spec: CodecSpec, state: dict[str, Tensor], path: Path) -> Codec:
     return codec
 
 
-def _renamed(state: dict[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
+def renamed(state: dict[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
     """The state dict by a network's own keys where it has CompressAI's old ones."""
 
     def name(key: str) -> str:
@@ -283,9 +305,9 @@ def _renamed(state: dict[str, Tensor], own: Collection[str]) -> dict[str, Tensor
     return {name(key): value for key, value in state.items()}
 
 
-def _load_state(net: nn.Module, state: dict[str, Tensor]) -> None:
+def load_state(net: nn.Module, state: dict[str, Tensor]) -> None:
     """net.load_state_dict for CompressAI's old keys too, and for coding tables of any size or none at all."""
-    state = _renamed(state, net.state_dict().keys())
+    state = renamed(state, net.state_dict().keys())
     for name, module in net.named_modules():
         for table in TABLES if isinstance(module, EntropyModel) else ():
             own = getattr(module, table, None)
@@ -297,29 +319,35 @@ def _load_state(net: nn.Module, state: dict[str, Tensor]) -> None:
     net.load_state_dict(state)
 
 
-def _renew_tables(codec: Codec, source: str) -> None:
-    """Compute all coding tables from the weights, over the source's own scale tables; warn if its tables were others.
+def renew_tables(codec: Codec) -> list[str]:
+    """Compute all coding tables from the weights, over the codec's own scale tables; the models that had others.
 
-    CompressAI's default scale table stays where the source has the same one up to rounding, as in its eval_model.
+    CompressAI's default scale table stays where the codec has the same one up to rounding, as in its eval_model.
     """
-    models = [module for module in codec.net.modules() if isinstance(module, EntropyModel)]
-    before = [
-        {table: getattr(module, table).clone() for table in TABLES if hasattr(module, table)} for module in models
-    ]
+    models = {name: module for name, module in codec.net.named_modules() if isinstance(module, EntropyModel)}
+    before = {
+        name: {table: getattr(module, table).clone() for table in TABLES if hasattr(module, table)}
+        for name, module in models.items()
+    }
     codec.update(force=True)
-    for module, tables in zip(models, before, strict=True):
-        scales = tables.get("scale_table")
+    for name, module in models.items():
+        scales = before[name].get("scale_table")
         if scales is not None and scales.numel() and not _close(scales, module.scale_table, SAME_SCALES):
             module.update_scale_table(scales, force=True)
-    if any(
-        tables["_quantized_cdf"].numel()
-        and not all(_close(tables[name], getattr(module, name), slack) for name, slack in SAME_TABLES.items())
-        for module, tables in zip(models, before, strict=True)
-    ):
+    return [
+        name
+        for name, module in models.items()
+        if before[name]["_quantized_cdf"].numel()
+        and not all(_close(before[name][table], getattr(module, table), slack) for table, slack in SAME_TABLES.items())
+    ]
+
+
+def _warn_of_others(models: list[str], source: str) -> None:
+    if models:
         warnings.warn(
             f"{source}: its coding tables did not belong to its weights, and were computed anew; files that were "
             "compressed with the old ones do not decode with these",
-            stacklevel=2,
+            stacklevel=3,
         )
 
 
@@ -328,10 +356,14 @@ def _close(a: Tensor, b: Tensor, slack: float) -> bool:
     return a.shape == b.shape and bool(((a.double() - b.double()).abs() <= slack).all())
 
 
+def not_finite(state: dict[str, Tensor]) -> list[str]:
+    """The names of tensors with numbers that are not finite."""
+    return [name for name, value in state.items() if value.is_floating_point() and not math.isfinite(value.sum())]
+
+
 def check_weights(state: dict[str, Tensor], path: Path) -> None:
     """Refuse weights that are not finite."""
-    bad = [name for name, value in state.items() if value.is_floating_point() and not math.isfinite(value.sum())]
-    if bad:
+    if bad := not_finite(state):
         raise FreqdoorError(f"{path}: NaN or infinite weights in {', '.join(bad[:3])}; the checkpoint is damaged")
 
 

@@ -141,13 +141,19 @@ def check_network(net: object, name: str) -> None:
     missing = [part for part in ("g_a", "g_s", "compress", "decompress", "update") if not hasattr(net, part)]
     if missing:
         raise FreqdoorError(f"{name}: expected a network with CompressAI's protocol, found no {', '.join(missing)}")
+    for path, kind in two_faced(net):
+        raise FreqdoorError(
+            f"{name}: {path} ({kind}) behaves differently in train and eval mode, which would "
+            "change the attack; replace it before loading"
+        )
+
+
+def two_faced(net: nn.Module) -> Iterator[tuple[str, str]]:
+    """(path, class) of modules that behave differently in train and eval mode: dropout and batch normalisation."""
     for path, module in net.named_modules():
         dropout = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
         if dropout or isinstance(module, nn.modules.batchnorm._BatchNorm):
-            raise FreqdoorError(
-                f"{name}: {path} ({type(module).__name__}) behaves differently in train and eval mode, which would "
-                "change the attack; replace it before loading"
-            )
+            yield path, type(module).__name__
 
 
 def read_forward(answer: Any, name: str, images: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -5,7 +5,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,14 @@ from freqdoor.errors import FreqdoorError
 WRAPPERS = ("state_dict", "model_state_dict", "net_state_dict", "network", "model", "net", "params", "weights")
 AVERAGES = ("model_ema", "ema_state_dict", "ema_model", "params_ema", "ema")
 DEPTH = 4  # wrappers within wrappers
+
+
+class Stored(NamedTuple):
+    """A state dict as a file holds it, and what it lay in."""
+
+    state: dict[str, Tensor]
+    wrappers: tuple[str, ...] = ()  # keys of the larger dicts that it lay under, the outermost first
+    beside: tuple[str, ...] = ()  # what else these dicts held
 
 
 def hash_tensors(tensors: Mapping[str, Tensor], text: str = "") -> str:
@@ -37,16 +45,20 @@ def is_safetensors(path: Path) -> bool:
     return path.suffix == ".safetensors" or (head[8:] == b"{" and head[6:8] == b"\0\0")
 
 
-def unwrapped(content: object, path: Path) -> dict[str, Tensor]:
+def unwrapped(content: object, path: Path) -> Stored:
     """The names and tensors in what a PyTorch file holds, whatever training state they lie in."""
     state: Any = content
+    wrappers: list[str] = []
+    beside: list[str] = []
     for _ in range(DEPTH):
         if not isinstance(state, dict):
             break
-        inner = next((state[key] for key in (*WRAPPERS, *AVERAGES) if isinstance(state.get(key), dict)), None)
-        if inner is None:
+        wrapper = next((key for key in (*WRAPPERS, *AVERAGES) if isinstance(state.get(key), dict)), None)
+        if wrapper is None:
             break
-        state = inner
+        wrappers.append(wrapper)
+        beside += [str(key) for key in state if key != wrapper]
+        state = state[wrapper]
     if not (
         isinstance(state, dict)
         and state
@@ -57,19 +69,30 @@ def unwrapped(content: object, path: Path) -> dict[str, Tensor]:
             f"{path}: expected a state dict (names to tensors), alone or under one of {', '.join(WRAPPERS)}, found "
             f"{type(state).__name__}{held}"
         )
-    return dict(state)
+    return Stored(dict(state), tuple(wrappers), tuple(beside))
+
+
+def prefix_of(state: Mapping[str, Tensor], path: Path) -> str:
+    """What stands before g_a in a codec's state dict; empty where nothing does.
+
+    It is `module.` of DataParallel, `net.` or `model.` of Lightning, `_orig_mod.` of torch.compile, or several of them.
+
+    Raises:
+        FreqdoorError: several networks.
+    """
+    prefixes = {match[1] for key in state if (match := re.match(r"((?:\w+\.)*?)g_a\.", key))}
+    if "" in prefixes or not prefixes:
+        return ""
+    if len(prefixes) > 1:
+        raise FreqdoorError(f"{path}: holds several codecs ({', '.join(sorted(prefixes))}); save one of them alone")
+    return prefixes.pop()
 
 
 def bare(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """A codec's state dict as its network names it: no prefixes of wrappers, and float32.
 
-    A prefix is what stands before g_a: `module.` of DataParallel, `net.` or `model.` of Lightning, `_orig_mod.` of
-    torch.compile, any number of them. Beside a network under a prefix, everything else (losses, counters) is left out.
+    Beside a network under a prefix, everything else (losses, counters) is left out.
     """
-    prefixes = {match[1] for key in state if (match := re.match(r"((?:\w+\.)*?)g_a\.", key))}
-    if "" not in prefixes and prefixes:
-        if len(prefixes) > 1:
-            raise FreqdoorError(f"{path}: holds several codecs ({', '.join(sorted(prefixes))}); save one of them alone")
-        prefix = prefixes.pop()
-        state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    prefix = prefix_of(state, path)
+    state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     return {key: value.to(torch.float32) if value.is_floating_point() else value for key, value in state.items()}
