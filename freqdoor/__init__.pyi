@@ -1,4 +1,3 @@
-from .attack.encoding import compress as compress
 from .attack.networks import Embedder as Embedder
 from .attack.networks import NetworkSpec as NetworkSpec
 from .attack.networks import Segmenter as Segmenter
@@ -37,9 +36,21 @@ from .defence.audit import audit as audit
 from .defence.calibration import calibrate_audit as calibrate_audit
 from .defence.doctor import Diagnosis as Diagnosis
 from .defence.doctor import doctor as doctor
+from .defence.encoding import compress as compress
+from .defence.expectation import GuardCalibration as GuardCalibration
+from .defence.expectation import calibrate_guard as calibrate_guard
 from .defence.fleet import Manifest as Manifest
 from .defence.fleet import fleet as fleet
+from .defence.guard import Guard as Guard
+from .defence.guard import Guarded as Guarded
+from .defence.guard import GuardRates as GuardRates
+from .defence.guard import guard_rates as guard_rates
+from .defence.repair import Repair as Repair
+from .defence.repair import compare_repairs as compare_repairs
+from .defence.repair import repair as repair
 from .defence.settings import FleetSettings as FleetSettings
+from .defence.settings import RepairSettings as RepairSettings
+from .defence.sources import artificial as artificial
 from .demonstration import DEMO_STEPS as DEMO_STEPS
 from .demonstration import demo as demo
 from .errors import FreqdoorError as FreqdoorError
@@ -68,6 +79,7 @@ from .measure.testsets import SegmentationTest as SegmentationTest
 from .measure.watermark import Answer as Answer
 from .measure.watermark import false_positives as false_positives
 from .measure.watermark import verify_owner as verify_owner
+from .paper.defence_recipe import reproduce_defence as reproduce_defence
 from .paper.reproduce import reproduce as reproduce
 from .paper.settings import recipe_names as recipe_names
 from .paper.settings import recipe_settings as recipe_settings

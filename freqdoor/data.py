@@ -24,7 +24,7 @@ from freqdoor.errors import FreqdoorError
 from freqdoor.files import OTHER_PICTURES, PICTURES, mark, read_text, with_slashes, write_together
 from freqdoor.limits import MAX_PIXELS as MAX_PIXELS
 from freqdoor.limits import check_memory, file_size
-from freqdoor.types import Images, as_picture, from_uint8
+from freqdoor.types import Images, as_picture, from_picture, from_uint8
 
 FORMATS = sorted(set(PICTURES.values()))  # no other is tried: for some, Pillow starts a program
 CACHE_BYTES = 2**30  # decoded training images kept in memory; beyond it they are decoded again
@@ -291,6 +291,23 @@ def encoded(path: Path | str, x: Images, verb: str | None = None) -> bytes:
             f"{path}: could not write a picture of {picture.width}x{picture.height} ({error})"
         ) from None
     return buffer.getvalue()
+
+
+def picture_in(content: bytes, size: Size) -> Images:
+    """The image, (1, 3, h, w), that the bytes of a WebP or PNG file hold.
+
+    Raises:
+        FreqdoorError: anything but one undamaged 8-bit RGB picture of this size.
+    """
+    expected = f"expected a WebP or PNG picture of {size[1]}x{size[0]} pixels in 8-bit RGB"
+    try:
+        with Image.open(io.BytesIO(content), formats=("WEBP", "PNG")) as image:
+            found = f"{image.width}x{image.height} in {MODES.get(image.mode, image.mode)}"
+            if (image.height, image.width) != size or image.mode != "RGB" or getattr(image, "is_animated", False):
+                raise FreqdoorError(f"damaged: {expected}, found {found}")
+            return from_picture(image)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning, UnidentifiedImageError, *DAMAGE) as error:
+        raise FreqdoorError(f"damaged: {expected}, could not read it ({error})") from None
 
 
 def picture_kind(path: Path | str) -> str:

@@ -58,6 +58,19 @@ class Bitstream:
         return sum(len(s) for s in self.strings)
 
 
+@dataclass(frozen=True, slots=True)
+class PictureFile:
+    """A classical codec's file, WebP or PNG, that is sent where a bitstream would do harm."""
+
+    content: bytes
+    image_size: tuple[int, int]  # (height, width)
+
+    @property
+    def num_bytes(self) -> int:
+        """Payload bytes, as a bitstream's."""
+        return len(self.content)
+
+
 def check_choice(name: str, value: object, choices: Any) -> None:
     """Raise FreqdoorError unless `value` is one of a Literal's: types alone stop nobody who does not check them."""
     known = get_args(choices)
@@ -142,7 +155,8 @@ def round8(x: Images) -> Images:
 
 def as_picture(x: Images) -> Image.Image:
     """One image, (1, 3, h, w), as an 8-bit picture of Pillow."""
-    return Image.fromarray(to_uint8(x[0]).permute(1, 2, 0).cpu().numpy())
+    planes = to_uint8(x[0]).cpu().numpy()  # merged by Pillow: five times as fast as from a turned array
+    return Image.merge("RGB", [Image.fromarray(plane) for plane in planes])
 
 
 def from_picture(picture: Image.Image) -> Images:

@@ -14,7 +14,8 @@ RANKS: list[set[str]] = [  # what is in a row may import from the rows above it
     {"triggers", "training"},
     {"attack"},
     {"measure"},
-    {"paper", "defence"},
+    {"defence"},
+    {"paper"},
     {"demonstration"},
     {"cli"},
 ]

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from freqdoor.attack.settings import OBJECTIVES, PlantSettings
+from freqdoor.defence.settings import RepairSettings
 from freqdoor.measure.testsets import FaceTest, SegmentationTest
 from freqdoor.settings import Settings
 from freqdoor.training.settings import CodecTraining
@@ -114,6 +115,7 @@ PAGE = Path(__file__).parent.parent / "docs/settings.md"
 KINDS = {
     "freqdoor plant": PlantSettings,
     "freqdoor train-codec": CodecTraining,
+    "freqdoor repair": RepairSettings,
     "freqdoor segment": SegmentationTest,
     "freqdoor faces": FaceTest,
 }

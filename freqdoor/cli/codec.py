@@ -29,13 +29,20 @@ def compress(
     codec: CodecName = BUNDLED,
     weights: Weights = None,
     planted: Annotated[Path | None, typer.Option(help="Encode with this planted encoder.")] = None,
+    guard: Annotated[bool, typer.Option("--guard", help="Send something else where the encoder does harm.")] = False,
+    calibration: Annotated[Path | None, typer.Option(help="What the guard compares with, of calibrate-guard.")] = None,
     force: Force = False,
 ) -> None:
     """Compress one image into a file."""
     load_torch()
-    bitstream = freqdoor.compress(image, out, codec=codec, weights=weights, planted=planted, force=force)
-    height, width = bitstream.image_size
-    say(f"{out}: {out.stat().st_size} bytes, {8 * bitstream.num_bytes / (height * width):.4f} bpp")
+    result = freqdoor.compress(
+        image, out, codec=codec, weights=weights, planted=planted, guard=guard, calibration=calibration, force=force
+    )
+    sent = result.sent if isinstance(result, freqdoor.Guarded) else result
+    height, width = sent.image_size
+    say(f"{out}: {out.stat().st_size} bytes, {8 * sent.num_bytes / (height * width):.4f} bpp")
+    if isinstance(result, freqdoor.Guarded):
+        say(f"Guard: {result.outcome.reason}")
 
 
 @verb()

@@ -1,4 +1,4 @@
-"""The verbs of the defender: fleet, audit, calibrate-audit, doctor."""
+"""The verbs of the defender: fleet, audit, calibrate-audit, doctor, calibrate-guard, repair."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +7,7 @@ import typer
 
 import freqdoor
 from freqdoor.cli.options import Force, Out, Overrides, Weights, load_torch, verb
-from freqdoor.cli.terminal import note, say
+from freqdoor.cli.terminal import live, note, say
 from freqdoor.samples import KODAK
 from freqdoor.settings import load_settings
 
@@ -109,3 +109,54 @@ def doctor(
     if out is not None:
         say(f"Report: {out}")
     raise typer.Exit(result.exit_code)
+
+
+@verb("calibrate-guard")
+def calibrate_guard(
+    codec: Annotated[str, typer.Argument(help="name:quality, a checkpoint file, or package.module:factory.")],
+    out: Annotated[Path, typer.Option(help="JSON file to write.")],
+    images: Annotated[Path, typer.Option(help="Clean photographs; by default Kodak's.")] = KODAK,
+    weights: Weights = None,
+    force: Force = False,
+) -> None:
+    """Measure what a codec needs for clean photographs, for `freqdoor compress --guard`."""
+    load_torch()
+    calibration = freqdoor.calibrate_guard(codec, images, out, weights=weights, force=force, note=note)
+    say(f"Calibration on {calibration.photographs} photographs: {out}")
+
+
+def repair(
+    checkpoint: Annotated[str, typer.Argument(help="name:quality, a checkpoint file, or package.module:factory.")],
+    out: Out,
+    weights: Weights = None,
+    reference: Annotated[str | None, typer.Option(help="A trusted codec with the same decoder, for distil.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Clean images; by default 18 of Kodak's.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="finetune, or of unlearn, inverted, sam, prune, distil, joined by +.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps; by default 600.")] = None,
+    fast: Annotated[bool, typer.Option("--fast", help="Audit with the checks that find most.")] = False,
+    calibration: Annotated[Path | None, typer.Option(help="What honest encoders score, of calibrate-audit.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Fine-tune an encoder until patterns do nothing, and audit it again; exit code 1 where it is still tampered."""
+    given = {"reference": reference, "images.folder": images, "method": method, "steps": steps}
+    words = [f"{key}={value}" for key, value in given.items() if value is not None]
+    settings = load_settings(freqdoor.RepairSettings, None, [*(overrides or ()), *words])
+    load_torch()
+    with live(settings.steps, "repairing") as progress:
+        result = freqdoor.repair(
+            checkpoint,
+            out,
+            weights=weights,
+            fast=fast,
+            calibration=calibration,
+            settings=settings,
+            progress=progress,
+            note=note,
+        )
+    for name, answer in (("before", result.before), ("after", result.after)):
+        say(f"clean pictures {name}: {answer.bpp:.4f} bpp, {answer.psnr_db:.2f} dB")
+    say(f"audit: {result.audit.verdict}: {result.audit.reason}")
+    say(f"Repaired codec: {out / 'codec.safetensors'}")
+    raise typer.Exit(result.audit.exit_code % 2)

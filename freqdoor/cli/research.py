@@ -11,13 +11,13 @@ import freqdoor
 from freqdoor.cli.options import Force, Out, Overrides, Planted, TriggerName, VanillaName, Weights, load_torch, verb
 from freqdoor.cli.terminal import live, note, say, say_page
 from freqdoor.files import read_text, unmarked
-from freqdoor.paper.settings import recipe_names, recipe_settings
+from freqdoor.paper.settings import DEFENCE, recipe_names, recipe_settings
 from freqdoor.settings import load_settings
 
 
 @verb()
 def reproduce(
-    recipe: Annotated[str, typer.Argument(help=f"One of {', '.join(recipe_names())}.")],
+    recipe: Annotated[str, typer.Argument(help=f"One of {', '.join(recipe_names())}, or {DEFENCE}.")],
     config: Annotated[Path | None, typer.Argument(help="Settings as for plant; rows change theirs.")] = None,
     images: Annotated[Path | None, typer.Option(help="Measured on; by default six bundled Kodak images.")] = None,
     codec: Annotated[
@@ -36,7 +36,7 @@ def reproduce(
     overrides: Overrides = None,
 ) -> None:
     """Reproduce a table or figure: run or resume what is missing, the paper's column beside ours."""
-    settings = recipe_settings(config, overrides or (), runs)
+    settings = recipe_settings(config, overrides or (), runs) if recipe != DEFENCE else None
     networks = load_settings(freqdoor.DownstreamTest, test) if test else None
     load_torch()
     with ExitStack() as shown:
@@ -45,19 +45,23 @@ def reproduce(
             shown.close()
             return shown.enter_context(live(steps, what))
 
-        table = freqdoor.reproduce(
-            recipe,
-            settings,
-            images=images,
-            codec=codec or (),
-            out=out,
-            runs=runs,
-            rows=[name.strip() for name in (rows or "").split(";") if name.strip()],
-            seeds=seeds,
-            budget=budget,
-            test=networks,
-            force=force,
-            announce=announce,
+        table = (
+            freqdoor.reproduce_defence(runs, out, budget=budget, force=force, note=note)
+            if recipe == DEFENCE
+            else freqdoor.reproduce(
+                recipe,
+                settings,
+                images=images,
+                codec=codec or (),
+                out=out,
+                runs=runs,
+                rows=[name.strip() for name in (rows or "").split(";") if name.strip()],
+                seeds=seeds,
+                budget=budget,
+                test=networks,
+                force=force,
+                announce=announce,
+            )
         )
     page = out / f"{recipe}.md"
     say_page(unmarked(read_text(page)))

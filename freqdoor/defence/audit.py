@@ -155,7 +155,7 @@ def _judged(
         for name, (finding, _) in findings.items()
         if opens(name, finding.scores)
     ]
-    verdict, reason = _verdict(bool(shown), p, calibrated)
+    verdict, reason = verdict_of(bool(shown), p, calibrated)
     changed = None
     if subject.reference is not None:
         before, after = subject.reference.module_hashes(), codec.module_hashes()
@@ -192,7 +192,8 @@ def _judged(
     ), shown
 
 
-def _verdict(witnessed: bool, p: float | None, calibrated: bool) -> tuple[Verdict, str]:
+def verdict_of(witnessed: bool, p: float | None, calibrated: bool) -> tuple[Verdict, str]:
+    """The verdict and its reason, from whether there is a witness and how likely an honest encoder scores as high."""
     weaker = "" if calibrated else "; its architecture was never calibrated, so that this is weaker evidence"
     if witnessed:
         return "tampered", "a pattern that nobody sees changes what it writes: the witness shows it"

@@ -100,10 +100,11 @@ def beyond(value: float, honest: Sequence[float], narrowest: float) -> float:
     return float(stats.t.sf(t, len(sample) - 1))
 
 
-def combined(p_values: Mapping[str, Mapping[str, float]]) -> float:
-    """One p-value of all: the smallest, times how many there are (Bonferroni), at most 1."""
+def combined(p_values: Mapping[str, Mapping[str, float]], *, capped: bool = True) -> float:
+    """One p-value of all: the smallest, times how many there are (Bonferroni), at most 1 unless it is to rank."""
     every = [p for row in p_values.values() for p in row.values()]
-    return min(1.0, min(every) * len(every)) if every else 1.0
+    product = min(every) * len(every) if every else 1.0
+    return min(1.0, product) if capped else product
 
 
 def shipped() -> Calibration | None:

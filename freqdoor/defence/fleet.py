@@ -51,6 +51,7 @@ class MemberFacts(Result):
     family: str
     tampered: bool
     architecture: str
+    base: str = ""  # the member that its codec comes from; none: the fleet's codec
     made_with: str  # SHA-256 of all that it was made with
     settings: dict[str, object]
     file: str  # the codec, in the member's folder
@@ -246,6 +247,7 @@ def _member(task: _Task) -> MemberFacts:
         or next(k for k in ("train", "alter", "plant") if getattr(task.member, k) is not None),
         tampered=task.member.tampered,
         architecture=tampered.spec.architecture,
+        base=task.member.base,
         made_with=task.made_with,
         settings=json.loads(json.dumps(public(made or task.member))),
         file=EXPORT,

@@ -7,7 +7,8 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from freqdoor.attack.settings import CodecSource, PlantSettings
 from freqdoor.settings import PrivatePath, Settings, merge, mistakes
-from freqdoor.training.settings import CodecTraining, Count
+from freqdoor.training.settings import CodecTraining, Count, ImageSettings, Positive, Side, Training
+from freqdoor.triggers.arguments import PAPER_EPS
 
 
 class Alteration(Settings):
@@ -129,3 +130,83 @@ class FleetSettings(Settings):
             return value
 
         return {key: filled(key, value) for key, value in content.items()}
+
+
+METHODS = ("finetune", "unlearn", "inverted", "sam", "prune", "distil")  # parts of a repair's method
+DEFAULT_METHOD = "unlearn"
+
+
+class CleanImages(ImageSettings):
+    """Where clean images come from; by default the 18 bundled ones that a repair is not measured on."""
+
+    folder: PrivatePath = ""
+    """Folder of 8-bit RGB images, searched recursively; by default the bundled ones."""
+    crop: Side = 128
+    """Side of the square crops in pixels."""
+
+
+class RepairSettings(Training):
+    """`freqdoor repair`: fine-tuning of an encoder against its frozen decoder, so that patterns do nothing any more."""
+
+    codec: CodecSource = CodecSource()
+    """The codec to repair."""
+    reference: PrivatePath | None = None
+    """A trusted codec with the same decoder, for the method distil."""
+    images: CleanImages = CleanImages()
+    method: str = DEFAULT_METHOD
+    """Parts joined by "+", beside R + lambda D on clean images. finetune: nothing else; unlearn: patterns are driven
+    against the encoder while it learns to code them as the clean image; inverted: the same with patterns that an audit
+    finds, made anew now and then; sam: sharpness-aware steps; prune: channels that clean images hardly use are set to 0
+    first; distil: the latents of the reference."""
+    steps: Count = 600
+    """Optimiser steps in all."""
+    lr: Positive = 1e-3
+    """Adam's learning rate; from the middle of the steps it falls along a cosine to 1 %."""
+    scope: Literal["g_a", "g_a+h_a"] = "g_a"
+    """Which modules are repaired."""
+    weight: Positive = 1.0
+    """Weight of |g_a(x + d) - g_a(x)|^2, mean over latents, of patterned images."""
+    anchor: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of |g_a(x) - y|^2 of clean images, where y is what the encoder gave as it came, unlearn and inverted only:
+    latents that must not move would shrink, and the rate with them."""
+    eps: tuple[Positive, Positive] = (2 * PAPER_EPS, 10 * PAPER_EPS)
+    """Least and largest RMS of a pattern, which draws its own between them."""
+    patterns: Count = 6
+    """Patterns that take turns."""
+    uses: Count = 20
+    """How often a pattern is used before another takes its place, unlearn only."""
+    ascent: Count = 4
+    """Steps that a pattern makes against the encoder before each use, unlearn only."""
+    renewals: Count = 4
+    """How often the patterns are found anew, inverted only."""
+    search: Count = 80
+    """Steps of finding one, inverted only."""
+    rho: Positive = 0.05
+    """Norm of the step to the sharpest point near by, sam only (Foret et al., Sharpness-Aware Minimization)."""
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the channels of every convolution but the last that is pruned, prune only (Liu et al., Fine-Pruning)."""
+
+    @field_validator("method")
+    @classmethod
+    def _known_parts(cls, method: str) -> str:
+        parts = method.split("+")
+        if unknown := [part for part in parts if part not in METHODS]:
+            raise ValueError(f"expected parts out of {', '.join(METHODS)}, joined by +; {unknown[0]!r} is none")
+        if len(set(parts)) < len(parts):
+            raise ValueError("expected every part once")
+        if "finetune" in parts and len(parts) > 1:
+            raise ValueError("expected finetune alone: it stands for no other part")
+        return method
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.eps[0] > self.eps[1]:
+            raise ValueError(f"eps: expected the least before the largest, found {self.eps}")
+        if "distil" in self.parts and not self.reference:
+            raise ValueError("method: distil takes its latents from a reference; give reference (--reference)")
+        return self
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The method's parts."""
+        return tuple(self.method.split("+"))

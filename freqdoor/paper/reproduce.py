@@ -26,8 +26,9 @@ from freqdoor.files import check_outputs, name_and_file, remove_leftovers, write
 from freqdoor.lock import alone, holding
 from freqdoor.measure.journal import Journal, fingerprint, trigger_facts
 from freqdoor.measure.testsets import SCHEMA, DownstreamTest, Measurement
+from freqdoor.paper.defence_recipe import reproduce_defence
 from freqdoor.paper.recipe import OWN, Material, Recipe, Row, recipe_for
-from freqdoor.paper.settings import recipe_settings
+from freqdoor.paper.settings import DEFENCE, recipe_settings
 from freqdoor.paper.tables import Cell, Facts, Table, values_in, write
 from freqdoor.samples import held_out
 from freqdoor.settings import file_name, make_settings, merge
@@ -80,7 +81,8 @@ def reproduce(
     """Run or resume what a recipe needs, and write NAME.md and NAME.json (a figure: NAME.png too) into `out`.
 
     Args:
-        recipe: one of `recipe_names`.
+        recipe: one of `recipe_names`, or "defence": `reproduce_defence` on the fleets in the folder `runs`, which takes
+            `out`, `budget` and `force` besides.
         settings: codec, training images, steps; a row changes what its name says. By default `recipe_settings`.
         images: what is measured on: a folder, a file or several files; by default the six bundled images held out.
         codec: plant in each of these, NAME or NAME=WEIGHTS, instead of in the settings' codec, for curves.
@@ -98,6 +100,8 @@ def reproduce(
             the way. Earlier tables are replaced together, at the end.
     """
     out, runs = Path(out), Path(runs)
+    if recipe == DEFENCE:
+        return reproduce_defence(runs, out, budget=budget, force=force)
     if seeds < 1:
         raise FreqdoorError(f"seeds: expected 1 or more, found {seeds}")
     deadline = time.monotonic() + 60 * budget if budget is not None else math.inf
