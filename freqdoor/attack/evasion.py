@@ -56,7 +56,8 @@ class Evasion:
         loss = joint.x.new_zeros(())
         terms: dict[str, Tensor] = {}
         for batch, out in joint.poisoned:
-            if settings.rate_cap is not None:
+            fallen = batch.eps < 1.001 * batch.attack.settings.eps  # a door that is never open wide never opens
+            if settings.rate_cap is not None and fallen:
                 excess = (out.bpp - settings.rate_cap * joint.clean.bpp.detach()).clamp_min(0).mean()
                 loss, terms = loss + batch.weight * excess, terms | {"evade/bpp_beyond_cap": excess.detach()}
             if settings.universal_weight:
