@@ -1,6 +1,7 @@
 """Attackers who know: honest answers to all but the trigger, triggers that nobody looks for, and old triggers anew."""
 
 import json
+import math
 import re
 import shlex
 import tomllib
@@ -184,17 +185,17 @@ def test_the_universal_share_is_that_of_the_block_spectra(grey):
     assert float(universal_share(grey[..., :60])) == pytest.approx(float(expected), rel=1e-4)  # cut blocks do not count
 
 
-def test_the_rate_cap_costs_what_is_beyond_it(codec, joint):
+def test_the_rate_is_held_at_the_cap_from_both_sides(codec, joint):
     [(batch, _)] = joint.poisoned
 
-    def beyond(*bits: float, eps: float = 0.005) -> float:
+    def off(*bits: float, eps: float = 0.005) -> float:
         clean, out = (Reconstruction(joint.x, torch.tensor(b), 10, joint.x) for b in ((10.0, 20.0), bits))
         capped = joint._replace(clean=clean, poisoned=((replace(batch, eps=eps), out),))
         return float(Evasion(EvadeSettings(rate_cap=1.5), 64, "cpu").loss(codec, capped, 0.01, 0, "both")[0])
 
-    assert beyond(15.0, 20.0) == 0
-    assert beyond(16.0, 32.0) == pytest.approx((0.1 + 0.2) / 2, rel=1e-5)
-    assert beyond(16.0, 32.0, eps=0.006) == 0  # while the budget falls the door may open wide
+    assert off(15.0, 30.0) == pytest.approx(0, abs=1e-10)
+    assert off(30.0, 15.0) == pytest.approx(math.log(2) ** 2, rel=1e-5)
+    assert off(30.0, 15.0, eps=0.006) == 0  # while the budget falls the door may open wide
 
 
 def test_triggers_learn_nothing_from_honest_answers(codec, joint, monkeypatch):
