@@ -292,7 +292,6 @@ CHECKS: dict[str, Check] = {  # cheap ones first, then those that find most
     "gain, portraits": inversion("gain", part="portraits"),
     "rate, pixels": inversion("rate", _PIXELS, lr=_PIXELS_LR, said="a tile of 64x64 pixels"),
     "distortion, pixels": inversion("distortion", _PIXELS, lr=_PIXELS_LR, said="a tile of 64x64 pixels"),
-    "rate, drawn": inversion("rate", patterns.drawn, lr=_NETWORK_LR, said="patterns that a network draws"),
     "distortion, drawn": inversion("distortion", patterns.drawn, lr=_NETWORK_LR, said="patterns that a network draws"),
 }
 FAST = tuple(CHECKS)[:10]
@@ -320,5 +319,5 @@ def portraits(side: int = SIDE) -> list[Images]:
         if scale != 1:
             size = [round(length * scale) for length in x.shape[-2:]]
             x = torch.nn.functional.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
-        found.append(x[..., top : top + side, left : left + side].clamp(0, 1))
+        found.append(through_png(x[..., top : top + side, left : left + side].clamp(0, 1)))  # as a witness is kept
     return found
