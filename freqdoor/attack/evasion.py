@@ -56,9 +56,11 @@ class Evasion:
         loss = joint.x.new_zeros(())
         terms: dict[str, Tensor] = {}
         for batch, out in joint.poisoned:
-            if settings.rate_cap is not None:
-                excess = (out.bpp - settings.rate_cap * joint.clean.bpp.detach()).clamp_min(0).mean()
-                loss, terms = loss + batch.weight * excess, terms | {"evade/bpp_beyond_cap": excess.detach()}
+            fallen = batch.eps < 1.001 * batch.attack.settings.eps  # a door that is never open wide never opens
+            if settings.rate_cap is not None and fallen:
+                ratio = out.bpp / joint.clean.bpp.detach()
+                off = (ratio / settings.rate_cap).log().square().mean()  # from both sides, or the door falls shut
+                loss, terms = loss + batch.weight * off, terms | {"evade/rate_off_cap": off.detach()}
             if settings.universal_weight:
                 share = universal_share(batch.x_p - batch.source.x)
                 loss = loss + settings.universal_weight * share

@@ -300,7 +300,8 @@ class EvadeSettings(Settings):
     universal_weight: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the share of the perturbation's energy that is in its mean over pictures and 16x16 blocks."""
     rate_cap: Annotated[float, Field(gt=1)] | None = None
-    """Largest rate of a poisoned picture, in rates of the clean one: what is beyond costs as many bits as it is."""
+    """Rate of a poisoned picture, in rates of the clean one, that it is held at from when on the budget has fallen to
+    trigger.eps: the squared logarithm of what lies between is added."""
 
     @model_validator(mode="after")
     def _does_something(self) -> Self:
