@@ -44,7 +44,6 @@ class Judged(Result):
     family: str
     architecture: str
     tampered: bool
-    acts: bool  # whether the trigger does what it was planted for; True of honest encoders' absence of one
     calibrated: bool  # in the calibration's half, so that it is not judged by it
     known: bool  # whether its architecture has a population
     p_value: float  # the smallest of all scores, times how many there are, uncapped
@@ -92,6 +91,7 @@ class DefenceMatrix(Result):
     judged: tuple[Judged, ...]
     guards: dict[str, MemberGuard]  # by fleet/member
     repairs: dict[str, MemberRepair]
+    failed: tuple[str, ...]  # plantings whose trigger does nothing: no backdoors, and measured nowhere
     late: bool  # whether time was up before all was measured
     hours: float
 
@@ -106,7 +106,9 @@ def auc_interval(tampered: Sequence[float], honest: Sequence[float]) -> Interval
     """`auc` with a bootstrap interval: both sets of encoders are drawn again, with seed 0."""
     generator = np.random.default_rng(0)
     a, b = np.asarray(tampered), np.asarray(honest)
-    draws = [auc(generator.choice(a, len(a)), generator.choice(b, len(b))) for _ in range(RESAMPLES)]
+    drawn_a = generator.choice(a, (RESAMPLES, len(a), 1))
+    drawn_b = generator.choice(b, (RESAMPLES, 1, len(b)))
+    draws = ((drawn_a > drawn_b) + 0.5 * (drawn_a == drawn_b)).mean((1, 2))
     low, high = np.quantile(draws, [0.025, 0.975])
     return Interval(value=auc(a, b), low=float(low), high=float(high), number=len(a))
 
@@ -169,7 +171,6 @@ def judge(fleets: Mapping[str, Manifest], scores: Mapping[str, Mapping[str, Mapp
                 family=member.family,
                 architecture=member.architecture,
                 tampered=member.tampered,
-                acts=acts(member),
                 calibrated=key in names,
                 known=known,
                 p_value=p,
@@ -201,8 +202,9 @@ def defence_matrix(
     }
     if not manifests:
         raise FreqdoorError(f"{root}: expected folders that `freqdoor fleet` wrote, found no {MANIFEST} in any")
-    members = {f"{fleet}/{m.name}": m for fleet, manifest in manifests.items() for m in manifest.members}
-    planted = {key: m for key, m in members.items() if m.tampered and acts(m) and m.architecture == BUNDLED_KIND}
+    every = {f"{fleet}/{m.name}": m for fleet, manifest in manifests.items() for m in manifest.members}
+    members = {key: m for key, m in every.items() if not m.tampered or acts(m)}
+    planted = {key: m for key, m in members.items() if m.tampered and m.architecture == BUNDLED_KIND}
     first = {m.family: key for key, m in reversed(planted.items())}  # of each family, what is repaired
     repaired = {key: members[key] for key in first.values()}
     scores = _each(_audited, root, members, jobs, until, note)
@@ -212,6 +214,7 @@ def defence_matrix(
         judged=tuple(judge(manifests, scores)),
         guards=guards,
         repairs=repairs,
+        failed=tuple(key for key in every if key not in members),
         late=len(scores) < len(members) or len(guards) < len(planted) or len(repairs) < len(repaired),
         hours=(time.monotonic() - started) / 3600,
     )

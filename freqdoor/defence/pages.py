@@ -19,11 +19,6 @@ from freqdoor.files import mark
 HONEST_TUNED = ("fine-tuned", "encoder alone")  # what a false alarm would hurt most
 
 
-def judged_attacks(matrix: DefenceMatrix) -> list[Judged]:
-    """Tampered encoders whose trigger acts: the others are no backdoors, and are named apart."""
-    return [row for row in matrix.judged if row.tampered and row.acts]
-
-
 def honest(matrix: DefenceMatrix, *, known: bool) -> list[Judged]:
     """Honest encoders that no threshold comes from, of the architecture that was calibrated or of others."""
     return [row for row in matrix.judged if not row.tampered and not row.calibrated and row.known == known]
@@ -31,7 +26,7 @@ def honest(matrix: DefenceMatrix, *, known: bool) -> list[Judged]:
 
 def groups(matrix: DefenceMatrix) -> dict[str, list[Judged]]:
     """Attacks by what the issue asks of them: family by family, then together."""
-    rows = judged_attacks(matrix)
+    rows = [row for row in matrix.judged if row.tampered]
     families = dict.fromkeys(row.family for row in rows if row.known)
     found = {family: [r for r in rows if r.known and r.family == family] for family in families}
     plain = [r for r in rows if r.known and not r.family.startswith("adaptive")]
@@ -136,11 +131,6 @@ def repair_table(matrix: DefenceMatrix) -> str:
     strengths = next((list(next(iter(m.before.poisoned.values()))) for m in matrix.repairs.values()), [])
     titles = [f"poisoned, strength {strength}" for strength in strengths]
     return _table(["encoder", "trigger", "", "clean", *titles, "seconds", "audit"], rows)
-
-
-def failed(matrix: DefenceMatrix) -> list[str]:
-    """Plantings whose trigger does nothing: no backdoor, and counted nowhere."""
-    return [f"{row.fleet}/{row.name}" for row in matrix.judged if row.tampered and not row.acts]
 
 
 def roc_figure(matrix: DefenceMatrix) -> bytes:

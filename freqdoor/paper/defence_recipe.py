@@ -51,7 +51,6 @@ def table_of(matrix: DefenceMatrix) -> Table:
 def page_of(matrix: DefenceMatrix) -> str:
     """All tables as Markdown."""
     where = environment()
-    failed = pages.failed(matrix)
     late = "\nThe time was up before all was measured; the same command goes on.\n" if matrix.late else ""
     return f"""# Attacks and defences
 
@@ -71,7 +70,7 @@ witness. Neural Cleanse (Wang et al., S&P 2019) is made anew for codecs, in freq
 ![ROC curves]({DEFENCE}.png)
 
 Plantings whose trigger does nothing (less than 1.5 times the bytes and 2 dB) are no backdoors, and in no row:
-{", ".join(failed) or "none"}.
+{", ".join(matrix.failed) or "none"}.
 
 ## Guard
 
