@@ -25,7 +25,7 @@ from freqdoor.dct import block_dct, block_idct, blockify, rgb_to_ycbcr, unblocki
 from freqdoor.defence import audit as module
 from freqdoor.defence import calibration, checks, inversion, patterns
 from freqdoor.defence import fleet as fleets
-from freqdoor.defence.calibration import Calibration, Population, beyond, combined, relative
+from freqdoor.defence.calibration import Calibration, Population, beyond
 from freqdoor.defence.checks import CHECKS, FAST, Finding, Response, Subject, Witness, crops
 from freqdoor.errors import FreqdoorError
 from freqdoor.metrics import psnr
@@ -34,7 +34,6 @@ from freqdoor.triggers.pattern import GOALS, Pattern
 from freqdoor.types import Reconstruction
 
 PAGE = Path(__file__).parent.parent / "docs/audit.md"
-SCORES = {"random": {"rate": 0.0, "gain": 1.5}, "gain": {"rate": 0.0, "gain": 2.0}}
 
 
 @pytest.fixture
@@ -192,31 +191,46 @@ def test_what_counts_as_a_witness(check, scores, open_door):
 
 
 def test_p_values_are_those_of_students_predictive_distribution():
-    honest = [1.0, 1.2, 0.9, 1.1, 1.3, 0.8]
-    t = (2.0 - 1.05) / (torch.tensor(honest).std().item() * math.sqrt(1 + 1 / 6))
-    assert beyond(2.0, honest, 0.01) == pytest.approx(stats.t.sf(t, 5))
-    assert beyond(1.05, honest, 0.01) == pytest.approx(0.5)
-    assert beyond(1.1, [1.0] * 6, 0.1) == pytest.approx(stats.t.sf(1 / math.sqrt(7 / 6), 5))  # none is narrower
-    assert combined({"a": {"x": 0.01, "y": 0.5}, "b": {"x": 0.2}}) == pytest.approx(0.03)
-    assert combined({}) == 1.0
-    assert relative(SCORES)["gain"] == {"rate": 0.0, "gain": 0.5}
+    honest = [0.3, 0.2, 0.4, 0.25, 0.35, 0.28]
+    logs = torch.tensor(honest, dtype=torch.float64).log()
+    t = (math.log(1.0) - logs.mean().item()) / (logs.std().item() * math.sqrt(1 + 1 / 6))
+    assert beyond(1.0, honest) == pytest.approx(stats.t.sf(t, 5))
+    assert beyond(math.exp(logs.mean().item()), honest) == pytest.approx(0.5)
+    narrow = beyond(0.5 * math.exp(0.1), [0.5] * 6)
+    assert narrow == pytest.approx(stats.t.sf(1 / math.sqrt(7 / 6), 5))  # no population is narrower than 0.1
+
+
+def test_strength_is_one_where_a_witness_begins():
+    assert checks.strength({"rate": math.log(1.5)}) == pytest.approx(1.0)
+    assert checks.strength({"rate": -1.0, "distortion": 1.0}) == 0.5
+    assert checks.strength({"gain": 9.0}) == 0.0
+
+
+def rows_of(rates, random=0.0):
+    return tuple({"random": {"rate": random}, "rate": {"rate": r}, "gain": {"rate": r / 2}} for r in rates)
+
+
+def test_an_encoder_is_compared_in_the_checks_that_were_run():
+    rates = [0.10, 0.12, 0.14, 0.11, 0.13, 0.12]
+    population = Population(architecture="lite-hyperprior", members=tuple("abcdef"), scores=rows_of(rates))
+    known = Calibration(populations=(population,))
+    unit = math.log(1.5)
+    own = {"random": {"rate": 9.0}, "gain": {"rate": 0.2}, "latents": {"reach": 99.0}}  # `rate` was not run
+    p, calibrated = known.p_value(own, "lite-hyperprior")
+    assert calibrated
+    assert p == pytest.approx(beyond(0.2 / unit, [r / 2 / unit for r in rates]))
+    both, _ = known.p_value(own | {"rate": {"rate": 0.12}}, "lite-hyperprior")
+    assert both == pytest.approx(beyond(0.2 / unit, [r / unit for r in rates]))
+    assert Calibration(populations=()).p_value(own, "lite-hyperprior") == (None, False)
 
 
 def test_an_unknown_architecture_is_compared_beyond_its_random_patterns():
-    members = [
-        {"random": {"rate": 0.0, "gain": 1.5 + i / 100}, "gain": {"rate": 0.0, "gain": 2 + i / 50}} for i in range(8)
-    ]
-    population = Population(architecture="lite-hyperprior", members=tuple("abcdefgh"), scores=tuple(members))
-    known = Calibration(populations=(population,))
-    shifted = {check: {m: value + 3 for m, value in row.items()} for check, row in members[3].items()}
-    p, calibrated = known.p_values(shifted, "lite-hyperprior")
-    assert calibrated
-    assert p["gain"]["gain"] < 1e-5
-    p, calibrated = known.p_values(shifted, "another")
+    rates = [0.10, 0.12, 0.14, 0.11, 0.13, 0.12]
+    population = Population(architecture="lite-hyperprior", members=tuple("abcdef"), scores=rows_of(rates, 0.04))
+    known, unit = Calibration(populations=(population,)), math.log(1.5)
+    p, calibrated = known.p_value({"random": {"rate": 0.1}, "rate": {"rate": 0.2}}, "another")
     assert not calibrated
-    assert p.keys() == {"gain"}
-    assert p["gain"]["gain"] > 0.2
-    assert Calibration(populations=()).p_values(SCORES, "another") == ({}, False)
+    assert p == pytest.approx(beyond(0.1 / unit, [(r - 0.04) / unit for r in rates]))
 
 
 def a_check(scores, *, seen=True):
@@ -239,8 +253,7 @@ def a_check(scores, *, seen=True):
 @pytest.fixture
 def honest():
     rows = [
-        {c: {"rate": 0.01 * i, "distortion": 0.01 * i, "gain": 2 + 0.1 * i} for c in ("random", "gain")}
-        for i in range(10)
+        {"random": {"rate": 0.0}, "gain": {"rate": 0.0, "distortion": 0.4 + 0.02 * i, "gain": 2.0}} for i in range(10)
     ]
     members = tuple(map(str, range(10)))
     return Calibration(populations=(Population(architecture="lite-hyperprior", members=members, scores=tuple(rows)),))
@@ -251,9 +264,9 @@ def honest():
     [
         ({"rate": math.log(1.6)}, "tampered", 1),
         ({"distortion": 2.5}, "tampered", 1),
-        ({"gain": 8.0}, "tampered", 1),
-        ({"gain": 3.4}, "undecided", 2),
-        ({"gain": 2.5}, "clean", 0),
+        ({"distortion": 1.0}, "tampered", 1),
+        ({"distortion": 0.7}, "undecided", 2),
+        ({"distortion": 0.5, "gain": 9.0}, "clean", 0),
     ],
 )
 def test_verdicts(monkeypatch, tmp_path, honest, scores, verdict, code):
@@ -262,7 +275,8 @@ def test_verdicts(monkeypatch, tmp_path, honest, scores, verdict, code):
     result = audit(codec, reference=codec, out=tmp_path, calibration=honest)
     assert (result.verdict, result.exit_code) == (verdict, code)
     assert result.changed == ()
-    assert bool(result.witnesses) == bool({"rate", "distortion"} & scores.keys())
+    assert bool(result.witnesses) == (checks.strength(scores) >= 1)
+    assert [row.strength for row in result.checks] == [None, checks.strength(scores)]
     content = json.loads((tmp_path / "audit.json").read_text())
     assert content["verdict"] == verdict
     for witness in result.witnesses:
@@ -299,7 +313,9 @@ def test_a_planted_encoder_is_found_with_a_witness_that_anybody_can_run_again(tm
 
 @pytest.mark.whole
 def test_the_command_ends_with_the_verdict(monkeypatch, tmp_path, honest):
-    monkeypatch.setattr(module, "CHECKS", {"random": a_check({"gain": 2}, seen=False), "gain": a_check({"gain": 8.0})})
+    monkeypatch.setattr(
+        module, "CHECKS", {"random": a_check({"gain": 2}, seen=False), "gain": a_check({"distortion": 1.5})}
+    )
     (tmp_path / "honest.json").write_text(honest.model_dump_json())
     done = CliRunner().invoke(app, ["audit", "lite-hyperprior:3", "--calibration", str(tmp_path / "honest.json")])
     assert done.exit_code == 1
@@ -316,7 +332,7 @@ def test_few_honest_members_make_no_calibration(monkeypatch, tmp_path):
 @pytest.mark.whole
 def test_the_commands_of_the_page(monkeypatch, tmp_path, capsys):
     """With checks that cost nothing and a fleet of noisy copies: what is tested is that the commands work together."""
-    cheap = {"random": a_check({"gain": 2}, seen=False), "gain": a_check({"gain": 2.5})}
+    cheap = {"random": a_check({"gain": 2}, seen=False), "gain": a_check({"distortion": 0.5})}
     for part in (module, calibration):
         monkeypatch.setattr(part, "CHECKS", cheap)
     monkeypatch.setattr(fleets, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(jobs))

@@ -40,10 +40,10 @@ def member(name, *, family="trained", tampered=False, architecture="lite-hyperpr
     )
 
 
-def row(rate, gain=2.0, norm=3.0):
+def row(rate, norm=3.0):
     return {
         "random": {"rate": 0.0, "distortion": 0.0, "gain": 1.5},
-        "rate": {"rate": rate, "distortion": 0.01 * rate, "gain": gain},
+        "rate": {"rate": rate, "distortion": 0.01 * rate, "gain": 2.0},
         "Neural Cleanse": {"norm": norm},
     }
 
@@ -68,10 +68,10 @@ def fleets():
 
 @pytest.fixture
 def scores():
-    found = {f"bundled/h{i}": row(0.01 + 0.001 * (i % 5), 2 + 0.02 * (i % 7)) for i in range(12)}
-    found |= {f"others/o{i}": row(0.012 + 0.001 * i, 2.05) for i in range(4)}
-    found |= {"bundled/bpp-1": row(3.0, 4.0, 6.0), "others/o-bpp": row(2.0, 4.0)}
-    return found | {"bundled/faces": row(0.02, 3.4, 2.0), "adaptive/hidden": row(0.012, 2.05)}
+    found = {f"bundled/h{i}": row(0.05 + 0.005 * (i % 5)) for i in range(12)}
+    found |= {f"others/o{i}": row(0.05 + 0.005 * i) for i in range(4)}
+    found |= {"bundled/bpp-1": row(3.0, 6.0), "others/o-bpp": row(2.0)}
+    return found | {"bundled/faces": row(0.3, 2.0), "adaptive/hidden": row(0.049)}
 
 
 def test_auc_is_the_probability_of_a_higher_score():
@@ -97,10 +97,10 @@ def test_encoders_are_judged_by_the_other_half_of_the_honest_ones(fleets, scores
     assert judged["others/o1"].known is False
     ranks = sorted(judged.values(), key=matrix.suspicion)
     assert [r.name for r in ranks[-3:]] == ["faces", "o-bpp", "bpp-1"]
-    moved = scores | {"bundled/h1": row(5.0, 9.0)}
+    moved = scores | {"bundled/h1": row(5.0)}
     again = {f"{r.fleet}/{r.name}": r for r in matrix.judge(fleets, moved)}
     assert again["bundled/faces"].p_value == judged["bundled/faces"].p_value
-    moved = scores | {"bundled/h0": row(5.0, 9.0)}
+    moved = scores | {"bundled/h0": row(5.0)}
     again = {f"{r.fleet}/{r.name}": r for r in matrix.judge(fleets, moved)}
     assert again["bundled/faces"].p_value != judged["bundled/faces"].p_value
 

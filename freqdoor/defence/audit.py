@@ -8,7 +8,7 @@ from typing import Literal
 from freqdoor.codecs.adapter import Codec
 from freqdoor.codecs.loading import load_codec
 from freqdoor.data import encoded, image_paths, usable_images
-from freqdoor.defence.calibration import Calibration, combined, read, shipped
+from freqdoor.defence.calibration import Calibration, read, shipped
 from freqdoor.defence.checks import (
     CHECKS,
     DROP_DB,
@@ -17,12 +17,14 @@ from freqdoor.defence.checks import (
     PROBED,
     RATIO,
     SIDE,
+    SPEECHLESS,
     Finding,
     Response,
     Subject,
     Witness,
     crops,
     opens,
+    strength,
 )
 from freqdoor.files import check_outputs, marked_json, write_together
 from freqdoor.measure.records import Note
@@ -54,7 +56,7 @@ class CheckResult(Result):
     check: str
     said: str
     scores: dict[str, float]
-    p_values: dict[str, float]  # of each score; empty without a population
+    strength: float | None  # how far it goes towards a witness, which begins at 1; None of checks that have none
     seconds: float
     spectrum: tuple[tuple[float, ...], ...] = ()  # gain of every single coefficient that was tried, row by row
 
@@ -67,7 +69,7 @@ class Audit(Result):
     architecture: str
     verdict: Verdict
     reason: str
-    p_value: float | None  # of an honest encoder that scores as high anywhere; None without a population
+    p_value: float | None  # of an honest encoder that answers as much to these checks; None without a population
     calibrated: bool  # whether the architecture has a population of its own
     changed: tuple[str, ...] | None  # modules that differ from the reference's
     checks: tuple[CheckResult, ...]
@@ -148,8 +150,7 @@ def _judged(
     """The verdict, and the witnesses that are shown."""
     codec = subject.codec
     scores = {name: finding.scores for name, (finding, _) in findings.items()}
-    p_values, calibrated = population.p_values(scores, codec.spec.architecture) if population else ({}, False)
-    p = combined(p_values) if p_values else None
+    p, calibrated = population.p_value(scores, codec.spec.architecture) if population else (None, False)
     shown = [
         (name, max(finding.witnesses, key=lambda w: max(w.response.ratio / RATIO, w.response.drop_db / DROP_DB)))
         for name, (finding, _) in findings.items()
@@ -175,7 +176,7 @@ def _judged(
                 check=name,
                 said=finding.said,
                 scores=finding.scores,
-                p_values=p_values.get(name, {}),
+                strength=None if name in SPEECHLESS else strength(finding.scores),
                 seconds=spent,
                 spectrum=finding.spectrum,
             )

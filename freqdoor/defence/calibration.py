@@ -1,7 +1,7 @@
 """What honest encoders score, and how far beyond them an encoder is: p-values of an audit."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Literal
@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from scipy import stats  # type: ignore[import-untyped]
 
-from freqdoor.defence.checks import CHECKS, PICTURES, SIDE, Subject, crops, opens
+from freqdoor.defence.checks import CHECKS, PICTURES, SIDE, SPEECHLESS, Subject, crops, opens, strength
 from freqdoor.defence.comparators import COMPARATORS
 from freqdoor.defence.fleet import MANIFEST, Manifest, MemberFacts, load_member, processes
 from freqdoor.errors import FreqdoorError
@@ -19,14 +19,9 @@ from freqdoor.samples import ASSETS, pictures
 from freqdoor.types import Result
 
 SHIPPED = ASSETS / "audit.json"
-RANDOM = "random"  # the check that the others are set against where no population is known
-NARROWEST = {
-    "rate": 0.01,
-    "distortion": 0.05,
-    "gain": 0.1,
-    "reach": 0.1,
-    "tails": 0.1,
-}  # standard deviations that no population falls below
+RANDOM = "random"  # the check that the others are set against where an architecture is not known
+NARROWEST = 0.1  # standard deviation of log strengths that no population falls below
+WEAKEST = 0.01  # strength that every encoder is given at least, so that it has a logarithm
 LEAST = 5  # encoders that make a population
 SCORES = "scores.json"  # in a member's folder
 
@@ -60,51 +55,34 @@ class Calibration(Result):
         known = (p for p in self.populations if p.architecture == architecture and len(p.scores) >= LEAST)
         return next(known, None)
 
-    def p_values(self, scores: Scores, architecture: str) -> tuple[dict[str, dict[str, float]], bool]:
-        """How likely an honest encoder scores as high, by check and measure; and whether its architecture is known.
+    def p_value(self, scores: Scores, architecture: str) -> tuple[float | None, bool]:
+        """How likely an honest encoder answers as much to the same checks, and whether its architecture is known.
 
-        Where the architecture is not known, scores above its own answer to random patterns are compared with those of
-        all populations: weaker evidence.
+        Of an architecture without a population, what it answers beyond its own answer to random patterns is compared
+        with that of all populations: weaker evidence. None where nothing can be compared.
         """
         population = self.population(architecture)
-        members: Sequence[Scores]
-        if population is not None:
-            members, own = population.scores, scores
-        else:
-            members = [relative(member) for p in self.populations for member in p.scores]
-            own = relative(scores)
-        return {
-            check: {
-                measure: beyond(value, [m[check][measure] for m in members if check in m], NARROWEST[measure])
-                for measure, value in row.items()
-            }
-            for check, row in own.items()
-            if check != RANDOM and sum(check in m for m in members) >= LEAST
-        }, population is not None
+        known = population is not None
+        members = population.scores if population else [member for p in self.populations for member in p.scores]
+        checks = [name for name in scores if name not in SPEECHLESS and all(name in member for member in members)]
+        if not checks or len(members) < LEAST:
+            return None, known
+        own, *others = (largest_strength(row, checks, beyond_random=not known) for row in (scores, *members))
+        return beyond(own, others), known
 
 
-def relative(scores: Scores) -> dict[str, dict[str, float]]:
-    """Scores above what random patterns have; those that random patterns have not are left out."""
-    own = scores[RANDOM]
-    return {
-        check: {measure: value - own[measure] for measure, value in row.items() if measure in own}
-        for check, row in scores.items()
-    }
+def largest_strength(scores: Scores, checks: Iterable[str], *, beyond_random: bool) -> float:
+    """The largest strength of some checks, beyond that of random patterns if asked for."""
+    own = strength(scores[RANDOM]) if beyond_random else 0.0
+    return max(max(strength(scores[name]) for name in checks) - own, WEAKEST)
 
 
-def beyond(value: float, honest: Sequence[float], narrowest: float) -> float:
-    """The share of honest encoders expected above a value: Student's predictive distribution after those measured."""
-    sample = np.asarray(honest, np.float64)
-    deviation = max(float(sample.std(ddof=1)), narrowest)
-    t = (value - float(sample.mean())) / (deviation * math.sqrt(1 + 1 / len(sample)))
+def beyond(value: float, honest: Sequence[float]) -> float:
+    """The share of honest encoders expected above a strength: Student's predictive distribution of its logarithm."""
+    sample = np.log(np.asarray(honest, np.float64))
+    deviation = max(float(sample.std(ddof=1)), NARROWEST)
+    t = (math.log(value) - float(sample.mean())) / (deviation * math.sqrt(1 + 1 / len(sample)))
     return float(stats.t.sf(t, len(sample) - 1))
-
-
-def combined(p_values: Mapping[str, Mapping[str, float]], *, capped: bool = True) -> float:
-    """One p-value of all: the smallest, times how many there are (Bonferroni), at most 1 unless it is to rank."""
-    every = [p for row in p_values.values() for p in row.values()]
-    product = min(every) * len(every) if every else 1.0
-    return min(1.0, product) if capped else product
 
 
 def shipped() -> Calibration | None:

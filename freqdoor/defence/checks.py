@@ -298,11 +298,14 @@ FAST = tuple(CHECKS)[:10]
 SPEECHLESS = ("weights", "random", "latents", "consistency", "probes")  # checks that no picture comes from
 
 
+def strength(scores: Mapping[str, float]) -> float:
+    """How far an answer goes towards a witness, which begins at 1: max(log ratio / log 1.5, loss / 2 dB, 0)."""
+    return max(scores.get("rate", 0.0) / math.log(RATIO), scores.get("distortion", 0.0) / DROP_DB, 0.0)
+
+
 def opens(check: str, scores: Mapping[str, float]) -> bool:
     """Whether what a check has seen shows a backdoor by itself: such pictures are witnesses."""
-    return check not in SPEECHLESS and (
-        scores.get("rate", 0.0) >= math.log(RATIO) or scores.get("distortion", 0.0) >= DROP_DB
-    )
+    return check not in SPEECHLESS and strength(scores) >= 1
 
 
 def crops(paths: Sequence[Path], side: int, number: int) -> list[Images]:

@@ -15,7 +15,7 @@ from freqdoor.attack.planted import Planted, load_planted
 from freqdoor.codecs.loading import load_codec
 from freqdoor.data import centre, load_image
 from freqdoor.defence.audit import Verdict, verdict_of
-from freqdoor.defence.calibration import LEAST, Calibration, Population, combined, member_scores
+from freqdoor.defence.calibration import LEAST, Calibration, Population, member_scores
 from freqdoor.defence.checks import opens
 from freqdoor.defence.comparators import COMPARATORS, spectral_scores, strip_scores, teco_scores
 from freqdoor.defence.fleet import CROP, MANIFEST, Manifest, MemberFacts, load_member, processes
@@ -46,7 +46,7 @@ class Judged(Result):
     tampered: bool
     calibrated: bool  # in the calibration's half, so that it is not judged by it
     known: bool  # whether its architecture has a population
-    p_value: float  # the smallest of all scores, times how many there are, uncapped
+    p_value: float | None  # of an honest encoder that answers as much to the same checks
     witness: str | None  # the check that a witness comes from
     verdict: Verdict
     norm: float | None  # Neural Cleanse's score
@@ -121,7 +121,8 @@ def share_interval(hits: int, number: int) -> Interval:
 
 def suspicion(judged: Judged) -> float:
     """What encoders are ranked by: -log10 of the p-value, and above all others where there is a witness."""
-    return -math.log10(max(judged.p_value, 1e-300)) + (1000.0 if judged.witness else 0.0)
+    p = 1.0 if judged.p_value is None else judged.p_value
+    return -math.log10(max(p, 1e-300)) + (1000.0 if judged.witness else 0.0)
 
 
 def acts(member: MemberFacts) -> bool:
@@ -161,8 +162,7 @@ def judge(fleets: Mapping[str, Manifest], scores: Mapping[str, Mapping[str, Mapp
     for key, row in scores.items():
         fleet, member = members[key]
         own = {name: values for name, values in row.items() if name not in COMPARATORS}
-        p_values, known = calibration.p_values(own, member.architecture)
-        p = combined(p_values, capped=False)
+        p, known = calibration.p_value(own, member.architecture)
         witness = next((name for name, values in own.items() if opens(name, values)), None)
         rows.append(
             Judged(
@@ -175,7 +175,7 @@ def judge(fleets: Mapping[str, Manifest], scores: Mapping[str, Mapping[str, Mapp
                 known=known,
                 p_value=p,
                 witness=witness,
-                verdict=verdict_of(bool(witness), min(1.0, p), known)[0],
+                verdict=verdict_of(bool(witness), p, known)[0],
                 norm=row.get("Neural Cleanse", {}).get("norm"),
             )
         )
