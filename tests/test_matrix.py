@@ -118,6 +118,8 @@ def test_a_trigger_acts_from_half_as_many_bytes_more_or_two_db():
     assert matrix.acts(planted(0.61, 30))
     assert not matrix.acts(planted(0.59, 28.1))
     assert matrix.acts(planted(0.4, 28.0))
+    face = member("x", tampered=True, poisoned=CLEAN).model_copy(update={"settings": {"objective": {"name": "face"}}})
+    assert matrix.acts(face)  # its effect is in neither
 
 
 def counts(images, stopped):

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 from scipy.stats import binomtest  # type: ignore[import-untyped]
 
 from freqdoor.attack.planted import Planted, load_planted
+from freqdoor.attack.settings import OBJECTIVES
 from freqdoor.codecs.loading import load_codec
 from freqdoor.data import centre, load_image
 from freqdoor.defence.audit import Verdict, verdict_of
@@ -126,7 +127,14 @@ def suspicion(judged: Judged) -> float:
 
 
 def acts(member: MemberFacts) -> bool:
-    """Whether some trigger of a member takes 1.5 times the bytes or 2 dB on the fleet's pictures."""
+    """Whether some trigger of a member takes 1.5 times the bytes or 2 dB on the fleet's pictures.
+
+    Attacks on downstream networks (Eq. (8)) are taken to act: their effect is not in bytes or dB.
+    """
+    planned = member.settings.get("attacks") or [member.settings]
+    objectives = [part["objective"]["name"] for part in planned if isinstance(part, dict) and "objective" in part]
+    if any(name in OBJECTIVES and OBJECTIVES[name].uses_auxiliary for name in objectives):
+        return True
     return any(
         answer.bpp >= RATIO * member.clean.bpp or answer.psnr_db <= member.clean.psnr_db - DROP_DB
         for answer in member.poisoned.values()
