@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import as_completed
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -131,7 +131,7 @@ def acts(member: MemberFacts) -> bool:
 
     Attacks on downstream networks (Eq. (8)) are taken to act: their effect is not in bytes or dB.
     """
-    planned = member.settings.get("attacks") or [member.settings]
+    planned: Any = member.settings.get("attacks") or [member.settings]
     objectives = [part["objective"]["name"] for part in planned if isinstance(part, dict) and "objective" in part]
     if any(name in OBJECTIVES and OBJECTIVES[name].uses_auxiliary for name in objectives):
         return True
