@@ -19,8 +19,8 @@ from freqdoor.codecs.loading import save_codec
 from freqdoor.data import Crops, list_images
 from freqdoor.dct import block_dct, blockify, rgb_to_ycbcr
 from freqdoor.defence import audit as auditing
+from freqdoor.defence import calibration, unlearning
 from freqdoor.defence import repair as module
-from freqdoor.defence import unlearning
 from freqdoor.defence.checks import Finding, Response, Witness
 from freqdoor.defence.repair import Repair, reactivated, repairs_table
 from freqdoor.defence.unlearning import Modulated, Patterns, at_the_sharpest, latents, prune_dormant
@@ -66,6 +66,7 @@ def cheap_audit(monkeypatch):
         def check(subject):
             return Finding(scores, "seen", [Witness(subject.pictures[0], subject.pictures[0], response)])
 
+        monkeypatch.setattr(calibration, "SHIPPED", Path("none"))
         monkeypatch.setattr(auditing, "CHECKS", {"rate": check})
         monkeypatch.setattr(auditing, "FAST", ("rate",))
 
@@ -158,9 +159,9 @@ def test_a_pattern_climbs_against_the_encoder_and_leaves_it_alone(lite, x):
 def test_patterns_that_an_audit_finds_are_made_for_every_goal_and_anew(lite, x, monkeypatch):
     asked = []
 
-    def inverted(codec, x, goal, **options):
+    def inverted(codec, x, goal, make, **options):
         asked.append((goal, options["steps"]))
-        return unlearning.Pattern()
+        return make()
 
     monkeypatch.setattr(unlearning, "inverted", inverted)
     patterns = Patterns(settings_of(steps=12, renewals=2, search=7), lite, found=True)

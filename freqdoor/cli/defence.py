@@ -125,6 +125,7 @@ def calibrate_guard(
     say(f"Calibration on {calibration.photographs} photographs: {out}")
 
 
+@verb()
 def repair(
     checkpoint: Annotated[str, typer.Argument(help="name:quality, a checkpoint file, or package.module:factory.")],
     out: Out,

@@ -73,7 +73,7 @@ class Calibration(Result):
 
 def largest_strength(scores: Scores, checks: Iterable[str], *, beyond_random: bool) -> float:
     """The largest strength of some checks, beyond that of random patterns if asked for."""
-    own = strength(scores[RANDOM]) if beyond_random else 0.0
+    own = strength(scores.get(RANDOM, {})) if beyond_random else 0.0
     return max(max(strength(scores[name]) for name in checks) - own, WEAKEST)
 
 

@@ -95,7 +95,7 @@ class CodecTraining(Training):
 
     codec: str
     """Architecture and quality, for example "bmshj2018-hyperprior:3"."""
-    arguments: dict[str, Any] = Field(default_factory=dict)
+    arguments: dict[str, Count | tuple[Count, ...]] = Field(default_factory=dict)
     """Arguments of the network that differ from those at this quality in CompressAI's zoo, for example { N = 32 }."""
     start_from: PrivatePath | None = None
     """A codec to take the first weights from (same architecture, mostly another quality), as for `load_codec`."""

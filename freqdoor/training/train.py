@@ -68,7 +68,8 @@ def _train(settings: CodecTraining, out: Path, mistakes: Mistakes, progress: Pro
         check_device(settings.device)
     with mistakes:
         spec = parse_name(settings.codec)
-        spec = replace(spec, arguments=spec.arguments | settings.arguments)
+        given = {name: list(v) if isinstance(v, tuple) else v for name, v in settings.arguments.items()}
+        spec = replace(spec, arguments=spec.arguments | given)
         lmbda = lambda_of(settings, spec)
         torch.manual_seed(seed_for(settings.seed, "weights"))
         codec = build_codec(spec)
