@@ -208,8 +208,9 @@ def processes(jobs: int) -> Iterator[ProcessPoolExecutor]:
         try:
             yield pool
         except BaseException:
+            running = list((pool._processes or {}).values())  # which a shutdown forgets
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in list(pool._processes.values()):
+            for process in running:
                 process.terminate()  # a training saves its state
             raise
 

@@ -19,13 +19,14 @@ from freqdoor.defence.audit import Verdict, verdict_of
 from freqdoor.defence.calibration import LEAST, Calibration, Population, member_scores
 from freqdoor.defence.checks import opens
 from freqdoor.defence.comparators import COMPARATORS, spectral_scores, strip_scores, teco_scores
+from freqdoor.defence.expectation import calibrate_guard
 from freqdoor.defence.fleet import CROP, MANIFEST, Manifest, MemberFacts, load_member, processes
 from freqdoor.defence.guard import GuardCounts, guard_rates
 from freqdoor.defence.repair import RepairRow, repair, repair_row
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import write_text
 from freqdoor.measure.records import Note, poisoned
-from freqdoor.samples import held_out, pictures
+from freqdoor.samples import KODAK, held_out, pictures
 from freqdoor.training.train import EXPORT
 from freqdoor.types import Result
 
@@ -274,8 +275,9 @@ def member_guard(folder: Path, member: MemberFacts) -> MemberGuard:
         strength: [poisoned(trigger, x, strength=strength) for trigger in planted.triggers.values() for x in clean]
         for strength in STRENGTHS
     }
+    own = calibrate_guard(planted.vanilla, KODAK, folder / "guard-calibration.json") if member.base else None
     rates = {
-        f"{strength:g}": guard_rates(codec, None, clean, images, paired=True) for strength, images in marked.items()
+        f"{strength:g}": guard_rates(codec, own, clean, images, paired=True) for strength, images in marked.items()
     }
     every = [*clean, *marked[1.0]]
     of_images = {
