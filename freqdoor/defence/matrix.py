@@ -16,7 +16,7 @@ from freqdoor.attack.settings import OBJECTIVES
 from freqdoor.codecs.loading import load_codec
 from freqdoor.data import centre, load_image
 from freqdoor.defence.audit import Verdict, verdict_of
-from freqdoor.defence.calibration import LEAST, Calibration, Population, member_scores
+from freqdoor.defence.calibration import LEAST, SCORES, Calibration, Population, member_scores
 from freqdoor.defence.checks import opens
 from freqdoor.defence.comparators import COMPARATORS, spectral_scores, strip_scores, teco_scores
 from freqdoor.defence.expectation import calibrate_guard
@@ -216,9 +216,9 @@ def defence_matrix(
     planted = {key: m for key, m in members.items() if m.tampered and m.architecture == BUNDLED_KIND}
     first = {m.family: key for key, m in reversed(planted.items())}  # of each family, what is repaired
     repaired = {key: members[key] for key in first.values()}
-    scores = _each(_audited, root, members, jobs, until, note)
-    guards = _each(member_guard, root, planted, jobs, until, note)
-    repairs = _each(member_repair, root, repaired, jobs, until, note)
+    scores = _each(_audited, SCORES, root, members, jobs, until, note)
+    guards = _each(member_guard, GUARD, root, planted, jobs, until, note)
+    repairs = _each(member_repair, REPAIR, root, repaired, jobs, until, note)
     return DefenceMatrix(
         judged=tuple(judge(manifests, scores)),
         guards=guards,
@@ -234,16 +234,22 @@ T = TypeVar("T")
 
 def _each(
     measure: Callable[[Path, MemberFacts], T],
+    kept: str,
     root: Path,
     members: Mapping[str, MemberFacts],
     jobs: int,
     until: float,
     note: Note | None,
 ) -> dict[str, T]:
-    """What a measurement gives for every member, in processes; members that time does not reach are left out."""
+    """What a measurement gives for every member, in processes.
+
+    Members that time does not reach are left out, unless their folder has the file that is kept.
+    """
     found: dict[str, T] = {}
     with processes(jobs) as pool:
-        futures = {pool.submit(_in_time, measure, root / key, member, until): key for key, member in members.items()}
+        futures = {
+            pool.submit(_in_time, measure, kept, root / key, member, until): key for key, member in members.items()
+        }
         for future in as_completed(futures):
             result = future.result()
             if result is not None:
@@ -253,8 +259,10 @@ def _each(
     return {key: found[key] for key in members if key in found}
 
 
-def _in_time(measure: Callable[[Path, MemberFacts], T], folder: Path, member: MemberFacts, until: float) -> T | None:
-    return measure(folder, member) if time.time() < until else None
+def _in_time(
+    measure: Callable[[Path, MemberFacts], T], kept: str, folder: Path, member: MemberFacts, until: float
+) -> T | None:
+    return measure(folder, member) if time.time() < until or (folder / kept).exists() else None
 
 
 def _audited(folder: Path, member: MemberFacts) -> dict[str, dict[str, float]]:
