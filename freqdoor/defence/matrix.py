@@ -230,6 +230,7 @@ def defence_matrix(
 
 
 T = TypeVar("T")
+Kept = TypeVar("Kept", MemberGuard, MemberRepair)
 
 
 def _each(
@@ -272,10 +273,8 @@ def _audited(folder: Path, member: MemberFacts) -> dict[str, dict[str, float]]:
 def member_guard(folder: Path, member: MemberFacts) -> MemberGuard:
     """What the guard and published detectors make of a member's trigger, on the pictures that are held out."""
     path = folder / GUARD
-    if path.exists():
-        kept = MemberGuard.read(path, "a guard's results")
-        if kept.module_hashes == member.module_hashes:
-            return kept
+    if (kept := _kept(MemberGuard, path, member)) is not None:
+        return kept
     codec, planted = load_member(folder, member), _planted(folder, member)
     clean = [centre(load_image(p), CROP) for p in held_out()]
     others = [centre(load_image(p), CROP) for p in pictures() if p not in held_out()][:OVERLAYS]
@@ -307,17 +306,21 @@ def member_guard(folder: Path, member: MemberFacts) -> MemberGuard:
 def member_repair(folder: Path, member: MemberFacts) -> MemberRepair:
     """A member before and after `repair` with its defaults, with the triggers that it was planted with."""
     path = folder / REPAIR
-    if path.exists():
-        kept = MemberRepair.read(path, "a repair's results")
-        if kept.module_hashes == member.module_hashes:
-            return kept
+    if (kept := _kept(MemberRepair, path, member)) is not None:
+        return kept
     planted = _planted(folder, member)
     before = repair_row("tampered", planted.tampered, planted, STRENGTHS)
     result = repair(load_member(folder, member), folder / "repair", fast=True)
     after = repair_row("repaired", load_codec(str(folder / "repair" / EXPORT)), planted, STRENGTHS, result)
-    kept = MemberRepair(module_hashes=member.module_hashes, before=before, after=after)
-    write_text(path, kept.model_dump_json(indent=1))
-    return kept
+    repaired = MemberRepair(module_hashes=member.module_hashes, before=before, after=after)
+    write_text(path, repaired.model_dump_json(indent=1))
+    return repaired
+
+
+def _kept(kind: type[Kept], path: Path, member: MemberFacts) -> Kept | None:
+    """What was measured of a member before, if it is still the same encoder."""
+    found = kind.read(path, "what was measured of a fleet's member") if path.exists() else None
+    return found if found is not None and found.module_hashes == member.module_hashes else None
 
 
 def _planted(folder: Path, member: MemberFacts) -> Planted:
