@@ -249,3 +249,15 @@ def test_neural_cleanse_finds_the_norm_that_an_encoder_needs():
     for found, scale in zip(norms, (0.02, 0.002), strict=True):
         assert found == pytest.approx(scale * math.log(1.5) / math.log(2), rel=0.6)
     assert norms[0] > 3 * norms[1]
+
+
+def test_what_a_folder_keeps_is_not_measured_again_unless_the_encoder_is_another_one(whole, tmp_path):
+    subject = member("m", tampered=True)
+    guard = whole.guards["bundled/bpp-1"].model_copy(update={"module_hashes": subject.module_hashes})
+    (tmp_path / "guard.json").write_text(guard.model_dump_json())
+    assert matrix.member_guard(tmp_path, subject) == guard
+    other = subject.model_copy(update={"module_hashes": {"g_a": "other"}})
+    with pytest.raises(FreqdoorError):  # there is no codec in the folder to measure
+        matrix.member_guard(tmp_path, other)
+    assert matrix._in_time(matrix.member_guard, "guard.json", tmp_path, subject, 0.0) == guard
+    assert matrix._in_time(matrix.member_guard, "nothing.json", tmp_path, subject, 0.0) is None
