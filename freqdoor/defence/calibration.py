@@ -4,13 +4,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import as_completed
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
 from scipy import stats  # type: ignore[import-untyped]
 
-from freqdoor.defence.checks import CHECKS, PICTURES, SIDE, SPEECHLESS, Subject, crops, opens, strength
-from freqdoor.defence.comparators import COMPARATORS
+from freqdoor.defence.checks import CHECKS, PICTURES, SIDE, SPEECHLESS, Check, Subject, crops, opens, strength
 from freqdoor.defence.fleet import MANIFEST, Manifest, MemberFacts, load_member, processes
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import check_outputs, marked_json, write_text
@@ -151,8 +151,7 @@ def scores_of_fleet(
     Args:
         half: of the honest and of the tampered members every second one, from the first (0) or the second (1) on.
         tampered: only these members, or only the honest ones.
-        exhaustive: all checks; otherwise none behind the first witness, as `audit` does, and none of the comparators
-            is left out.
+        exhaustive: all checks; otherwise none behind the first witness, as `audit` does.
     """
     manifest = Manifest.read(folder / MANIFEST, "the manifest of a fleet")
     kinds = [manifest.named(tampered=kind) for kind in (False, True) if tampered in (None, kind)]
@@ -171,18 +170,27 @@ def scores_of_fleet(
 
 
 def member_scores(
-    folder: Path, member: MemberFacts, device: str = "cpu", exhaustive: bool = True
+    folder: Path,
+    member: MemberFacts,
+    device: str = "cpu",
+    exhaustive: bool = True,
+    others: Mapping[str, Check] = MappingProxyType({}),
 ) -> dict[str, dict[str, float]]:
-    """The scores of one member, by check and comparator; those that lack are measured and kept in its folder."""
+    """The scores of one member by check; those that lack are measured and kept in its folder.
+
+    Args:
+        device, exhaustive: as for `scores_of_fleet`.
+        others: further checks beside those of an audit, first.
+    """
     path = folder / SCORES
     scores: dict[str, dict[str, float]] = {}
     if path.exists():
         kept = MemberScores.read(path, "scores of a fleet's member")
         if kept.module_hashes == member.module_hashes:
-            scores = {name: row for name, row in kept.scores.items() if name in CHECKS or name in COMPARATORS}
+            scores = kept.scores
     subject: Subject | None = None
     open_door = False
-    for name, check in (COMPARATORS | CHECKS).items():
+    for name, check in {**others, **CHECKS}.items():
         if open_door and not exhaustive:
             break
         if name not in scores:
@@ -192,4 +200,4 @@ def member_scores(
             facts = MemberScores(module_hashes=member.module_hashes, scores=scores)
             write_text(path, facts.model_dump_json(indent=1))
         open_door = name in CHECKS and opens(name, scores[name])
-    return scores
+    return {name: scores[name] for name in (*others, *CHECKS) if name in scores}

@@ -267,7 +267,7 @@ def _in_time(
 
 
 def _audited(folder: Path, member: MemberFacts) -> dict[str, dict[str, float]]:
-    return member_scores(folder, member, exhaustive=False)
+    return member_scores(folder, member, exhaustive=False, others=COMPARATORS)
 
 
 def member_guard(folder: Path, member: MemberFacts) -> MemberGuard:
