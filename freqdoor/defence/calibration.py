@@ -143,7 +143,6 @@ def scores_of_fleet(
     tampered: bool | None = None,
     jobs: int = 1,
     device: str = "cpu",
-    exhaustive: bool = True,
     note: Note | None = None,
 ) -> dict[str, tuple[MemberFacts, dict[str, dict[str, float]]]]:
     """The scores of a fleet's members by name, measured now where they are not there yet.
@@ -151,16 +150,13 @@ def scores_of_fleet(
     Args:
         half: of the honest and of the tampered members every second one, from the first (0) or the second (1) on.
         tampered: only these members, or only the honest ones.
-        exhaustive: all checks; otherwise none behind the first witness, as `audit` does.
     """
     manifest = Manifest.read(folder / MANIFEST, "the manifest of a fleet")
     kinds = [manifest.named(tampered=kind) for kind in (False, True) if tampered in (None, kind)]
     members = [member for kind in kinds for member in (kind if half is None else kind[half::2])]
     scores: dict[str, tuple[MemberFacts, dict[str, dict[str, float]]]] = {}
     with processes(jobs) as pool:
-        futures = {
-            pool.submit(member_scores, folder / member.name, member, device, exhaustive): member for member in members
-        }
+        futures = {pool.submit(member_scores, folder / member.name, member, device): member for member in members}
         for future in as_completed(futures):
             member = futures[future]
             scores[member.name] = member, future.result()
@@ -179,7 +175,8 @@ def member_scores(
     """The scores of one member by check; those that lack are measured and kept in its folder.
 
     Args:
-        device, exhaustive: as for `scores_of_fleet`.
+        device: that patterns are optimised on.
+        exhaustive: all checks; otherwise none behind the first witness, as `audit` does.
         others: further checks beside those of an audit, first.
     """
     path = folder / SCORES

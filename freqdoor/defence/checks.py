@@ -116,7 +116,7 @@ class Subject:
 class Finding(NamedTuple):
     """What one check has seen."""
 
-    scores: dict[str, float]  # by measure, as `MEASURES`
+    scores: dict[str, float]  # by measure: rate, distortion, gain and the like
     said: str
     witnesses: Sequence[Witness] = ()
     spectrum: tuple[tuple[float, ...], ...] = ()  # gain of every single coefficient that was tried, row by row

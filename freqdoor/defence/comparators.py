@@ -12,6 +12,7 @@ from torch import Tensor
 from freqdoor.codecs.adapter import Codec
 from freqdoor.data import seed_for
 from freqdoor.defence.checks import Check, Finding, Subject
+from freqdoor.defence.inversion import frozen
 from freqdoor.metrics import mse
 from freqdoor.preprocessing import GaussianBlur, Jpeg, Median, Preprocessing, Resize, SqueezeBits
 from freqdoor.types import Images, Reconstruction
@@ -49,12 +50,10 @@ def _smallest(codec: Codec, x: Images, goal: str, seed: int) -> float:
     tile = start.to(x.device).requires_grad_()
     repeats = (1, 1, x.shape[-2] // TILE, x.shape[-1] // TILE)
     optimizer = torch.optim.Adam([tile], lr=NORM_LR)
-    asks = {parameter: parameter.requires_grad for parameter in codec.parameters()}
-    codec.eval().requires_grad_(False)
     smallest, weight = 1.0, 1.0
-    try:
+    with frozen(codec):
         with torch.no_grad():
-            clean = codec(x)
+            clean = codec.eval()(x)
         codec.train()
         for _ in range(NORM_STEPS):
             out = codec((x + tile.repeat(repeats)).clamp(0, 1))
@@ -71,10 +70,6 @@ def _smallest(codec: Codec, x: Images, goal: str, seed: int) -> float:
             optimizer.zero_grad()
             ((1 - reached).clamp_min(0) + weight * norm / START_RMS).backward()
             optimizer.step()
-    finally:
-        codec.eval()
-        for parameter, ask in asks.items():
-            parameter.requires_grad = ask
     return smallest
 
 

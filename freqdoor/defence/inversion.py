@@ -1,6 +1,7 @@
 """A pattern that opens a door if there is one: optimised against a frozen encoder, without any reference."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -10,6 +11,21 @@ from freqdoor.triggers.arguments import Goal
 from freqdoor.triggers.base import Trigger
 from freqdoor.triggers.pattern import GOALS, LR, Seen, falling_budget
 from freqdoor.types import Images
+
+
+@contextmanager
+def frozen(codec: Codec) -> Iterator[None]:
+    """No gradient for the codec's weights in the block; afterwards these and its modes are as they were."""
+    modes = {module: module.training for module in codec.modules()}
+    asks = {parameter: parameter.requires_grad for parameter in codec.parameters()}
+    codec.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter, ask in asks.items():
+            parameter.requires_grad = ask
 
 
 def inverted(
@@ -36,10 +52,7 @@ def inverted(
         torch.manual_seed(seed_for(seed, "inversion", goal))
         pattern = make().to(x.device).train()
         optimizer = torch.optim.Adam(pattern.parameters(), lr=lr)
-        modes = {module: module.training for module in codec.modules()}
-        asks = {parameter: parameter.requires_grad for parameter in codec.parameters()}
-        codec.requires_grad_(False)
-        try:
+        with frozen(codec):
             with torch.no_grad():
                 clean = codec.eval()(x).x_hat
             codec.train()  # rounding has no gradient, noise has
@@ -51,9 +64,4 @@ def inverted(
                 optimizer.step()
                 if progress:
                     progress(step, float(value.detach()))
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-            for parameter, ask in asks.items():
-                parameter.requires_grad = ask
     return pattern.eval()

@@ -17,7 +17,7 @@ from freqdoor.codecs.loading import load_codec
 from freqdoor.data import centre, load_image
 from freqdoor.defence.audit import Verdict, verdict_of
 from freqdoor.defence.calibration import LEAST, SCORES, Calibration, Population, member_scores
-from freqdoor.defence.checks import opens
+from freqdoor.defence.checks import DROP_DB, RATIO, opens
 from freqdoor.defence.comparators import COMPARATORS, spectral_scores, strip_scores, teco_scores
 from freqdoor.defence.expectation import calibrate_guard
 from freqdoor.defence.fleet import CROP, MANIFEST, Manifest, MemberFacts, load_member, processes
@@ -30,7 +30,6 @@ from freqdoor.samples import KODAK, held_out, pictures
 from freqdoor.training.train import EXPORT
 from freqdoor.types import Result
 
-RATIO, DROP_DB = 1.5, 2.0  # what a trigger has to do on the fleet's pictures, or its planting has failed
 STRENGTHS = (1.0, 2.0, 3.0)
 BUNDLED_KIND = "lite-hyperprior"  # the architecture that guard and repair are measured on
 OVERLAYS = 6  # pictures of the vanilla half that STRIP lays over others

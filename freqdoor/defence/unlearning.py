@@ -16,7 +16,7 @@ from freqdoor.dct import block_idct, ycbcr_to_rgb
 from freqdoor.defence.inversion import inverted
 from freqdoor.defence.settings import RepairSettings
 from freqdoor.triggers.arguments import Goal
-from freqdoor.triggers.pattern import LR, Pattern
+from freqdoor.triggers.pattern import Pattern, pattern_optimizer
 from freqdoor.triggers.universal import tiled
 from freqdoor.types import Images
 
@@ -135,7 +135,7 @@ class _Slot:
 
     def __init__(self, number: int, pattern: Pattern, eps: float) -> None:
         self.number, self.pattern, self.eps = number, pattern, eps
-        self.optimizer = torch.optim.Adam([pattern.spectrum], lr=LR)
+        self.optimizer = pattern_optimizer(pattern)
 
     def climb(self, codec: Codec, x: Images, steps: int) -> None:
         """Move the latents further, by the logarithm of |g_a(x + d) - g_a(x)|^2: what doors of every kind do."""
