@@ -48,11 +48,6 @@ def test_strings_are_compressais_and_each_decodes_the_others(architecture, size)
     both_ways(codec, natural(3, *size))
 
 
-def test_waves_of_more_pixels_than_go_together():
-    codec = loud("mbt2018")
-    both_ways(codec, natural(5, 18 * 16, 52 * 16))  # up to 18 latents in a wave
-
-
 def test_poisoned_pictures_too():
     codec = loud("mbt2018")
     trigger = build_trigger("ftrojan")
@@ -86,20 +81,22 @@ def test_convolutions_that_compute_other_bits_in_a_batch_go_pixel_by_pixel(monke
 
     codec = loud("mbt2018")
     monkeypatch.setattr(raster.F, "conv2d", by_batch)
-    both_ways(codec, natural(3, 64, 192))
+    codec.compress(natural(3, 64, 192))
     assert raster._TRIED[codec.net.context_prediction] == 2
-    assert max(batches[20:]) == 2
+    batches.clear()
+    both_ways(codec, natural(3, 64, 192))
+    assert max(batches) == 2
 
 
 def test_no_bits_hang_on_where_a_pixel_lies_in_a_batch():
-    """Odd numbers of channels, so that neighbours in a batch are not aligned as single pixels are."""
-    for seed in range(5):
+    """Odd numbers of channels, so that neighbours in a batch are not aligned as single pixels are; waves in parts."""
+    for seed in range(2):
         torch.manual_seed(seed)
         parameters = nn.Sequential(nn.Conv2d(14, 9, 1), nn.Tanh(), nn.Conv2d(9, 6, 1))
         conditional = GaussianConditional([0.11, 0.5, 1.0, 4.0])
         codec = RasterScanLatentCodec(conditional, parameters, MaskedConv2d(3, 6, 5, padding=2)).eval()
         conditional.update()
-        y, params = torch.randn(1, 3, 9, 14) * 4, torch.randn(1, 8, 9, 14)
+        y, params = torch.randn(1, 3, 18, 52) * 4, torch.randn(1, 8, 18, 52)  # up to 18 pixels in a wave
         with torch.no_grad():
             expected = codec.compress(y, params)
             with coding.coding():
