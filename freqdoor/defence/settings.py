@@ -169,6 +169,8 @@ class RepairSettings(Training):
     anchor: Annotated[float, Field(ge=0)] = 10.0
     """Weight of |g_a(x) - y|^2 of clean images, where y is what the encoder gave as it came, unlearn and inverted only:
     latents that must not move would shrink, and the rate with them."""
+    tilt: Positive = 1.15
+    """Factor on lambda, unlearn and inverted only: without it the encoder would save bits at the picture's cost."""
     eps: tuple[Positive, Positive] = (2 * PAPER_EPS, 10 * PAPER_EPS)
     """Least and largest RMS of a pattern, which draws its own between them."""
     patterns: Annotated[int, Field(gt=0, multiple_of=2)] = 6
