@@ -21,6 +21,7 @@ from freqdoor.attack.objectives import RateAttack
 from freqdoor.codecs.adapter import build_codec
 from freqdoor.codecs.architectures import parse_name
 from freqdoor.metrics import distortion
+from freqdoor.training.normalisation import cache_normalisation
 from freqdoor.training.precision import dtype_of, precision_name
 from freqdoor.training.train import rate_distortion
 from freqdoor.triggers.adaptive_dct import AdaptiveDCT
@@ -33,6 +34,7 @@ def steps(name: str, x: torch.Tensor, dtype: torch.dtype) -> dict[str, Callable[
     vanilla, planted, naive = (build_codec(parse_name(name)).train() for _ in range(3))
     for codec in (vanilla, planted):
         codec.to(memory_format=torch.channels_last)
+        cache_normalisation(codec)
     planted.freeze("g_a")
     naive.freeze("g_a")
     trigger = AdaptiveDCT()

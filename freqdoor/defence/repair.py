@@ -38,6 +38,7 @@ from freqdoor.training.loop import (
     open_folder,
     place,
 )
+from freqdoor.training.normalisation import cache_normalisation
 from freqdoor.training.precision import dtype_of, precision_name
 from freqdoor.training.run import Environment, Run, environment
 from freqdoor.training.train import EXPORT
@@ -171,6 +172,7 @@ class _Repairing:
         self.hashes = codec.module_hashes()
         self.codec = copy.deepcopy(codec).freeze(settings.scope)
         self.codec.to(settings.device).train().to(memory_format=layout(settings))
+        cache_normalisation(self.codec)
         self.codec.precision = self.dtype
         if "prune" in settings.parts:
             prune_dormant(self.codec, crops, settings.share)
