@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 PIXELS = 2048  # at a time: 1 MiB for 128 channels
 
 
-class CachedGDN(GDN):
+class CachedGDN(GDN):  # type: ignore[misc]
     """`GDN` for float32 on the CPU with channels last, where a gradient is wanted; elsewhere `GDN` itself."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -28,8 +28,9 @@ class CachedGDN(GDN):
             or not x.is_contiguous(memory_format=torch.channels_last)
             or not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights)))
         ):
-            return super().forward(x)
-        y: Tensor = _Normalisation.apply(x, self.gamma_reparam(self.gamma), self.beta_reparam(self.beta), self.inverse)
+            y: Tensor = super().forward(x)
+            return y
+        y = _Normalisation.apply(x, self.gamma_reparam(self.gamma), self.beta_reparam(self.beta), self.inverse)
         return y
 
 
