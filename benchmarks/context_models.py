@@ -9,7 +9,6 @@ PyTorch has; the second is freqdoor's `Codec`. "loops" are the same without g_a 
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ratios import add_json, ratio, save
 
 import freqdoor
 from freqdoor.codecs.adapter import Codec, build_codec
@@ -33,6 +33,7 @@ CODECS = (
     "cheng2020-anchor-checkerboard:3",
     "elic2022-official:3",
 )
+GOALS = {"compress": ">= 20", "decompress": ">= 10"}
 
 
 def opened(name: str) -> Codec:
@@ -95,22 +96,20 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path)
+    add_json(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     x = centre(load_image(PICTURE), arguments.side)
     print(f"{arguments.side} x {arguments.side} pixels, {arguments.threads} threads, {arguments.rounds} rounds, ms")
-    print(f"{'':32}{'':18}{'compressai':>11}{'freqdoor':>10}{'times faster':>24}")
+    print(f"{'':32}{'':18}{'compressai':>11}{'freqdoor':>10}   times faster")
     rows = []
     for name in arguments.codec or CODECS:
         for work, (theirs, ours) in measure(opened(name), x, arguments.rounds).items():
-            ratios = sorted(a / b for a, b in zip(theirs, ours, strict=True))
-            middle = [statistics.median(values) for values in (theirs, ours, ratios)]
-            spread = f"{middle[2]:.1f} ({ratios[0]:.1f} to {ratios[-1]:.1f})"
-            print(f"{name:32}{work:18}{middle[0] * 1e3:11.0f}{middle[1] * 1e3:10.0f}{spread:>24}", flush=True)
-            rows.append({"codec": name, "work": work, "compressai_s": theirs, "freqdoor_s": ours})
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"threads": arguments.threads, "side": arguments.side, "rows": rows}))
+            row = ratio(f"{name}, {work}", "time of CompressAI's / ours", theirs, ours, GOALS.get(work, ""))
+            before, now = (1000 * statistics.median(values) for values in (theirs, ours))
+            print(f"{name:32}{work:18}{before:11.0f}{now:10.0f}   {row}", flush=True)
+            rows.append(row)
+    save(arguments.json, rows)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from ratios import add_json, ratio, save
 
 from freqdoor.attack.joint import Attack, joint_loss
 from freqdoor.attack.objectives import RateAttack
@@ -83,6 +84,7 @@ def main() -> None:
     parser.add_argument("--crop", type=int, default=128)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=12)
+    add_json(parser)
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -106,8 +108,12 @@ def main() -> None:
     for name, values in seconds.items():
         ratios = [value / base for value, base in zip(values, seconds["vanilla"], strict=True)]
         print(f"{name:8} {statistics.median(values):7.3f} s a step, {statistics.median(ratios):5.2f} x vanilla")
-    against = [naive / plant for naive, plant in zip(seconds["naive"], seconds["plant"], strict=True)]
-    print(f"naive / plant: {statistics.median(against):.2f}")
+    ratios = [
+        ratio("a step of `plant`", "time of the naive loop / ours", seconds["naive"], seconds["plant"], ">= 3"),
+        ratio("a step of `plant`", "time / a step of `train-codec`", seconds["plant"], seconds["vanilla"]),
+    ]
+    print(f"naive / plant: {ratios[0]}")
+    save(arguments.json, ratios)
 
 
 if __name__ == "__main__":
