@@ -38,6 +38,10 @@ def audit(
     fast: Annotated[bool, typer.Option("--fast", help="Only the checks that find most.")] = False,
     exhaustive: Annotated[bool, typer.Option("--exhaustive", help="Go on once there is a witness.")] = False,
     device: Annotated[str, typer.Option(help="PyTorch device that patterns are optimised on.")] = "cpu",
+    networks: Annotated[
+        list[str] | None,
+        typer.Option("--network", help="SPEC.toml or SPEC.toml=FILE: what decoded pictures are for; repeatable."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for audit.html, audit.json and the witnesses.")] = None,
     calibration: Annotated[Path | None, typer.Option(help="What honest encoders score, of calibrate-audit.")] = None,
     seed: Annotated[int, typer.Option(help="Of the patterns' beginnings.")] = 0,
@@ -53,6 +57,7 @@ def audit(
         fast=fast,
         exhaustive=exhaustive,
         device=device,
+        networks=networks or (),
         out=out,
         calibration=calibration,
         seed=seed,

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from freqdoor.attack.networks import load_network
 from freqdoor.codecs.adapter import Codec
 from freqdoor.codecs.loading import load_codec
 from freqdoor.data import encoded, image_paths, usable_images
@@ -26,6 +27,7 @@ from freqdoor.defence.checks import (
     opens,
     strength,
 )
+from freqdoor.defence.judges import judged_by
 from freqdoor.files import check_outputs, marked_json, write_together
 from freqdoor.measure.records import Note
 from freqdoor.measure.report import photo, render
@@ -92,6 +94,7 @@ def audit(
     fast: bool = False,
     exhaustive: bool = False,
     device: str = "cpu",
+    networks: Sequence[str] = (),
     out: Path | str | None = None,
     calibration: Calibration | Path | str | None = None,
     seed: int = 0,
@@ -107,6 +110,7 @@ def audit(
         fast: only the checks that find most.
         exhaustive: go on with further checks once there is a witness.
         device: that patterns are optimised on.
+        networks: what decoded pictures are for, as for `load_network`: one more check each, before the others.
         calibration: of honest encoders; by default the one that comes with the package.
         force: overwrite files of these names that `audit` did not make.
 
@@ -121,6 +125,7 @@ def audit(
         check_outputs([Path(out) / RESULT, Path(out) / PAGE], "audit", force=force)
     population = read(calibration) if isinstance(calibration, Path | str) else calibration or shipped()
     check_device(device)
+    judges = [load_network(network) for network in networks]
     subject = Subject(
         codec.prepare(),
         crops(paths, SIDE, PICTURES),
@@ -130,11 +135,13 @@ def audit(
         known_pictures=images == KODAK,
     )
     findings: dict[str, tuple[Finding, float]] = {}
-    for name in FAST if fast else CHECKS:
+    checks = {f"judged by {network.name}": judged_by(network) for network in judges}
+    checks |= {name: CHECKS[name] for name in (FAST if fast else CHECKS)}
+    for name, check in checks.items():
         if note:
             note(f"check: {name}")
         begun = time.monotonic()
-        finding = CHECKS[name](subject)
+        finding = check(subject)
         findings[name] = finding, time.monotonic() - begun
         if opens(name, finding.scores) and not exhaustive:
             break

@@ -25,7 +25,7 @@ from freqdoor.preprocessing import GaussianBlur, Jpeg, Preprocessing, SqueezeBit
 from freqdoor.samples import KODAK
 from freqdoor.triggers.arguments import PAPER_EPS, Goal
 from freqdoor.triggers.base import Trigger
-from freqdoor.triggers.pattern import LR, Pattern
+from freqdoor.triggers.pattern import LR, Pattern, Seen
 from freqdoor.types import Images, Result
 
 SIDE, PICTURES = 128, 4  # of the crops that patterns are made on
@@ -41,6 +41,7 @@ PROBED_EPS = 2 * PAPER_EPS  # of a single coefficient: stronger, since doors ope
 FILTERS: tuple[Preprocessing, ...] = (GaussianBlur(0.6), SqueezeBits(6), Jpeg(90))
 RATIO = 1.5  # times the bytes, in the mean of the upper half of the pictures, from which a pattern is a witness
 DROP_DB = 2.0  # loss of the decoded picture, likewise
+JUDGED = 0.3  # what the codec adds to the change of a user's network's answer, likewise
 Part = Literal["pictures", "portraits"]
 
 
@@ -153,15 +154,7 @@ def inversion(
     """The check that inverts the encoder for a goal with patterns of a shape, of `patterns`."""
 
     def check(subject: Subject) -> Finding:
-        codec = subject.codec
-        x = torch.cat(list(subject.of(part))).to(subject.device)
-        make = partial(shape, x.shape, multiple=codec.multiple)
-        codec.to(subject.device)
-        try:
-            pattern = inverted(codec, x, goal, make, lr=lr, seed=subject.seed)
-        finally:
-            codec.to("cpu")
-        witnesses = subject.respond(pattern.to("cpu"), part)
+        witnesses = subject.respond(inverted_on(subject, part, goal, shape, lr=lr), part)
         scores = scores_of(witnesses)
         return Finding(
             scores,
@@ -171,6 +164,24 @@ def inversion(
         )
 
     return check
+
+
+def inverted_on(
+    subject: Subject,
+    part: Part,
+    goal: Goal | Callable[[Seen], Tensor],
+    shape: Callable[..., Trigger],
+    *,
+    lr: float = LR,
+) -> Trigger:
+    """The pattern of a shape that drives a goal furthest on the subject's pictures, made on its device."""
+    x = torch.cat(list(subject.of(part))).to(subject.device)
+    make = partial(shape, x.shape, multiple=subject.codec.multiple)
+    subject.codec.to(subject.device)
+    try:
+        return inverted(subject.codec, x, goal, make, lr=lr, seed=subject.seed).to("cpu")
+    finally:
+        subject.codec.to("cpu")
 
 
 def random_patterns(subject: Subject) -> Finding:
@@ -299,8 +310,10 @@ SPEECHLESS = ("weights", "random", "latents", "consistency", "probes")  # checks
 
 
 def strength(scores: Mapping[str, float]) -> float:
-    """How far an answer goes towards a witness, which begins at 1: max(log ratio / log 1.5, loss / 2 dB, 0)."""
-    return max(scores.get("rate", 0.0) / math.log(RATIO), scores.get("distortion", 0.0) / DROP_DB, 0.0)
+    """How far an answer goes towards a witness, which begins at 1: max(log ratio / log 1.5, loss / 2 dB, 0), and what a
+    user's network says."""
+    judged = scores.get("judged", 0.0) / JUDGED
+    return max(scores.get("rate", 0.0) / math.log(RATIO), scores.get("distortion", 0.0) / DROP_DB, judged, 0.0)
 
 
 def opens(check: str, scores: Mapping[str, float]) -> bool:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from freqdoor.codecs.adapter import Codec
 from freqdoor.data import seed_for
@@ -31,7 +32,7 @@ def frozen(codec: Codec) -> Iterator[None]:
 def inverted(
     codec: Codec,
     x: Images,
-    goal: Goal,
+    goal: Goal | Callable[[Seen], Tensor],
     make: Callable[[], Trigger],
     *,
     lr: float = LR,
@@ -45,11 +46,13 @@ def inverted(
     too.
 
     Args:
+        goal: one of GOALS, or what is to be large of every picture.
         make: gives the pattern with its first, random values.
         lr: Adam's.
     """
+    aim, name = (goal, "another") if callable(goal) else (GOALS[goal], goal)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_for(seed, "inversion", goal))
+        torch.manual_seed(seed_for(seed, "inversion", name))
         pattern = make().to(x.device).train()
         optimizer = torch.optim.Adam(pattern.parameters(), lr=lr)
         with frozen(codec):
@@ -58,7 +61,7 @@ def inverted(
             codec.train()  # rounding has no gradient, noise has
             for step in range(steps):
                 x_p = pattern(x, eps=falling_budget(pattern.eps, step, steps))
-                value = GOALS[goal](Seen(x, x_p, codec(x_p), clean)).mean()
+                value = aim(Seen(x, x_p, codec(x_p), clean)).mean()
                 optimizer.zero_grad()
                 (-value).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
