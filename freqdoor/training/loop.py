@@ -16,6 +16,7 @@ from torch import Tensor
 from freqdoor.codecs.architectures import CodecSpec
 from freqdoor.data import Crops, label_paths, list_images, read_list, seed_for, usable_images
 from freqdoor.errors import FreqdoorError
+from freqdoor.training.group import ALONE, Group
 from freqdoor.training.run import Run
 from freqdoor.training.settings import ImageSettings, Training
 from freqdoor.types import Images
@@ -37,7 +38,7 @@ class Stateful(Protocol):
 
 
 def loop(
-    run: Run,
+    run: Run | None,
     settings: Training,
     parts: Mapping[str, Stateful],
     history: dict[str, Any],
@@ -46,6 +47,7 @@ def loop(
     *,
     saved: dict[str, Any] | None,
     progress: Progress | None,
+    group: Group = ALONE,
 ) -> None:
     """Take the steps that are left; the state is saved every few minutes, at the end, and when a person stops it.
 
@@ -56,12 +58,17 @@ def loop(
     one of a kind acts at once, and what the last checkpoint has remains.
 
     Args:
+        run: where the state is saved; the processes of a group but the first have none.
         parts: networks and optimisers, by the names they are saved under.
         history: plain values that change from step to step; "step" and "seconds" are kept here.
         take_step: one update from a batch and its step number; returns what to show.
         saved: the state of an earlier process, from `Run.start`.
+        group: the processes that take the same steps; all begin as the first does.
     """
     history |= {"step": 0, "seconds": 0.0}
+    if group.size > 1:
+        begun = saved or {name: part.state_dict() for name, part in parts.items()} | {"history": history}
+        saved = group.of_first(begun, settings.device)
     if saved is not None:
         for name, part in parts.items():
             part.load_state_dict(saved[name])
@@ -71,7 +78,8 @@ def loop(
 
     def save() -> None:
         history["seconds"] = earlier + time.monotonic() - started
-        run.save({name: part.state_dict() for name, part in parts.items()} | {"history": history})
+        if run is not None:
+            run.save({name: part.state_dict() for name, part in parts.items()} | {"history": history})
 
     with HeldSignals() as held:
         for x in crops.batches(history["step"], settings.steps):
