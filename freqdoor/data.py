@@ -409,21 +409,24 @@ class Crops:
         self.crop, self.batch_size, self.seed, self.skip_broken = crop, batch_size, seed, skip_broken
         self.resize, self.size = resize, window or resize or (crop, crop)
         self._cache: dict[int, Tensor] = {}
+        self._sizes: dict[int, Size] = {}
         self._broken: set[int] = set()
+        self._whole: set[int] = set()  # of those that have been read to their end
         self._cached_bytes = 0
 
     def facts(self) -> dict[str, int | str]:
         """How many images there are and their hash, for the run's records."""
         return {"images": len(self.paths), "images_sha256": dataset_hash([*self.paths, *self.labels])}
 
-    def batch(self, step: int) -> Images:
-        """Batch number `step`, (batch_size, 3, height, width)."""
-        return from_uint8(torch.stack([_cut(pixels, window) for window, pixels in self._windows(step)]))
+    def batch(self, step: int, rows: slice | None = None) -> Images:
+        """Batch number `step`, (batch_size, 3, height, width), or these rows of it: the others are not decoded."""
+        windows = self._windows(step)[rows or slice(None)]
+        return from_uint8(torch.stack([_cut(self._pixels(window.image), window) for window in windows]))
 
     def labels_of(self, step: int) -> Tensor:
         """The labels of batch number `step`, (batch_size, height, width), uint8, cut as its images are."""
         cut = []
-        for window, _ in self._windows(step):
+        for window in self._windows(step):
             i = window.image
             cut.append(_cut(load_labels(self.labels[i], self.resize, check_image(self.paths[i]))[0], window))
         return torch.stack(cut)
@@ -437,36 +440,44 @@ class Crops:
             self._cached_bytes += pixels.numel()
         return self._cache[index]
 
-    def _windows(self, step: int) -> "list[tuple[_Window, Tensor]]":
-        """Where each image of a batch is cut from, and its pixels."""
+    def _size(self, index: int) -> Size:
+        """(height, width) of an image as it is cut from."""
+        if index not in self._sizes:
+            self._sizes[index] = self.resize or check_image(self.paths[index])
+        return self._sizes[index]
+
+    def _windows(self, step: int) -> "list[_Window]":
+        """Where each image of a batch is cut from."""
         generator = torch.Generator().manual_seed(seed_for(self.seed, "crops", step))
 
         def draw(upper: int) -> int:
             return int(torch.randint(upper, (1,), generator=generator))
 
-        windows: list[tuple[_Window, Tensor]] = []
+        windows: list[_Window] = []
         while len(windows) < self.batch_size:
+            index = draw(len(self.paths))
             try:
-                index = draw(len(self.paths))
-                pixels = self._pixels(index)
-            except FreqdoorError as error:  # truncated: only reading to the end shows it
+                if self.skip_broken and index not in self._whole:  # truncated: only reading to the end shows it
+                    self._pixels(index)
+                    self._whole.add(index)
+            except FreqdoorError as error:
                 self._broken.add(index)
-                if not self.skip_broken or len(self._broken) == len(self.paths):
+                if len(self._broken) == len(self.paths):
                     raise
                 warnings.warn(f"skipped {error}", stacklevel=2)
                 continue
-            height, width = self.size
-            top, left = draw(pixels.shape[1] - height + 1), draw(pixels.shape[2] - width + 1)
-            windows.append((_Window(index, top, left, height, width, bool(draw(2))), pixels))
+            (height, width), (whole_height, whole_width) = self.size, self._size(index)
+            top, left = draw(whole_height - height + 1), draw(whole_width - width + 1)
+            windows.append(_Window(index, top, left, height, width, bool(draw(2))))
         return windows
 
-    def batches(self, start: int, stop: int) -> Iterator[Images]:
-        """Batches start .. stop - 1; the next one is decoded in a thread while the current one is used."""
+    def batches(self, start: int, stop: int, rows: slice | None = None) -> Iterator[Images]:
+        """Batches start .. stop - 1, or these rows of each; the next one is decoded in a thread while one is used."""
         with ThreadPoolExecutor(1) as pool:
             upcoming: Future[Images] | None = None
             for step in range(start, stop):
-                current = upcoming.result() if upcoming else self.batch(step)
-                upcoming = pool.submit(self.batch, step + 1) if step + 1 < stop else None
+                current = upcoming.result() if upcoming else self.batch(step, rows)
+                upcoming = pool.submit(self.batch, step + 1, rows) if step + 1 < stop else None
                 yield current
 
 

@@ -321,7 +321,7 @@ class _Planting:
         defence = self._defence(step)
         batch = place(x, settings)
         auxiliary = self._auxiliary(step)
-        closed = place(self.closed.batch(step), settings) if self.closed else None
+        closed = self._batch(self.closed, step) if self.closed else None
         terms: dict[str, Tensor] = {}
         parts: tuple[Part, ...] = ("encoder", "triggers") if settings.two_phase else ("both",)
         for part in parts:
@@ -365,8 +365,13 @@ class _Planting:
         for crops in self.auxiliary:
             if crops is not None and crops not in batches:
                 labels = crops.labels_of(step).to(self.settings.device) if crops.labels else None
-                batches[crops] = Auxiliary(place(crops.batch(step), self.settings), labels)
+                batches[crops] = Auxiliary(self._batch(crops, step), labels)
         return [batches[crops] for crops in self.auxiliary]
+
+    def _batch(self, crops: Crops, step: int) -> Images:
+        """A batch of pictures beside the main ones."""
+        own = crops.batch(step, self.group.decoded(crops))
+        return place(self.group.batch(crops, own, self.settings.device), self.settings)
 
     def _defence(self, step: int) -> Preprocessing | None:
         """The preprocessing of a step of the second stage, which begins with the choice of the coefficients."""

@@ -10,7 +10,9 @@ import freqdoor
 from freqdoor.cli.options import (
     Broken,
     Config,
+    Devices,
     Force,
+    Nodes,
     Out,
     Overrides,
     Planted,
@@ -43,12 +45,14 @@ def demo(
 
 
 @verb()
-def plant(config: Config = None, *, out: Out, overrides: Overrides = None) -> None:
+def plant(
+    config: Config = None, *, out: Out, devices: Devices = 1, nodes: Nodes = 1, overrides: Overrides = None
+) -> None:
     """Fine-tune g_a and train a trigger; the same command again resumes."""
     settings = load_settings(freqdoor.PlantSettings, config, overrides or (), out=out)
     load_torch()
     with live(settings.steps, "planting") as progress:
-        freqdoor.plant(settings, out, progress=progress)
+        freqdoor.plant(settings, out, devices=devices, nodes=nodes, progress=progress)
     say(f"Planted encoder (tampered): {out / 'planted.safetensors'}")
 
 

@@ -63,6 +63,8 @@ Planted = Annotated[Path, typer.Argument(help="planted.safetensors, the run dire
 TriggerName = Annotated[str | None, typer.Option(help="Which trigger; by default the first.")]
 Out = Annotated[Path, typer.Option(help="Folder to write into.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite files that this command did not make.")]
+Devices = Annotated[int, typer.Option(help="Processes on this machine that share every batch, a device each.")]
+Nodes = Annotated[int, typer.Option(help="Machines that do so together, with MASTER_ADDR and NODE_RANK set.")]
 Broken = Annotated[bool, typer.Option("--skip-broken", help="Go on without images that cannot be used.")]
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from freqdoor.codecs.adapter import Codec
+from freqdoor.data import Crops
 from freqdoor.errors import FreqdoorError
 from freqdoor.types import Images, Reconstruction
 
@@ -62,6 +63,15 @@ class Group:
         flat = torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
         return flat.as_strided((number, *mine.shape[1:]), (each, *mine.stride()[1:]))
 
+    def decoded(self, crops: Crops) -> slice | None:
+        """The rows of a batch that this process decodes: all where pictures may be broken, which all have to know."""
+        return None if self.size == 1 or crops.skip_broken else self.rows(crops.batch_size)
+
+    def batch(self, crops: Crops, x: Images, device: str) -> Images:
+        """A whole batch on the device, of the `decoded` rows of it."""
+        x = x.to(device)
+        return x if self.decoded(crops) is None else self.gathered(x, crops.batch_size)
+
     @torch.no_grad()
     def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
         """Give every process the sum of all processes' gradients; those of a parameter lack everywhere or nowhere."""
@@ -95,16 +105,11 @@ class Group:
         """Share the passes through a codec and triggers in the block; batches of fewer pictures than processes are not.
 
         Raises:
-            FreqdoorError: a codec that looks at several pictures at once, or draws random numbers of its own.
+            FreqdoorError: a codec that draws other random numbers than quantisation noise.
         """
         if self.size == 1:
             yield
             return
-        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in codec.modules()):
-            raise FreqdoorError(
-                f"{codec.spec.name}: its batch normalisation looks at all pictures of a batch, which several processes "
-                "do not have; train it with --devices 1"
-            )
         vars(codec)["forward"] = partial(self._codec, codec, codec.forward)
         for trigger in triggers:
             vars(trigger)["forward"] = partial(self._trigger, trigger.forward)

@@ -82,7 +82,8 @@ def loop(
             run.save({name: part.state_dict() for name, part in parts.items()} | {"history": history})
 
     with HeldSignals() as held:
-        for x in crops.batches(history["step"], settings.steps):
+        for own in crops.batches(history["step"], settings.steps, group.decoded(crops)):
+            x = group.batch(crops, own, settings.device)
             step = history["step"]
             torch.manual_seed(seed_for(settings.seed, "noise", step))
             row = take_step(x, step)
