@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -122,7 +123,7 @@ def together(prepare: Callable[[], Share], devices: int, nodes: int, device: str
                 raise FreqdoorError(problem)
         store = None
         try:
-            with _joined(meeting, rank) as (group, store):
+            with _joined(meeting, rank) as (group, store), _watching(helpers):
                 yield group
         except Separated:
             raise FreqdoorError(_reason(helpers, store)) from None
@@ -186,6 +187,32 @@ def _joined(meeting: _Meeting, rank: int) -> Iterator[tuple[Group, Any]]:
             raise Separated(str(error)) from error
         stack.callback(dist.destroy_process_group)
         yield Group(rank, meeting.size), store
+
+
+@contextlib.contextmanager
+def _watching(helpers: Sequence[_Helper]) -> Iterator[None]:
+    """Break off what waits for a process that is gone: NCCL itself would wait for half an hour."""
+    over, ended = get_context("spawn").Pipe(duplex=False)
+    world = dist.group.WORLD
+
+    def watch() -> None:
+        sentinels = [helper.process.sentinel for helper in helpers]
+        while sentinels and over not in (gone := wait([over, *sentinels])):
+            sentinels = [sentinel for sentinel in sentinels if sentinel not in gone]
+            for helper in helpers:
+                helper.process.join(0)
+            if any(helper.process.exitcode for helper in helpers) and world is not None:
+                world.abort()
+                return
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.close()
+        thread.join()
+        over.close()
 
 
 def _problem(helper: _Helper) -> str | None:
