@@ -12,6 +12,7 @@ RANKS: list[set[str]] = [  # what is in a row may import from the rows above it
     {"errors", "limits", "types", "files", "lock", "settings", "dct", "metrics", "data", "preprocessing", "samples"},
     {"codecs"},
     {"triggers", "training"},
+    {"workers"},
     {"attack"},
     {"measure"},
     {"defence"},
