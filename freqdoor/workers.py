@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import pickle
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
@@ -91,12 +93,20 @@ class _RayExecutor(Executor):
 
     def __init__(self, ray: Any) -> None:
         self._ray = ray
-        self._task = ray.remote(num_cpus=1)(_run)
+
+        def run(places: list[str], *job: Any) -> tuple[Any, Exception | None]:  # sent as code, not by its name
+            sys.path[:0] = [place for place in places if place not in sys.path]  # where the caller has its modules
+            from freqdoor.workers import _run
+
+            return _run(*job)
+
+        self._task = ray.remote(num_cpus=1)(run)
         self._running: dict[Future[Any], Any] = {}
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any, **options: Any) -> Future[Any]:
         """Let the cluster call the function once; its exceptions come as they were raised."""
-        reference = self._task.remote(str(Path.cwd()), allowed_memory(), function, arguments, options)
+        call = pickle.dumps((function, arguments, options))
+        reference = self._task.remote(sys.path, str(Path.cwd()), allowed_memory(), call)
         future: Future[Any] = Future()
         future.set_running_or_notify_cancel()
         self._running[future] = reference
@@ -123,14 +133,13 @@ class _RayExecutor(Executor):
         future.set_result(value) if raised is None else future.set_exception(raised)
 
 
-def _run(
-    folder: str, memory: int, function: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]
-) -> tuple[Any, Exception | None]:
-    """What a worker of a cluster does: the job, in the caller's folder where there is such a one."""
+def _run(folder: str, memory: int, call: bytes) -> tuple[Any, Exception | None]:
+    """What a worker of a cluster does: a job, in the caller's folder where it is there too."""
     with contextlib.suppress(OSError):
         os.chdir(folder)
     _on_one_thread()
     try:
+        function, arguments, options = pickle.loads(call)  # of our own driver, as all that a cluster is sent
         with max_memory(memory):
             return function(*arguments, **options), None
     except Exception as error:

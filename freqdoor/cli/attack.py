@@ -16,6 +16,7 @@ from freqdoor.cli.options import (
     Out,
     Overrides,
     Planted,
+    RunnerName,
     TriggerName,
     VanillaName,
     Weights,
@@ -68,6 +69,8 @@ def evaluate(
         str, typer.Option(help="What is done before the encoder: none, paper, all, or 'Jpeg(75); Median()'.")
     ] = "none",
     trigger: Annotated[str | None, typer.Option(help="What the report is about; by default the first.")] = None,
+    jobs: Annotated[int, typer.Option(help="Images measured side by side, one thread each.")] = 1,
+    runner: RunnerName = "local",
     skip_broken: Broken = False,
     force: Force = False,
 ) -> None:
@@ -82,6 +85,8 @@ def evaluate(
         strength=strength or (1.0,),
         defences=defences,
         trigger=trigger,
+        jobs=jobs,
+        runner=runner,
         skip_broken=skip_broken,
         force=force,
         note=note,
