@@ -14,7 +14,7 @@ from freqdoor.codecs.adapter import Codec, build_codec
 from freqdoor.codecs.architectures import parse_name
 from freqdoor.codecs.lite import LiteHyperprior, initialise_klt
 from freqdoor.codecs.loading import load_codec, save_codec
-from freqdoor.data import Crops, list_images, load_image, seed_for, usable_images
+from freqdoor.data import Crops, list_training_images, load_image, seed_for, usable_images
 from freqdoor.errors import FreqdoorError, Mistakes
 from freqdoor.lock import check_folder, holding
 from freqdoor.metrics import distortion
@@ -112,7 +112,7 @@ def _opened(settings: CodecTraining, mistakes: Mistakes) -> _Opened:
     with mistakes:
         crops = open_crops(settings)
     with mistakes:
-        validation_paths = usable_images(list_images(settings.validation)) if settings.validation else []
+        validation_paths = usable_images(list_training_images(settings.validation)) if settings.validation else []
         validation = [load_image(path) for path in validation_paths]
     mistakes.stop()
     return _Opened(codec, lmbda, crops, validation)
