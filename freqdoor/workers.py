@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
@@ -49,7 +50,8 @@ def check_workers(jobs: int, runner: str) -> None:
 
 @contextmanager
 def _processes(jobs: int) -> Iterator[Executor]:
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_on_one_thread) as pool:
+    settle = partial(_on_one_thread, os.getcwd())  # processes begin where the caller began, which may be elsewhere
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=settle) as pool:
         try:
             yield pool
         except BaseException:
@@ -135,9 +137,7 @@ class _RayExecutor(Executor):
 
 def _run(folder: str, memory: int, call: bytes) -> tuple[Any, Exception | None]:
     """What a worker of a cluster does: a job, in the caller's folder where it is there too."""
-    with contextlib.suppress(OSError):
-        os.chdir(folder)
-    _on_one_thread()
+    _on_one_thread(folder)
     try:
         function, arguments, options = pickle.loads(call)  # of our own driver, as all that a cluster is sent
         with max_memory(memory):
@@ -146,6 +146,8 @@ def _run(folder: str, memory: int, call: bytes) -> tuple[Any, Exception | None]:
         return None, error
 
 
-def _on_one_thread() -> None:
+def _on_one_thread(folder: str) -> None:
+    with contextlib.suppress(OSError):
+        os.chdir(folder)
     torch.set_num_threads(1)
     flush_denormals()

@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
@@ -140,7 +140,7 @@ def _start(prepare: Callable[[], Share], meeting: _Meeting, rank: int, local: in
     """Start a process that Ctrl-C and SIGTERM, which go to all of a terminal's, do not reach: we end it."""
     context = get_context("spawn")
     says, pipe = context.Pipe(duplex=False)
-    arguments = (pipe, prepare, meeting, rank, local, torch.get_num_threads(), allowed_memory())
+    arguments = (pipe, prepare, meeting, rank, local, torch.get_num_threads(), allowed_memory(), os.getcwd())
     process = context.Process(target=_help, args=arguments, daemon=True)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
@@ -152,9 +152,18 @@ def _start(prepare: Callable[[], Share], meeting: _Meeting, rank: int, local: in
 
 
 def _help(
-    pipe: Connection, prepare: Callable[[], Share], meeting: _Meeting, rank: int, local: int, threads: int, memory: int
+    pipe: Connection,
+    prepare: Callable[[], Share],
+    meeting: _Meeting,
+    rank: int,
+    local: int,
+    threads: int,
+    memory: int,
+    folder: str,
 ) -> None:
     """What another process does."""
+    threading.Thread(target=_end_with_caller, daemon=True).start()
+    os.chdir(folder)  # it begins where the caller began, which may be elsewhere by now
     warnings.simplefilter("ignore")  # the caller says the same
     torch.set_num_threads(threads)
     flush_denormals()
@@ -171,6 +180,14 @@ def _help(
     except Exception as error:
         pipe.send(str(error) if isinstance(error, FreqdoorError) else f"{type(error).__name__}: {error}")
         sys.exit(1)
+
+
+def _end_with_caller() -> None:
+    """A caller that is killed ends nobody, and others would wait for it."""
+    caller = parent_process()
+    if caller is not None:
+        wait([caller.sentinel])
+        os._exit(PARTED)
 
 
 @contextlib.contextmanager
