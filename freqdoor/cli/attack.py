@@ -54,7 +54,8 @@ def plant(
     load_torch()
     with live(settings.steps, "planting") as progress:
         freqdoor.plant(settings, out, devices=devices, nodes=nodes, progress=progress)
-    say(f"Planted encoder (tampered): {out / 'planted.safetensors'}")
+    file = out / "planted.safetensors"
+    say(f"Planted encoder (tampered): {file if file.exists() else 'on the first machine'}")
 
 
 @verb()

@@ -21,7 +21,8 @@ def train_codec(
     load_torch()
     with live(settings.steps, settings.codec) as progress:
         freqdoor.train_codec(settings, out, devices=devices, nodes=nodes, progress=progress)
-    say(f"Codec: {out / 'codec.safetensors'}")
+    file = out / "codec.safetensors"
+    say(f"Codec: {file if file.exists() else 'on the first machine'}")
 
 
 @verb()

@@ -119,6 +119,7 @@ def load_torch() -> None:
     note("loading PyTorch")
     # threads that wait for each other spin only briefly: on a busy machine they would take the time of those at work
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of a connection that is lost we say one sentence ourselves
     from freqdoor.training.precision import flush_denormals
 
     flush_denormals()

@@ -254,9 +254,11 @@ def _reason(helpers: Sequence[_Helper], store: Any | None) -> str:
         for helper in helpers:
             if (problem := _problem(helper)) is not None:
                 return problem
-        with contextlib.suppress(RuntimeError):
+        try:
             if store is not None and store.check([PROBLEM]):
                 return str(store.get(PROBLEM), "utf-8")
+        except RuntimeError:  # the first machine, which kept it, is gone itself
+            store = None
         time.sleep(0.1)
     return f"the other processes of this training are gone; {GOES_ON}"
 
