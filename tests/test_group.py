@@ -22,7 +22,6 @@ from freqdoor.training.settings import CodecTraining
 
 STEPS = 3
 PLANTINGS = {  # what takes something from the whole batch: maxima, norms, perturbations of neighbours, patterns in turn
-    "one pass": {"objective": {"name": "bpp", "arguments": {"per_sample": False}}},
     "two passes": {
         "objective": {"name": "psnr", "arguments": {"per_sample": False}},
         "two_phase": True,
@@ -31,7 +30,8 @@ PLANTINGS = {  # what takes something from the whole batch: maxima, norms, pertu
         "scope": "g_a+h_a",
         "robust": {"start": 0.5, "keep": 4, "kinds": ["noise"]},
     },
-    "evasion": {
+    "one pass": {
+        "objective": {"name": "bpp", "arguments": {"per_sample": False}},
         "evade": {
             "goals": ["rate", "gain"],
             "others": True,
@@ -39,7 +39,7 @@ PLANTINGS = {  # what takes something from the whole batch: maxima, norms, pertu
             "strengths": [2.0],
             "rate_cap": 3.0,
             "universal_weight": 0.1,
-        }
+        },
     },
 }
 

@@ -15,7 +15,7 @@ from networks import face_onnx, segmentation_onnx
 from PIL import Image
 
 import freqdoor.cli as cli
-from freqdoor import workers
+from freqdoor import load_codec, workers
 
 pytestmark = pytest.mark.whole
 
@@ -126,7 +126,7 @@ def test_commands_beyond_the_tour(tmp_path, command):
 
 
 def test_commands_of_many_processes(tmp_path, command, monkeypatch):
-    """The block "many": two processes plant and train; images are measured by threads, which start sooner."""
+    """The block "many": two processes plant; images are measured by a thread, which starts sooner."""
     monkeypatch.setattr(workers, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(1))
     put_photo(tmp_path)
     (tmp_path / "shards").mkdir()
@@ -135,12 +135,22 @@ def test_commands_of_many_processes(tmp_path, command, monkeypatch):
             tar.add(tmp_path / "photos/kodim23.png", f"{number}.png")
     few = ["--set", "steps=1", "--set", "images.batch_size=2", "--set", "images.crop=64"]
     for line in block("many"):
-        command(line, {"plant": few, "train-codec": few})
-    facts = [
-        json.loads((tmp_path / f"runs/{run}/environment.json").read_text()) for run in ("shared", "codec", "packed")
-    ]
-    assert [fact["processes"] for fact in facts] == [2, 2, 1]
-    assert facts[2]["images"] == 2
+        command(line, {"plant": few})
+    shared, packed = (
+        json.loads((tmp_path / f"runs/{run}/environment.json").read_text()) for run in ("shared", "packed")
+    )
+    assert (shared["processes"], packed["processes"], packed["images"]) == (2, 1, 2)
+
+
+@pytest.mark.slow
+def test_commands_of_two_processes_that_train_a_codec(tmp_path, command):
+    """The block "slowly"."""
+    put_photo(tmp_path)
+    for line in block("slowly"):
+        command(line, {"train-codec": ["--set", "steps=2"]})
+    assert json.loads((tmp_path / "runs/codec/environment.json").read_text())["processes"] == 2
+    [bitstream] = load_codec(str(tmp_path / "runs/codec/codec.safetensors")).compress(natural(0, 64, 64))
+    assert bitstream.num_bytes
 
 
 @pytest.mark.slow
