@@ -10,6 +10,7 @@ Computed: what options say of the cluster, which nobody has measured here, times
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import platform
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from planting_step import steps
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import freqdoor
@@ -38,6 +40,16 @@ from freqdoor.training.run import environment
 CODECS = (BUNDLED, "bmshj2018-hyperprior:3")
 LINKS = {"NVLink, 300 GB/s": 300e9, "100 Gbit/s": 12.5e9, "10 Gbit/s": 1.25e9}  # bytes a second and direction
 SIZES = (2, 4, 8)  # GPUs for one encoder
+
+
+class Operations(TorchDispatchMode):
+    """Counts PyTorch's operations, each of which a GPU has to be told."""
+
+    number = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += 1
+        return function(*args, **(kwargs or {}))
 
 
 def planting(
@@ -86,19 +98,23 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         two, exchanged = planting(name, weights, folder / "two", arguments, 2)
         files = {path.name: path.stat().st_size for path in sorted((folder / "one").iterdir())}
         x = torch.rand(arguments.batch, 3, arguments.crop, arguments.crop)
+        step = steps(name, x)["plant"]
         with FlopCounterMode(display=False) as counter:
-            steps(name, x)["plant"]()
+            step()
+        with Operations() as operations:
+            step()
         return {
             "step_cpu_seconds": one,
             "step_of_two_cpu_seconds": two,
             "share_on_the_whole_batch": 2 * two / one - 1,  # what both compute: losses, noise; and the exchange
             "step_tflop": counter.get_total_flops() / 1e12,
+            "step_operations": operations.number,
             "exchanged_bytes": exchanged,
             "files_bytes": files,
         }
 
 
-def start_up(arguments: argparse.Namespace) -> float:
+def start_up() -> float:
     """CPU seconds of a whole run of one step on the smallest crops."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with tempfile.TemporaryDirectory() as place:
@@ -119,30 +135,38 @@ def decoding() -> float:
     return (time.process_time() - started) / len(paths)
 
 
+def hashing() -> float:
+    """CPU seconds to hash a gigabyte, as the start of every run does with its pictures."""
+    content = bytes(2**26)
+    started = time.process_time()
+    hashlib.sha256(content).digest()
+    return (time.process_time() - started) * 1e9 / len(content)
+
+
 def computed(codec: dict[str, Any], shared: dict[str, float], arguments: argparse.Namespace) -> dict[str, Any]:
     """What the cluster would take for encoders of one codec."""
-    gpus, number, per_core = arguments.gpus, arguments.encoders, 1 / arguments.cores
-    step = codec["step_tflop"] / arguments.sustained
+    gpus, number = arguments.gpus, arguments.encoders
+    arithmetic, telling = codec["step_tflop"] / arguments.sustained, codec["step_operations"] * arguments.launch / 1e6
+    step, decode = max(arithmetic, telling), arguments.batch * shared["decode_cpu_seconds"]
     state = codec["files_bytes"]["state.pt"]
     rounds = -(-number // gpus)
-    decode = arguments.batch * shared["decode_cpu_seconds"]
     seconds = {
         "start-up": shared["start_up_cpu_seconds"],
-        "hashing the set": gpus * arguments.set_gb / arguments.disk_gb,
-        "steps": arguments.plant_steps * max(step, decode * per_core),
-        "audit": shared["audit_cpu_seconds"] * per_core,
+        "hashing the set": arguments.set_gb * shared["hash_cpu_seconds_a_gb"],
+        "steps, pictures in memory": arguments.plant_steps * step,
+        "steps, pictures decoded": arguments.plant_steps * max(step, decode),
+        "audit": shared["audit_cpu_seconds"],
     }
     one_each = {
-        "step_seconds": step,
-        "cores_a_gpu_for_decoding": decode / step,
-        "hours": rounds * sum(seconds.values()) / 3600,
+        "step_seconds": {"arithmetic": arithmetic, "telling the GPU": telling, "decoding": decode},
         "hours_of": {what: rounds * value / 3600 for what, value in seconds.items()},
+        "hours_to_read_the_set_once_a_machine": gpus / 8 * arguments.set_gb / arguments.disk_gb / 3600,
         "checkpoints_mb_a_second": gpus * state / (60 * arguments.checkpoint_minutes) / 1e6,
-        "files_gb": number * sum(codec["files_bytes"].values()) / 1e9,
+        "files_gb": number * (sum(codec["files_bytes"].values()) + state) / 1e9,  # a run keeps two states
     }
     return {
         "one encoder a GPU": one_each,
-        "one encoder over GPUs, speed in that of one GPU": {
+        "pictures a second of one encoder over several GPUs, in those of one, the same batch and a growing one": {
             f"{size} GPUs, {link}": [round(speed(codec, step, size, link, weak), 2) for weak in (False, True)]
             for link in LINKS
             for size in SIZES
@@ -171,16 +195,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--encoders", type=int, default=1000)
     parser.add_argument("--gpus", type=int, default=64)
-    parser.add_argument("--cores", type=int, default=16, help="processor cores a GPU")
     parser.add_argument("--sustained", type=float, default=20.0, help="TFLOP/s that a GPU keeps up in such a step")
+    parser.add_argument("--launch", type=float, default=10.0, help="microseconds to tell a GPU an operation")
     parser.add_argument("--plant-steps", type=int, default=10_000, help="steps of a planting")
     parser.add_argument("--checkpoint-minutes", type=float, default=3.0)
     parser.add_argument("--set-gb", type=float, default=20.0, help="size of the training set")
-    parser.add_argument("--disk-gb", type=float, default=2.0, help="GB/s that all processes together read from a disk")
+    parser.add_argument("--disk-gb", type=float, default=2.0, help="GB/s of the disk that all machines of 8 GPUs read")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     flush_denormals()
-    shared = {"start_up_cpu_seconds": start_up(arguments), "decode_cpu_seconds": decoding()}
+    shared = {"start_up_cpu_seconds": start_up(), "decode_cpu_seconds": decoding(), "hash_cpu_seconds_a_gb": hashing()}
     started = time.process_time()
     freqdoor.audit(BUNDLED, fast=True)
     shared["audit_cpu_seconds"] = time.process_time() - started
