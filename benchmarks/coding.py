@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from compressai import ans
+from ratios import add_json, ratio, save
 from torch import Tensor
 
 import freqdoor
@@ -28,6 +29,7 @@ from freqdoor.data import load_image
 
 KODAK = Path(freqdoor.__file__).parent / "assets/kodak"
 CODERS: tuple[CoderName, ...] = ("compressai", "freqdoor")
+GOALS = {"compress": "<= 1.1", "decompress": "<= 1.1"}
 
 
 def timed(work: Callable[[], Any], seconds: list[float]) -> Any:
@@ -80,6 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="over all pictures")
     parser.add_argument("--pictures", type=int, default=24)
+    add_json(parser)
     arguments = parser.parse_args()
     started = time.perf_counter()
     our.encode([], [], our.checked_tables([[0, 1, 1 << 16]], [3], [0]))
@@ -97,11 +100,13 @@ def main() -> None:
                 raise SystemExit("the two coders differ")
 
     print(f"{len(pictures)} pictures, {arguments.rounds} rounds, {torch.get_num_threads()} threads, medians in ms")
-    print(f"{'':16}{'compressai':>12}{'freqdoor':>12}{'ratio':>8}")
+    print(f"{'':16}{'compressai':>12}{'freqdoor':>12}   ratio")
+    rows = []
     for work, columns in seconds.items():
         theirs, ours = (columns[coder] for coder in CODERS)
-        ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
-        print(f"{work:16}{statistics.median(theirs) * 1e3:12.2f}{statistics.median(ours) * 1e3:12.2f}{ratio:8.3f}")
+        rows.append(ratio(work, "time of ours / CompressAI's coder", ours, theirs, GOALS.get(work, "")))
+        print(f"{work:16}{statistics.median(theirs) * 1e3:12.2f}{statistics.median(ours) * 1e3:12.2f}   {rows[-1]}")
+    save(arguments.json, rows)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Three ways to take a step on the same batch, in turn, round by round:
   vanilla   one step of rate-distortion training (`freqdoor train-codec`): every weight, same precision as `plant`
-  plant     one step of `freqdoor plant`: clean and poisoned in one pass, one backward, bf16 g_a and g_s
+  plant     one step of `freqdoor plant`: clean and poisoned in one pass, one backward, in the precision of --precision
   naive     as the paper's text describes it: fp32, separate passes for the clean and the poisoned batch, one
             iteration for the encoder (Eq. (9)) and another for the trigger (Eq. (10))
 
@@ -15,12 +15,15 @@ import time
 from collections.abc import Callable
 
 import torch
+from ratios import add_json, ratio, save
 
 from freqdoor.attack.joint import Attack, joint_loss
 from freqdoor.attack.objectives import RateAttack
 from freqdoor.codecs.adapter import build_codec
 from freqdoor.codecs.architectures import parse_name
 from freqdoor.metrics import distortion
+from freqdoor.training.normalisation import cache_normalisation
+from freqdoor.training.precision import dtype_of, precision_name
 from freqdoor.training.train import rate_distortion
 from freqdoor.triggers.adaptive_dct import AdaptiveDCT
 from freqdoor.triggers.base import budget_penalty
@@ -28,10 +31,11 @@ from freqdoor.triggers.base import budget_penalty
 LMBDA = 0.0067
 
 
-def steps(name: str, x: torch.Tensor) -> dict[str, Callable[[], None]]:
+def steps(name: str, x: torch.Tensor, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
     vanilla, planted, naive = (build_codec(parse_name(name)).train() for _ in range(3))
     for codec in (vanilla, planted):
         codec.to(memory_format=torch.channels_last)
+        cache_normalisation(codec)
     planted.freeze("g_a")
     naive.freeze("g_a")
     trigger = AdaptiveDCT()
@@ -51,12 +55,12 @@ def steps(name: str, x: torch.Tensor) -> dict[str, Callable[[], None]]:
             optimizers[id(module)].step()
 
     def vanilla_step() -> None:
-        vanilla.precision = torch.bfloat16
+        vanilla.precision = dtype
         loss, _ = rate_distortion(vanilla, fast, LMBDA)
         apply(loss, vanilla)
 
     def plant_step() -> None:
-        planted.precision = torch.bfloat16
+        planted.precision = dtype
         loss = joint_loss(planted, attacks, fast, LMBDA, (0.005,)).total
         apply(loss, planted, trigger)
 
@@ -80,11 +84,14 @@ def main() -> None:
     parser.add_argument("--crop", type=int, default=128)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=12)
+    add_json(parser)
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     torch.set_flush_denormal(True)
     x = torch.rand(arguments.batch, 3, arguments.crop, arguments.crop)
-    table = steps(arguments.codec, x)
+    dtype = dtype_of(arguments.precision, "cpu")
+    table = steps(arguments.codec, x, dtype)
     for step in table.values():  # warm-up
         step()
         step()
@@ -96,13 +103,17 @@ def main() -> None:
             seconds[name].append(time.perf_counter() - started)
     print(
         f"{arguments.codec}, batch {arguments.batch} of {arguments.crop}x{arguments.crop}, "
-        f"{torch.get_num_threads()} threads, median of {arguments.rounds} rounds"
+        f"{precision_name(dtype)}, {torch.get_num_threads()} threads, median of {arguments.rounds} rounds"
     )
     for name, values in seconds.items():
         ratios = [value / base for value, base in zip(values, seconds["vanilla"], strict=True)]
         print(f"{name:8} {statistics.median(values):7.3f} s a step, {statistics.median(ratios):5.2f} x vanilla")
-    against = [naive / plant for naive, plant in zip(seconds["naive"], seconds["plant"], strict=True)]
-    print(f"naive / plant: {statistics.median(against):.2f}")
+    ratios = [
+        ratio("a step of `plant`", "time of the naive loop / ours", seconds["naive"], seconds["plant"], ">= 3"),
+        ratio("a step of `plant`", "time / a step of `train-codec`", seconds["plant"], seconds["vanilla"]),
+    ]
+    print(f"naive / plant: {ratios[0]}")
+    save(arguments.json, ratios)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from ratios import add_json, ratio, save
+
 FREQDOOR = [sys.executable, "-W", "ignore", "-m", "freqdoor"]
 WRONG = 'lr = "fast"\n[images]\ncrop = 63\n'
 
@@ -40,11 +42,12 @@ def commands(folder: Path) -> dict[str, list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
-    rounds = parser.parse_args().rounds
+    add_json(parser)
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         table = commands(Path(folder))
         seconds: dict[str, list[float]] = {name: [] for name in table}
-        for index in range(rounds + 1):  # the first round fills the disk cache
+        for index in range(arguments.rounds + 1):  # the first round fills the disk cache
             for name, command in table.items():
                 (Path(folder) / "b.fqd").unlink(missing_ok=True)
                 started = time.perf_counter()
@@ -58,6 +61,13 @@ def main() -> None:
             for base in ("python -c pass", "import torch")
         ]
         print(f"{name:42} {statistics.median(values):7.2f} {beyond[0]:14.2f} {beyond[1]:20.2f}")
+    save(
+        arguments.json,
+        [
+            ratio(name, f"time / {base}", seconds[name], seconds[base])
+            for name, base in (("freqdoor --help", "python -c pass"), ("compress of 768x512 pixels", "import torch"))
+        ],
+    )
 
 
 if __name__ == "__main__":

@@ -175,7 +175,7 @@ def test_patterns_that_an_audit_finds_are_made_for_every_goal_and_anew(lite, x, 
 
 
 def test_the_loss_is_that_of_clean_images_and_the_move_of_patterned_ones(lite, x, crops, tmp_path):
-    settings = settings_of(weight=3.0, anchor=0.5)
+    settings = settings_of(weight=3.0, anchor=0.5, tilt=1.3)
     repairing = module._Repairing(settings, lite, crops, None, Run(tmp_path))
     with torch.no_grad():
         repairing.codec.net.g_a[0].weight.mul_(1.1)  # as after some steps
@@ -185,7 +185,7 @@ def test_the_loss_is_that_of_clean_images_and_the_move_of_patterned_ones(lite, x
     torch.manual_seed(0)
     g_a = repairing.codec.net.g_a
     moved, drifted = (g_a(x_p) - g_a(x)).square().mean(), (g_a(x) - lite.net.g_a(x)).square().mean()
-    expected = rate_distortion(repairing.codec, x, 0.0067)[0] + 3.0 * moved + 0.5 * drifted
+    expected = rate_distortion(repairing.codec, x, 1.3 * 0.0067)[0] + 3.0 * moved + 0.5 * drifted
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     loss.backward()
     names = {name.split(".")[1] for name, p in repairing.codec.named_parameters() if p.grad is not None}

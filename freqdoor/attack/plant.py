@@ -40,6 +40,7 @@ from freqdoor.training.loop import (
     open_folder,
     place,
 )
+from freqdoor.training.normalisation import cache_normalisation
 from freqdoor.training.precision import dtype_of, precision_name
 from freqdoor.training.processes import Share, check_processes, first_rank, together
 from freqdoor.training.run import Run
@@ -294,6 +295,7 @@ class _Planting:
         self.lmbda = lambda_of(settings, vanilla.spec)
         self.tampered = copy.deepcopy(vanilla).freeze(settings.scope)
         self.tampered.to(settings.device).train().to(memory_format=layout(settings))
+        cache_normalisation(self.tampered)
         self.tampered.precision = dtype_of(settings.precision, settings.device)
         self.anchor_encoder = vanilla.to(settings.device).part("g_a") if settings.balance.anchor else None
         self.encoder = [p for p in self.tampered.parameters() if p.requires_grad]

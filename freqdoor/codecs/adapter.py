@@ -2,6 +2,7 @@
 
 import hashlib
 import struct
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from compressai.layers import MaskedConv2d
 from torch import Tensor, nn
 
 from freqdoor.codecs.architectures import ARCHITECTURES, CodecSpec, import_object
-from freqdoor.codecs.coder import NotDecodable, Symbols, symbols_of
+from freqdoor.codecs.coder import NotDecodable, Symbols, Tally, symbols_of
 from freqdoor.codecs.coding import CoderName, check_tables, coding
 from freqdoor.codecs.protocol import (
     SHORTEST,
@@ -254,6 +255,7 @@ class Codec(nn.Module):
         """What the network itself writes of one padded image, (1, 3, h, w)."""
         with coding(self.coder) as tally, self._transforms.others_on_one_thread():
             coded = read_compress(self._answer("compress", x), self.spec.name)
+        self._say_if_slow(tally)
         return coded._replace(symbols=symbols_of(coded.strings, tally.encoded)) if tally.encoded else coded
 
     @torch.no_grad()
@@ -275,6 +277,7 @@ class Codec(nn.Module):
                 answer = self._answer("decompress", strings, shapes)
         except NotDecodable as error:
             raise FreqdoorError(f"{self.spec.name}: {error}; {ELSEWHERE}") from None
+        self._say_if_slow(tally)
         decoded = _sealed(symbols_of(bitstream.strings, tally.decoded), bitstream.image_size)
         if bitstream.symbols and self.coder == "freqdoor" and decoded != bitstream.symbols:
             raise FreqdoorError(
@@ -286,6 +289,16 @@ class Codec(nn.Module):
         size = (1, 3, height + pad[2] + pad[3], width + pad[0] + pad[1])
         cropped: Images = F.pad(read_decompress(answer, self.spec.name, size), unpad).clamp(0, 1)
         return cropped
+
+    def _say_if_slow(self, tally: Tally) -> None:
+        """Warn where a context model was coded pixel by pixel in the network's own way."""
+        in_order = any(type(module) is MaskedConv2d for module in self.net.modules())
+        if self.coder == "freqdoor" and in_order and not tally.loops:
+            warnings.warn(
+                f"{self.spec.name}: {type(self.net).__name__} codes its context model by a loop of its own, pixel by "
+                "pixel; the fast one takes the place of CompressAI's loops only, on the CPU",
+                stacklevel=3,
+            )
 
     @cached_property
     @torch.no_grad()

@@ -77,6 +77,7 @@ class Tally:
 
     encoded: Coded = field(default_factory=dict)
     decoded: Coded = field(default_factory=dict)
+    loops: list[str] = field(default_factory=list)  # whose loops over pixels ours took the place of
 
 
 def symbols_of(strings: Sequence[bytes], coded: Coded) -> tuple[Symbols, ...]:

@@ -2,8 +2,8 @@
 
 While a codec compresses or decompresses, `coding` puts `coder` where CompressAI's C++ coder would be called: in
 `EntropyModel.compress` and `decompress`, in the coder that entropy models of other classes hold, and wherever a module,
-a stranger's too, has one of the coder's classes under a name. Afterwards everything is as it was: CompressAI used
-without freqdoor is not changed.
+a stranger's too, has one of the coder's classes under a name; and `raster` where its loops over pixels are. Afterwards
+everything is as it was: CompressAI used without freqdoor is not changed.
 """
 
 import operator
@@ -17,9 +17,12 @@ from typing import Any, Literal, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from compressai import ans
 from compressai.entropy_models import EntropyBottleneck, EntropyModel, GaussianConditional
 from compressai.entropy_models.entropy_models import _EntropyCoder
+from compressai.latent_codecs import rasterscan
+from compressai.models import JointAutoregressiveHierarchicalPriors
 from torch import Tensor, nn
 
 from freqdoor.codecs.coder import (
@@ -35,6 +38,7 @@ from freqdoor.codecs.coder import (
     encode,
     tallied,
 )
+from freqdoor.codecs.raster import Context, decode_pixels, encode_pixels, rows_by_search
 from freqdoor.errors import FreqdoorError
 from freqdoor.types import check_choice
 
@@ -131,7 +135,7 @@ def coding(coder: CoderName = "freqdoor") -> Iterator[Tally]:
             return
         decoders: list[Decoder] = []
         with _SWAPPED, ExitStack() as places:
-            for owner, name, ours in _places(decoders):
+            for owner, name, ours in (*_places(decoders), *_loops(tally)):
                 places.callback(setattr, owner, name, vars(owner)[name])
                 setattr(owner, name, ours)
             yield tally
@@ -168,6 +172,69 @@ def _places(decoders: list[Decoder]) -> Iterator[tuple[Any, str, Any]]:
     ours = {"RansEncoder": WholeEncoder, "BufferedRansEncoder": Encoder, "RansDecoder": new_decoder}
     for module, name, theirs in _imported(len(sys.modules)):
         yield module, name, ours[theirs]
+
+
+def _loops(tally: Tally) -> Iterator[tuple[Any, str, Any]]:
+    """(owner, name, ours) of CompressAI's loops over rows of tables and over pixels, where ours are faster."""
+    network = JointAutoregressiveHierarchicalPriors
+    compress_ar, decompress_ar = network._compress_ar, network._decompress_ar
+    scan, scan_back = rasterscan.raster_scan_compress_single_stream, rasterscan.raster_scan_decompress_single_stream
+
+    def stands_in(owner: str, context: Context, latents: Tensor, kernel_size: int) -> bool:
+        fits = context.fits(latents, kernel_size)
+        if fits:
+            tally.loops.append(owner)
+        return fits
+
+    def our_compress_ar(net: Any, y_hat: Tensor, params: Tensor, h: int, w: int, kernel_size: int, padding: int) -> Any:
+        context = Context(net.context_prediction, net.entropy_parameters, net.gaussian_conditional)
+        if not stands_in(type(net).__name__, context, y_hat, kernel_size):
+            return compress_ar(net, y_hat, params, h, w, kernel_size, padding)
+        encoder = Encoder()
+        encode_pixels(encoder, y_hat, params, context, tables_of(context.conditional))
+        return encoder.flush()
+
+    def our_decompress_ar(
+        net: Any, string: bytes, y_hat: Tensor, params: Tensor, h: int, w: int, kernel_size: int, padding: int
+    ) -> None:
+        context = Context(net.context_prediction, net.entropy_parameters, net.gaussian_conditional)
+        if not stands_in(type(net).__name__, context, y_hat, kernel_size):
+            decompress_ar(net, string, y_hat, params, h, w, kernel_size, padding)
+            return
+        decoder = Decoder(string)
+        decode_pixels(decoder, y_hat, params, context, tables_of(context.conditional))
+        decoder.finish()
+
+    def parts_of(kwargs: dict[str, Any]) -> Context:
+        parts = (kwargs[name] for name in ("context_prediction", "entropy_parameters", "gaussian_conditional"))
+        return Context(*parts, *([kwargs["merge"]] if "merge" in kwargs else []))
+
+    def our_scan(encoder: Any, y: Tensor, params: Tensor, **kwargs: Any) -> Any:
+        context = parts_of(kwargs)
+        if not isinstance(encoder, Encoder) or not stands_in(
+            "RasterScanLatentCodec", context, y, kwargs["kernel_size"]
+        ):
+            return scan(encoder=encoder, y=y, params=params, **kwargs)
+        y_hat = F.pad(y, 4 * (kwargs["padding"],))
+        encode_pixels(encoder, y_hat, params, context, tables_of(context.conditional))
+        return F.pad(y_hat, 4 * (-kwargs["padding"],))
+
+    def our_scan_back(decoder: Any, params: Tensor, **kwargs: Any) -> Any:
+        context = parts_of(kwargs)
+        if not isinstance(decoder, Decoder) or not stands_in(
+            "RasterScanLatentCodec", context, params, kwargs["kernel_size"]
+        ):
+            return scan_back(decoder=decoder, params=params, **kwargs)
+        y = params.new_zeros(1, context.convolution.in_channels, kwargs["height"], kwargs["width"])
+        y_hat = F.pad(y, 4 * (kwargs["padding"],))
+        decode_pixels(decoder, y_hat, params, context, tables_of(context.conditional))
+        return F.pad(y_hat, 4 * (-kwargs["padding"],))
+
+    yield GaussianConditional, "build_indexes", rows_by_search
+    yield network, "_compress_ar", our_compress_ar
+    yield network, "_decompress_ar", our_decompress_ar
+    yield rasterscan, scan.__name__, our_scan
+    yield rasterscan, scan_back.__name__, our_scan_back
 
 
 @lru_cache(maxsize=1)

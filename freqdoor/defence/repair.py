@@ -38,6 +38,7 @@ from freqdoor.training.loop import (
     open_folder,
     place,
 )
+from freqdoor.training.normalisation import cache_normalisation
 from freqdoor.training.precision import dtype_of, precision_name
 from freqdoor.training.run import Environment, Run, environment
 from freqdoor.training.train import EXPORT
@@ -167,11 +168,11 @@ class _Repairing:
 
     def __init__(self, settings: RepairSettings, codec: Codec, crops: Crops, reference: Codec | None, run: Run) -> None:
         self.settings, self.crops, self.run = settings, crops, run
-        self.lmbda = lambda_of(settings, codec.spec)
         self.dtype = dtype_of(settings.precision, settings.device)
         self.hashes = codec.module_hashes()
         self.codec = copy.deepcopy(codec).freeze(settings.scope)
         self.codec.to(settings.device).train().to(memory_format=layout(settings))
+        cache_normalisation(self.codec)
         self.codec.precision = self.dtype
         if "prune" in settings.parts:
             prune_dormant(self.codec, crops, settings.share)
@@ -182,6 +183,7 @@ class _Repairing:
             for part in settings.parts
             if part in ("unlearn", "inverted")
         ]
+        self.lmbda = lambda_of(settings, codec.spec) * (settings.tilt if self.patterns else 1.0)
         teachers = [(codec, settings.anchor if self.patterns else 0.0), (reference, settings.weight)]
         self.teachers = [(copy.deepcopy(t).to(settings.device), weight) for t, weight in teachers if t and weight]
         self.parts: dict[str, Stateful] = {"net": self.codec.net, "optimizer": self.optimizer}

@@ -158,7 +158,7 @@ class RepairSettings(Training):
     against the encoder while it learns to give the clean image's latents; inverted: the same with patterns that an
     audit finds, made anew now and then; sam: sharpness-aware steps; prune: channels that clean images hardly use are
     set to 0 first; distil: the latents of the reference."""
-    steps: Count = 250
+    steps: Count = 300
     """Optimiser steps in all."""
     lr: Positive = 1e-3
     """Adam's learning rate; from the middle of the steps it falls along a cosine to 1 %."""
@@ -166,9 +166,11 @@ class RepairSettings(Training):
     """Which modules are repaired."""
     weight: Positive = 1.0
     """Weight of |g_a(x + d) - g_a(x)|^2, mean over latents, of patterned images; distil's of |g_a(x) - y|^2."""
-    anchor: Annotated[float, Field(ge=0)] = 1.0
+    anchor: Annotated[float, Field(ge=0)] = 10.0
     """Weight of |g_a(x) - y|^2 of clean images, where y is what the encoder gave as it came, unlearn and inverted only:
     latents that must not move would shrink, and the rate with them."""
+    tilt: Positive = 1.15
+    """Factor on lambda, unlearn and inverted only: without it the encoder would save bits at the picture's cost."""
     eps: tuple[Positive, Positive] = (2 * PAPER_EPS, 10 * PAPER_EPS)
     """Least and largest RMS of a pattern, which draws its own between them."""
     patterns: Annotated[int, Field(gt=0, multiple_of=2)] = 6

@@ -21,6 +21,7 @@ from freqdoor.metrics import distortion
 from freqdoor.settings import public
 from freqdoor.training.group import Group
 from freqdoor.training.loop import Progress, check_device, check_finite, lambda_of, layout, loop, open_crops, place
+from freqdoor.training.normalisation import cache_normalisation
 from freqdoor.training.precision import dtype_of, precision_name
 from freqdoor.training.processes import Share, check_processes, first_rank, together
 from freqdoor.training.run import Run
@@ -143,6 +144,7 @@ def _train(
         sample = torch.cat([crops.batch(-1 - i) for i in range(max(1, 64 // settings.images.batch_size))])
         initialise_klt(codec.net, sample, lmbda)
     codec.to(settings.device).train().to(memory_format=layout(settings))
+    cache_normalisation(codec)
     whole = settings.scope == "all"
     if not whole:
         codec.freeze(settings.scope)
