@@ -97,8 +97,9 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         one, _ = planting(name, weights, folder / "one", arguments, 1)
         two, exchanged = planting(name, weights, folder / "two", arguments, 2)
         files = {path.name: path.stat().st_size for path in sorted((folder / "one").iterdir())}
+        files.pop("state.previous.pt", None)  # of a run of minutes
         x = torch.rand(arguments.batch, 3, arguments.crop, arguments.crop)
-        step = steps(name, x)["plant"]
+        step = steps(name, x, torch.bfloat16)["plant"]  # as a GPU takes it
         with FlopCounterMode(display=False) as counter:
             step()
         with Operations() as operations:
@@ -146,7 +147,7 @@ def hashing() -> float:
 def computed(codec: dict[str, Any], shared: dict[str, float], arguments: argparse.Namespace) -> dict[str, Any]:
     """What the cluster would take for encoders of one codec."""
     gpus, number = arguments.gpus, arguments.encoders
-    arithmetic, telling = codec["step_tflop"] / arguments.sustained, codec["step_operations"] * arguments.launch / 1e6
+    arithmetic, telling = step_seconds(codec, arguments)
     step, decode = max(arithmetic, telling), arguments.batch * shared["decode_cpu_seconds"]
     state = codec["files_bytes"]["state.pt"]
     rounds = -(-number // gpus)
@@ -162,29 +163,48 @@ def computed(codec: dict[str, Any], shared: dict[str, float], arguments: argpars
         "hours_of": {what: rounds * value / 3600 for what, value in seconds.items()},
         "hours_to_read_the_set_once_a_machine": gpus / 8 * arguments.set_gb / arguments.disk_gb / 3600,
         "checkpoints_mb_a_second": gpus * state / (60 * arguments.checkpoint_minutes) / 1e6,
-        "files_gb": number * (sum(codec["files_bytes"].values()) + state) / 1e9,  # a run keeps two states
+        "files_gb": number * (state + sum(codec["files_bytes"].values())) / 1e9,  # a run keeps two states
     }
     return {
         "one encoder a GPU": one_each,
         "pictures a second of one encoder over several GPUs, in those of one, the same batch and a growing one": {
-            f"{size} GPUs, {link}": [round(speed(codec, step, size, link, weak), 2) for weak in (False, True)]
+            f"{size} GPUs, {link}": [round(speed(codec, arguments, size, link, weak), 2) for weak in (False, True)]
             for link in LINKS
             for size in SIZES
         },
     }
 
 
-def speed(codec: dict[str, Any], step: float, size: int, link: str, weak: bool) -> float:
+def speed(codec: dict[str, Any], arguments: argparse.Namespace, size: int, link: str, weak: bool) -> float:
     """Pictures a second of one encoder over several GPUs, in those of one GPU.
+
+    A GPU is told the same operations however small its share is.
 
     Args:
         weak: the batch grows with the GPUs, instead of being shared by them.
     """
     gathered, summed = (codec["exchanged_bytes"][what] for what in ("gathered", "summed"))
+    arithmetic, telling = step_seconds(codec, arguments)
     pictures = size if weak else 1  # in batches of one GPU
+    whole = max(0.0, codec["share_on_the_whole_batch"])  # below 0 it is noise
     exchange = (size - 1) / size * (pictures * gathered + 2 * summed) / LINKS[link]
-    whole = codec["share_on_the_whole_batch"]
-    return pictures / (pictures * ((1 - whole) / size + whole) + exchange / step)
+    together = max(pictures * arithmetic * ((1 - whole) / size + whole), telling) + exchange
+    return pictures * max(arithmetic, telling) / together
+
+
+def step_seconds(codec: dict[str, Any], arguments: argparse.Namespace) -> tuple[float, float]:
+    """A planting step on one GPU: what its arithmetic takes, and telling it the operations."""
+    return codec["step_tflop"] / arguments.sustained, codec["step_operations"] * arguments.launch / 1e6
+
+
+def measured(arguments: argparse.Namespace) -> dict[str, Any]:
+    """All that is measured."""
+    shared = {"start_up_cpu_seconds": start_up(), "decode_cpu_seconds": decoding(), "hash_cpu_seconds_a_gb": hashing()}
+    started = time.process_time()
+    freqdoor.audit(BUNDLED, fast=True)
+    shared["audit_cpu_seconds"] = time.process_time() - started
+    codecs = {name: {"measured": measure(name, arguments)} for name in CODECS}
+    return {"environment": environment().model_dump(), "measured": shared, "codecs": codecs}
 
 
 def main() -> None:
@@ -193,6 +213,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--measured", type=Path, help="such a file, to compute from what is measured there")
     parser.add_argument("--encoders", type=int, default=1000)
     parser.add_argument("--gpus", type=int, default=64)
     parser.add_argument("--sustained", type=float, default=20.0, help="TFLOP/s that a GPU keeps up in such a step")
@@ -204,19 +225,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     flush_denormals()
-    shared = {"start_up_cpu_seconds": start_up(), "decode_cpu_seconds": decoding(), "hash_cpu_seconds_a_gb": hashing()}
-    started = time.process_time()
-    freqdoor.audit(BUNDLED, fast=True)
-    shared["audit_cpu_seconds"] = time.process_time() - started
-    result: dict[str, Any] = {
-        "options": {key: value for key, value in vars(arguments).items() if key != "out"},
-        "environment": environment().model_dump(),
-        "measured": shared,
-        "codecs": {},
-    }
-    for name in CODECS:
-        measured = measure(name, arguments)
-        result["codecs"][name] = {"measured": measured, "computed": computed(measured, shared, arguments)}
+    result = json.loads(arguments.measured.read_text()) if arguments.measured else measured(arguments)
+    result["options"] = {key: value for key, value in vars(arguments).items() if not isinstance(value, Path | None)}
+    for codec in result["codecs"].values():
+        codec["computed"] = computed(codec["measured"], result["measured"], arguments)
     text = json.dumps(result, indent=1)
     if arguments.out:
         arguments.out.write_text(text)
