@@ -24,7 +24,7 @@ GRACE = 60.0  # seconds that a job has for the end of a step, before a cluster t
 
 
 @contextmanager
-def workers(jobs: int, runner: Runner = "local") -> Iterator[Executor]:
+def workers(jobs: int, runner: Runner = "local", *, gpu: bool = False) -> Iterator[Executor]:
     """Something to submit jobs to, each of one thread; those under way are ended when an exception leaves the block.
 
     "ray" takes the cluster that RAY_ADDRESS names or that this program has joined, or begins one on this machine. A job
@@ -32,12 +32,13 @@ def workers(jobs: int, runner: Runner = "local") -> Iterator[Executor]:
 
     Args:
         jobs: how many run side by side in this machine's processes, or on the cluster that is begun here.
+        gpu: whether a cluster gives each job a GPU of its own, which is the job's only one; processes here share one.
 
     Raises:
-        FreqdoorError: no jobs, an unknown runner, Ray is not installed, or its cluster cannot be joined.
+        FreqdoorError: no jobs, an unknown runner, Ray is not installed, its cluster cannot be joined or has no GPU.
     """
     check_workers(jobs, runner)
-    with _processes(jobs) if runner == "local" else _ray(jobs) as pool:
+    with _processes(jobs) if runner == "local" else _ray(jobs, gpu) as pool:
         yield pool
 
 
@@ -63,7 +64,7 @@ def _processes(jobs: int) -> Iterator[Executor]:
 
 
 @contextmanager
-def _ray(jobs: int) -> Iterator[Executor]:
+def _ray(jobs: int, gpu: bool) -> Iterator[Executor]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would tell its makers
     try:
         import ray
@@ -73,18 +74,21 @@ def _ray(jobs: int) -> Iterator[Executor]:
         ) from None
     joined = ray.is_initialized()
     if not joined:
-        own = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": jobs, "include_dashboard": False}
+        alone = {"num_cpus": jobs, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}  # which nobody reaches
         try:
-            ray.init(log_to_driver=False, logging_level="error", **own)
+            ray.init(log_to_driver=False, logging_level="error", **({} if os.environ.get("RAY_ADDRESS") else alone))
         except (ConnectionError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:160]
             raise FreqdoorError(f"runner 'ray': could not join or begin a cluster ({reason})") from None
-    pool = _RayExecutor(ray)
     try:
-        yield pool
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
+        if gpu and not ray.cluster_resources().get("GPU"):
+            raise FreqdoorError("runner 'ray': expected a cluster with a GPU for every job, found none; set device=cpu")
+        pool = _RayExecutor(ray, gpu)
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     finally:
         if not joined:
             ray.shutdown()
@@ -93,7 +97,7 @@ def _ray(jobs: int) -> Iterator[Executor]:
 class _RayExecutor(Executor):
     """Ray's tasks as `concurrent.futures` has them."""
 
-    def __init__(self, ray: Any) -> None:
+    def __init__(self, ray: Any, gpu: bool) -> None:
         self._ray = ray
 
         def run(places: list[str], *job: Any) -> tuple[Any, Exception | None]:  # sent as code, not by its name
@@ -102,7 +106,7 @@ class _RayExecutor(Executor):
 
             return _run(*job)
 
-        self._task = ray.remote(num_cpus=1)(run)
+        self._task = ray.remote(num_cpus=1, num_gpus=int(gpu))(run)
         self._running: dict[Future[Any], Any] = {}
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any, **options: Any) -> Future[Any]:

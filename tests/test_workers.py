@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import natural, write_png
 
 from freqdoor import FleetSettings, fleet, workers
@@ -50,6 +51,9 @@ def test_a_cluster_of_two_gives_what_processes_give_though_a_worker_is_killed(tm
         assert [future.result(timeout=120) for future in futures] == [(i, str(tmp_path)) for i in range(4)]
         assert (tmp_path / "1").exists()
         error = pool.submit(refuse).exception(timeout=60)
+        if not torch.cuda.is_available():  # a cluster that the program has joined stays
+            with pytest.raises(FreqdoorError, match="expected a cluster with a GPU"), open_workers(2, "ray", gpu=True):
+                pass
     assert type(error) is FreqdoorError
     assert str(error) == "photos: expected pictures, found none"
     (tmp_path / "photos").mkdir()

@@ -189,7 +189,8 @@ def _make(
         return
     waiting = {task.member.name: task for task in tasks}
     failed: set[str] = set()
-    with workers(jobs, runner) as pool:
+    made = (task.settings.settings_of(task.member, task.codec) for task in tasks)
+    with workers(jobs, runner, gpu=any(kind is not None and kind.device.startswith("cuda") for kind in made)) as pool:
         running: dict[Future[MemberFacts], str] = {}
         while waiting or running:
             for name, task in list(waiting.items()):

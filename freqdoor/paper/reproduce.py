@@ -164,7 +164,7 @@ def _fill(
         folder = None if row.changes is None else _folder(_settings(base, row, seed), runs)
         job = _Job(plan.recipe.name, material, row.name, base, seed, runs, until)
         different.setdefault((name, folder), job)
-    with workers(jobs, runner) as pool:
+    with workers(jobs, runner, gpu=plan.base.device.startswith("cuda")) as pool:
         futures = {pool.submit(_planted_and_measured, job): job for job in different.values()}
         for number, future in enumerate(as_completed(futures), 1):
             future.result()
