@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -24,11 +24,14 @@ from freqdoor.errors import FreqdoorError
 from freqdoor.files import OTHER_PICTURES, PICTURES, mark, read_text, with_slashes, write_together
 from freqdoor.limits import MAX_PIXELS as MAX_PIXELS
 from freqdoor.limits import check_memory, file_size
+from freqdoor.shards import Packed, list_shards, packed_in
 from freqdoor.types import Images, as_picture, from_picture, from_uint8
 
 FORMATS = sorted(set(PICTURES.values()))  # no other is tried: for some, Pillow starts a program
 CACHE_BYTES = 2**30  # decoded training images kept in memory; beyond it they are decoded again
 Size = tuple[int, int]  # (height, width) in pixels
+Picture = Path | Packed  # a file, or what is packed in one
+P = TypeVar("P", Path, Picture)
 MODES = {  # Pillow's mode -> what a user calls it
     "1": "black and white",
     "L": "grey",
@@ -92,6 +95,21 @@ def list_images(path: Path | str) -> list[Path]:
     return sorted(images)
 
 
+def list_training_images(place: Path | str) -> list[Picture]:
+    """As `list_images`; and the pictures in the shards that the place names (`list_shards`).
+
+    Raises:
+        FreqdoorError: no pictures there, or a shard that cannot be read.
+    """
+    shards = list_shards(place)
+    if not shards:
+        return list(list_images(place))
+    packed: list[Picture] = [picture for shard in shards for picture in packed_in(shard)]
+    if not packed:
+        raise FreqdoorError(f"{place}: expected images ({', '.join(PICTURES)}) in these shards, found none")
+    return packed
+
+
 def image_paths(images: Path | str | Sequence[Path | str]) -> list[Path]:
     """The files of a folder, of one image, or of several of both, in order; FreqdoorError if there are none."""
     places = [images] if isinstance(images, Path | str) else images
@@ -124,12 +142,15 @@ class _Header(NamedTuple):
 
 
 @contextlib.contextmanager
-def _open(path: Path | str, what: str) -> Iterator[Image.Image]:
+def _open(path: Picture | str, what: str) -> Iterator[Image.Image]:
     """An image file of a format that is read; a device or a pipe would let the program wait for ever."""
     with contextlib.ExitStack() as stack:
         try:
-            check_memory(file_size(path, what), "the whole file", path)  # WebP is read as one
-            file = stack.enter_context(Path(path).open("rb"))  # by its name, Pillow maps grey TIFF files in wrong order
+            if isinstance(path, Packed):
+                file: BinaryIO = io.BytesIO(path.read_bytes())
+            else:
+                check_memory(file_size(path, what), "the whole file", path)  # WebP is read as one
+                file = stack.enter_context(Path(path).open("rb"))  # by name, Pillow maps grey TIFF files in wrong order
             image = stack.enter_context(Image.open(file, formats=FORMATS))
         except (Image.DecompressionBombError, Image.DecompressionBombWarning):
             raise FreqdoorError(
@@ -155,7 +176,7 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
         return None
 
 
-def _header(path: Path | str, what: str = "an image") -> _Header:
+def _header(path: Picture | str, what: str = "an image") -> _Header:
     with _open(path, what) as image:
         width, height = image.size
         if _turn(image) in (TURNS[5], TURNS[6], TURNS[7], TURNS[8]):
@@ -181,7 +202,7 @@ def _is_16_bit(image: ImageFile) -> bool:
     return any("16" in str(raw[0] if isinstance(raw, tuple) else raw) for raw in raw_modes)
 
 
-def _image_header(path: Path | str) -> _Header:
+def _image_header(path: Picture | str) -> _Header:
     header = _header(path)
     if header.mode != "RGB":
         kind = MODES.get(header.mode, header.mode)
@@ -189,7 +210,7 @@ def _image_header(path: Path | str) -> _Header:
     return header
 
 
-def check_image(path: Path | str) -> Size:
+def check_image(path: Picture | str) -> Size:
     """(height, width) of an 8-bit RGB image file as it is shown, from its header, or a sentence on why it is of no use.
 
     Its EXIF orientation counts: a portrait that a phone has stored lying is higher than wide.
@@ -198,7 +219,7 @@ def check_image(path: Path | str) -> Size:
     return header.height, header.width
 
 
-def load_image(path: Path | str, size: Size | None = None) -> Images:
+def load_image(path: Picture | str, size: Size | None = None) -> Images:
     """One 8-bit RGB image file as (1, 3, h, w) in [0, 1], resized to `size` (bilinear, antialiased) if one is given.
 
     The picture is the one that a viewer shows: turned as its EXIF orientation says. What is not taken of the file, such
@@ -211,7 +232,7 @@ def load_image(path: Path | str, size: Size | None = None) -> Images:
     return from_uint8(_load_pixels(path, size))[None]
 
 
-def _load_pixels(path: Path | str, size: Size | None = None) -> Tensor:
+def _load_pixels(path: Picture | str, size: Size | None = None) -> Tensor:
     check_image(path)
     return _decode(path, size, Image.Resampling.BILINEAR).permute(2, 0, 1)
 
@@ -236,7 +257,7 @@ def load_labels(path: Path | str, size: Size | None = None, image_size: Size | N
     return _decode(path, size, Image.Resampling.NEAREST)[None]
 
 
-def label_paths(images: Sequence[Path], folder: Path | str) -> list[Path]:
+def label_paths(images: Sequence[Picture], folder: Path | str) -> list[Path]:
     """The label image of every image: the PNG file of the same name in `folder`; raises if any is missing."""
     paths = [Path(folder) / f"{image.stem}.png" for image in images]
     missing = [path.name for path in paths if not path.is_file()]
@@ -247,7 +268,7 @@ def label_paths(images: Sequence[Path], folder: Path | str) -> list[Path]:
     return paths
 
 
-def _decode(path: Path | str, size: Size | None, how: Image.Resampling) -> Tensor:
+def _decode(path: Picture | str, size: Size | None, how: Image.Resampling) -> Tensor:
     """The pixels as they are shown, (h, w) or (h, w, 3)."""
     try:
         with _open(path, "an image") as image:
@@ -329,16 +350,14 @@ def _marks(kind: str, verb: str) -> dict[str, Any]:
     return {"exif": exif} if kind in ("JPEG", "WEBP", "TIFF") else {}
 
 
-def usable_images(
-    paths: Sequence[Path], *, min_side: int = 1, decode: bool = False, skip_broken: bool = False
-) -> list[Path]:
+def usable_images(paths: Sequence[P], *, min_side: int = 1, decode: bool = False, skip_broken: bool = False) -> list[P]:
     """The paths that can be used; with `decode` every file is read to its end, which finds truncated ones.
 
     Raises with a sentence for each of the others at once, or warns if `skip_broken`; raises in any case if nothing is
     left. What is not taken of usable files, such as further frames, is counted in one warning.
     """
     good, problems = [], []
-    losses: dict[str, list[Path]] = {}
+    losses: dict[str, list[P]] = {}
     for path in paths:
         try:
             header = _image_header(path)
@@ -365,7 +384,7 @@ def usable_images(
     return good
 
 
-def dataset_hash(paths: Sequence[Path]) -> str:
+def dataset_hash(paths: Sequence[Picture]) -> str:
     """SHA-256 over the files' names and contents, so that a run can say what it was trained on."""
     digest = hashlib.sha256()
     for path in paths:
@@ -395,7 +414,7 @@ class Crops:
 
     def __init__(
         self,
-        paths: Sequence[Path],
+        paths: Sequence[Picture],
         *,
         crop: int,
         batch_size: int,
@@ -409,21 +428,24 @@ class Crops:
         self.crop, self.batch_size, self.seed, self.skip_broken = crop, batch_size, seed, skip_broken
         self.resize, self.size = resize, window or resize or (crop, crop)
         self._cache: dict[int, Tensor] = {}
+        self._sizes: dict[int, Size] = {}
         self._broken: set[int] = set()
+        self._whole: set[int] = set()  # of those that have been read to their end
         self._cached_bytes = 0
 
     def facts(self) -> dict[str, int | str]:
         """How many images there are and their hash, for the run's records."""
         return {"images": len(self.paths), "images_sha256": dataset_hash([*self.paths, *self.labels])}
 
-    def batch(self, step: int) -> Images:
-        """Batch number `step`, (batch_size, 3, height, width)."""
-        return from_uint8(torch.stack([_cut(pixels, window) for window, pixels in self._windows(step)]))
+    def batch(self, step: int, rows: slice | None = None) -> Images:
+        """Batch number `step`, (batch_size, 3, height, width), or these rows of it: the others are not decoded."""
+        windows = self._windows(step)[rows or slice(None)]
+        return from_uint8(torch.stack([_cut(self._pixels(window.image), window) for window in windows]))
 
     def labels_of(self, step: int) -> Tensor:
         """The labels of batch number `step`, (batch_size, height, width), uint8, cut as its images are."""
         cut = []
-        for window, _ in self._windows(step):
+        for window in self._windows(step):
             i = window.image
             cut.append(_cut(load_labels(self.labels[i], self.resize, check_image(self.paths[i]))[0], window))
         return torch.stack(cut)
@@ -437,36 +459,44 @@ class Crops:
             self._cached_bytes += pixels.numel()
         return self._cache[index]
 
-    def _windows(self, step: int) -> "list[tuple[_Window, Tensor]]":
-        """Where each image of a batch is cut from, and its pixels."""
+    def _size(self, index: int) -> Size:
+        """(height, width) of an image as it is cut from."""
+        if index not in self._sizes:
+            self._sizes[index] = self.resize or check_image(self.paths[index])
+        return self._sizes[index]
+
+    def _windows(self, step: int) -> "list[_Window]":
+        """Where each image of a batch is cut from."""
         generator = torch.Generator().manual_seed(seed_for(self.seed, "crops", step))
 
         def draw(upper: int) -> int:
             return int(torch.randint(upper, (1,), generator=generator))
 
-        windows: list[tuple[_Window, Tensor]] = []
+        windows: list[_Window] = []
         while len(windows) < self.batch_size:
+            index = draw(len(self.paths))
             try:
-                index = draw(len(self.paths))
-                pixels = self._pixels(index)
-            except FreqdoorError as error:  # truncated: only reading to the end shows it
+                if self.skip_broken and index not in self._whole:  # truncated: only reading to the end shows it
+                    self._pixels(index)
+                    self._whole.add(index)
+            except FreqdoorError as error:
                 self._broken.add(index)
-                if not self.skip_broken or len(self._broken) == len(self.paths):
+                if len(self._broken) == len(self.paths):
                     raise
                 warnings.warn(f"skipped {error}", stacklevel=2)
                 continue
-            height, width = self.size
-            top, left = draw(pixels.shape[1] - height + 1), draw(pixels.shape[2] - width + 1)
-            windows.append((_Window(index, top, left, height, width, bool(draw(2))), pixels))
+            (height, width), (whole_height, whole_width) = self.size, self._size(index)
+            top, left = draw(whole_height - height + 1), draw(whole_width - width + 1)
+            windows.append(_Window(index, top, left, height, width, bool(draw(2))))
         return windows
 
-    def batches(self, start: int, stop: int) -> Iterator[Images]:
-        """Batches start .. stop - 1; the next one is decoded in a thread while the current one is used."""
+    def batches(self, start: int, stop: int, rows: slice | None = None) -> Iterator[Images]:
+        """Batches start .. stop - 1, or these rows of each; the next one is decoded in a thread while one is used."""
         with ThreadPoolExecutor(1) as pool:
             upcoming: Future[Images] | None = None
             for step in range(start, stop):
-                current = upcoming.result() if upcoming else self.batch(step)
-                upcoming = pool.submit(self.batch, step + 1) if step + 1 < stop else None
+                current = upcoming.result() if upcoming else self.batch(step, rows)
+                upcoming = pool.submit(self.batch, step + 1, rows) if step + 1 < stop else None
                 yield current
 
 

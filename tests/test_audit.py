@@ -18,13 +18,12 @@ from typer.testing import CliRunner
 
 import freqdoor
 import freqdoor.cli as cli
-from freqdoor import audit, load_codec, load_planted
+from freqdoor import audit, load_codec, load_planted, workers
 from freqdoor.cli import app
 from freqdoor.codecs.adapter import hash_state
 from freqdoor.dct import block_dct, block_idct, blockify, rgb_to_ycbcr, unblockify, ycbcr_to_rgb
 from freqdoor.defence import audit as module
 from freqdoor.defence import calibration, checks, inversion, patterns
-from freqdoor.defence import fleet as fleets
 from freqdoor.defence.calibration import Calibration, Population, beyond
 from freqdoor.defence.checks import CHECKS, FAST, Finding, Response, Subject, Witness, crops
 from freqdoor.errors import FreqdoorError
@@ -335,7 +334,7 @@ def test_the_commands_of_the_page(monkeypatch, tmp_path, capsys):
     cheap = {"random": a_check({"gain": 2}, seen=False), "gain": a_check({"distortion": 0.5})}
     for part in (module, calibration):
         monkeypatch.setattr(part, "CHECKS", cheap)
-    monkeypatch.setattr(fleets, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(jobs))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs/fleet").mkdir(parents=True)
     members = (f'[[members]]\nname = "m{i}"\nalter = {{ kind = "noise", amount = 0.0{i + 1} }}\n' for i in range(10))

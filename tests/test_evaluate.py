@@ -1,4 +1,6 @@
 import json
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -6,7 +8,7 @@ import torch
 from conftest import check_foreign, contents, natural, room_for, write_png
 from PIL import Image
 
-from freqdoor import list_images, load_image, load_planted, plant
+from freqdoor import list_images, load_image, load_planted, plant, workers
 from freqdoor.data import image_paths
 from freqdoor.errors import FreqdoorError
 from freqdoor.measure import records as measuring
@@ -370,6 +372,30 @@ def test_evaluate_by_name_equals_evaluate_of_what_is_loaded(planted, images, run
     assert lines("a") == lines("b")
     assert len(lines("a")) == 2 * len(conditions(["bpp"], (1.0,), (GaussianBlur(0.6),)))
     assert (one.images, one.bpp_ratio) == (two.images, two.bpp_ratio) == (2, one.bpp_ratio)
+
+
+def test_workers_measure_the_same(planted, images, run, tmp_path, monkeypatch):
+    """They open the encoder by its name: one that is loaded is refused."""
+
+    class Pool(ThreadPoolExecutor):
+        def submit(self, *job):
+            return super().submit(*pickle.loads(pickle.dumps(job)))
+
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", lambda jobs, **_: Pool(1))
+    pictures = list_images(images)[:3]
+
+    def records_of(name):
+        rows = map(json.loads, (tmp_path / name / "records.jsonl").read_text().splitlines())
+        return [row | {"encode_seconds": 0} for row in rows]
+
+    evaluate(planted, pictures, tmp_path / "one")
+    evaluate(run, pictures, tmp_path / "named", codec="factories:lite", jobs=2)
+    assert records_of("named") == records_of("one")
+    for given in ({"planted": planted}, {"planted": run, "codec": planted.vanilla}):
+        with pytest.raises(FreqdoorError, match="jobs: other processes open the encoder and its codec by their names"):
+            evaluate(images=pictures, out=tmp_path / "loaded", jobs=2, **given)
+    with pytest.raises(FreqdoorError, match="jobs: expected 1 or more, found 0"):
+        evaluate(planted, pictures, tmp_path / "none", jobs=0)
 
 
 def test_earlier_results_outlive_a_mistake(planted, images, tmp_path, monkeypatch):

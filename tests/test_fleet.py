@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import natural, write_png
 
-from freqdoor import FleetSettings, fleet, load_codec, load_planted
+from freqdoor import FleetSettings, fleet, load_codec, load_planted, workers
 from freqdoor.attack.settings import PlantSettings
 from freqdoor.codecs.adapter import hash_state
 from freqdoor.defence import fleet as module
@@ -25,7 +25,7 @@ ENCODER = {"g_a"}
 @pytest.fixture
 def in_this_process(monkeypatch):
     """Members made by threads: processes take seconds to start."""
-    monkeypatch.setattr(module, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(jobs))
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_only_some_and_what_they_come_from(settings, tmp_path, in_this_process):
 def test_processes_make_the_same_as_threads(settings, tmp_path, monkeypatch):
     manifest = fleet(settings, tmp_path / "processes", jobs=2)
     with monkeypatch.context() as patched:
-        patched.setattr(module, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(jobs))
+        patched.setattr(workers, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(jobs))
         threads = fleet(settings, tmp_path / "threads")
     for a, b in zip(manifest.members, threads.members, strict=True):
         assert a.model_copy(update={"seconds": 0}) == b.model_copy(update={"seconds": 0})

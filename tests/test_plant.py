@@ -125,7 +125,7 @@ def test_nan_stops_with_step_and_term(settings, tmp_path, monkeypatch):
     from freqdoor.data import Crops
 
     monkeypatch.setattr(
-        Crops, "batch", lambda self, step: torch.full((2, 3, 64, 64), float("nan") if step == 2 else 0.5)
+        Crops, "batch", lambda self, step, rows=None: torch.full((2, 3, 64, 64), float("nan") if step == 2 else 0.5)
     )
     with pytest.raises(FreqdoorError, match=r"step 2: .*bpp_clean.*not finite"):
         plant(settings(), tmp_path / "run")

@@ -5,6 +5,8 @@ import re
 import shlex
 import subprocess
 import sys
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from networks import face_onnx, segmentation_onnx
 from PIL import Image
 
 import freqdoor.cli as cli
+from freqdoor import load_codec, workers
 
 pytestmark = pytest.mark.whole
 
@@ -120,6 +123,47 @@ def test_commands_beyond_the_tour(tmp_path, command):
     few = {"plant": ["--set", "steps=2"], "reproduce": ["--budget", "0"], "pgd": ["--steps", "2"]}
     for line in block("more"):
         command(line, few)
+
+
+def test_commands_of_many_processes(tmp_path, command, monkeypatch):
+    """The block "many": two processes plant; images are measured by a thread, which starts sooner."""
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(1))
+    put_photo(tmp_path)
+    (tmp_path / "shards").mkdir()
+    for number in range(2):
+        with tarfile.open(tmp_path / f"shards/00{number}.tar", "w") as tar:
+            tar.add(tmp_path / "photos/kodim23.png", f"{number}.png")
+    few = ["--set", "steps=1", "--set", "images.batch_size=2", "--set", "images.crop=64"]
+    for line in block("many"):
+        command(line, {"plant": few})
+    shared, packed = (
+        json.loads((tmp_path / f"runs/{run}/environment.json").read_text()) for run in ("shared", "packed")
+    )
+    assert (shared["processes"], packed["processes"], packed["images"]) == (2, 1, 2)
+
+
+@pytest.mark.slow
+def test_commands_of_two_processes_that_train_a_codec(tmp_path, command):
+    """The block "slowly"."""
+    put_photo(tmp_path)
+    for line in block("slowly"):
+        command(line, {"train-codec": ["--set", "steps=2"]})
+    assert json.loads((tmp_path / "runs/codec/environment.json").read_text())["processes"] == 2
+    [bitstream] = load_codec(str(tmp_path / "runs/codec/codec.safetensors")).compress(natural(0, 64, 64))
+    assert bitstream.num_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_commands_on_a_cluster(tmp_path, command):
+    """The block "ray"."""
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'freqdoor[ray]'")
+    put_photo(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    for line in block("ray"):
+        command(line, {})
+    assert json.loads((tmp_path / "fleet/fleet.json").read_text())["members"][0]["name"] == "pruned-0.1"
+    assert len((tmp_path / "results-ray/records.jsonl").read_text().splitlines()) == 6
 
 
 def test_commands_of_downstream_attacks(tmp_path, command):

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from matplotlib.figure import Figure
 from scipy.stats import t as student_t
 from typer.testing import CliRunner
 
-from freqdoor import load_codec, load_image
+from freqdoor import load_codec, load_image, workers
 from freqdoor.attack.plant import plant
 from freqdoor.attack.planted import unplanted
 from freqdoor.attack.settings import CodecSource
@@ -776,3 +777,28 @@ def test_a_planting_that_was_killed_amid_its_export_is_exported_again(run, base,
     assert run("small", base, rows=["ours"]) == table
     assert len(counted) == 2
     assert (folder / "codec.safetensors").exists()
+
+
+@pytest.mark.usefixtures("_recipe")
+def test_workers_leave_what_one_process_takes_and_each_encoder_is_made_once(run, base, monkeypatch, tmp_path):
+    """The unplanted row is the same for every seed."""
+    options = {"seeds": 2, "rows": ["vanilla", "ours"]}
+    whole = run("small", base, **options)
+    asked = []
+
+    class Pool(ThreadPoolExecutor):  # one thread: torch's generator is everybody's
+        def __init__(self, jobs, **_):
+            super().__init__(1)
+
+        def submit(self, function, job):
+            asked.append((job.row, job.seed))
+            return super().submit(function, job)
+
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", Pool)
+    said: list[str] = []
+    again = run("small", base, jobs=2, runs=tmp_path / "others", note=said.append, **options)
+    assert again == whole
+    assert asked == [("vanilla", 0), ("ours", 0), ("ours", 1)]
+    assert len(said) == 3
+    with pytest.raises(FreqdoorError, match="jobs: expected 1 or more, found 0"):
+        run("small", base, jobs=0)

@@ -3,7 +3,9 @@
 import contextlib
 import copy
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +27,7 @@ from freqdoor.data import Crops, seed_for
 from freqdoor.errors import FreqdoorError, Mistakes
 from freqdoor.lock import check_folder, holding
 from freqdoor.preprocessing import Preprocessing, random_preprocessing
+from freqdoor.training.group import ALONE, Group
 from freqdoor.training.loop import (
     Progress,
     Stateful,
@@ -39,7 +42,9 @@ from freqdoor.training.loop import (
 )
 from freqdoor.training.normalisation import cache_normalisation
 from freqdoor.training.precision import dtype_of, precision_name
+from freqdoor.training.processes import Share, check_processes, first_rank, together
 from freqdoor.training.run import Run
+from freqdoor.training.settings import ImageSettings
 from freqdoor.training.train import EXPORT
 from freqdoor.triggers.adaptive_dct import AdaptiveDCT
 from freqdoor.triggers.base import Trigger
@@ -103,34 +108,80 @@ def open_auxiliary(settings: PlantSettings) -> list[Crops | None]:
     return [opened[key] if key else None for key in sets]
 
 
-def plant(settings: PlantSettings, out: Path | str, *, progress: Progress | None = None) -> Planted:
+def plant(
+    settings: PlantSettings, out: Path | str, *, devices: int = 1, nodes: int = 1, progress: Progress | None = None
+) -> Planted:
     """Plant a backdoor in a codec's encoder; resumes from `out` if a run with the same settings is there.
 
     Writes into `out`: planted.safetensors (the tampered modules and the triggers), codec.safetensors (the whole
     tampered codec), manifest.json (SHA-256 of every module before and after), metrics.jsonl, state.pt. A resumed run
     ends in bit-identical weights.
 
+    Args:
+        devices: processes on this machine that share every batch, each with a GPU or its part of the processor.
+        nodes: machines that do so together, with MASTER_ADDR and NODE_RANK in their environment; the first one writes.
+
     Raises:
         FreqdoorError: unusable images or settings, all at once; another process in the folder, a trigger that has
-            nothing to act on or never acted, a loss that is not finite, a full disk.
+            nothing to act on or never acted, a loss that is not finite, a full disk, a process that is gone.
     """
     mistakes = Mistakes()
     with mistakes:
         check_folder(out)
-    with contextlib.nullcontext() if mistakes.found else holding(out, "plant"):
-        vanilla, attacks, earlier, crops, auxiliary, closed = _opened(settings, mistakes)
-        run = Run(out, [PLANTED, EXPORT, MANIFEST])
-        saved = run.start(settings, _facts(settings, vanilla, crops, auxiliary, closed))
-        planting = _Planting(settings, vanilla, attacks, run, crops, auxiliary, closed)
-        if earlier:
-            planting.tampered.net.load_state_dict(earlier.tampered.net.state_dict())
-            _take_over(earlier.triggers, attacks, "start_from")
-        loop(run, settings, planting.parts, planting.history, crops, planting.step, saved=saved, progress=progress)
+    with mistakes:
+        check_processes(devices, nodes, settings.device, [pictures.batch_size for pictures in _image_sets(settings)])
+    writes = not mistakes.found and first_rank(devices, nodes) == 0
+    with holding(out, "plant") if writes else contextlib.nullcontext():
+        opened = _opened(settings, mistakes)
+        run = Run(out, [PLANTED, EXPORT, MANIFEST]) if writes else None
+        facts = _facts(settings, opened.vanilla, opened.crops, opened.auxiliary, opened.closed)
+        saved = run.start(settings, facts | {"processes": devices * nodes}) if run else None
+        with together(partial(_prepared, settings), devices, nodes, settings.device) as group:
+            planting = _planted(settings, opened, group, run, saved, progress)
         planting.check_acted()
         tampered = planting.tampered.to("cpu").to(memory_format=torch.contiguous_format).prepare()
         tampered.precision = torch.float32
-        triggers = [attack.trigger.to("cpu").eval() for attack in attacks]
-        return export(run.folder, settings, vanilla.to("cpu"), tampered, triggers, planting.history["seconds"])
+        triggers = [attack.trigger.to("cpu").eval() for attack in planting.attacks]
+        with contextlib.ExitStack() as aside:  # where another machine writes, the files here are nobody's
+            folder = run.folder if run else Path(aside.enter_context(tempfile.TemporaryDirectory(prefix="freqdoor-")))
+            return export(folder, settings, opened.vanilla.to("cpu"), tampered, triggers, planting.history["seconds"])
+
+
+def _image_sets(settings: PlantSettings) -> list[ImageSettings]:
+    """Where the pictures of all batches come from."""
+    auxiliary = [a.auxiliary or settings.auxiliary for a in settings.planned if a.objective.uses_auxiliary]
+    closed = settings.evade.closed if settings.evade else None
+    return [pictures for pictures in (settings.images, *auxiliary, closed) if pictures is not None]
+
+
+def _prepared(settings: PlantSettings) -> Share:
+    """What another process of the group does, which writes nothing."""
+    opened = _opened(settings, Mistakes())
+
+    def share(group: Group) -> None:
+        _planted(settings, opened, group, None, None, None)
+
+    return share
+
+
+def _planted(
+    settings: PlantSettings,
+    opened: "_Opened",
+    group: Group,
+    run: Run | None,
+    saved: dict[str, Any] | None,
+    progress: Progress | None,
+) -> "_Planting":
+    """Take all steps that are left."""
+    vanilla, attacks, earlier, crops, auxiliary, closed = opened
+    planting = _Planting(settings, vanilla, attacks, run, crops, auxiliary, closed, group)
+    if earlier:
+        planting.tampered.net.load_state_dict(earlier.tampered.net.state_dict())
+        _take_over(earlier.triggers, attacks, "start_from")
+    parts, history = planting.parts, planting.history
+    with group.sharing(planting.tampered, [attack.trigger for attack in attacks]):
+        loop(run, settings, parts, history, crops, planting.step, saved=saved, progress=progress, group=group)
+    return planting
 
 
 class _Opened(NamedTuple):
@@ -233,12 +284,13 @@ class _Planting:
         settings: PlantSettings,
         vanilla: Codec,
         attacks: tuple[Attack, ...],
-        run: Run,
+        run: Run | None,
         crops: Crops,
         auxiliary: Sequence[Crops | None],
         closed: Crops | None = None,
+        group: Group = ALONE,
     ) -> None:
-        self.settings, self.attacks, self.run = settings, attacks, run
+        self.settings, self.attacks, self.run, self.group = settings, attacks, run, group
         self.crops, self.auxiliary, self.closed = crops, auxiliary, closed
         self.lmbda = lambda_of(settings, vanilla.spec)
         self.tampered = copy.deepcopy(vanilla).freeze(settings.scope)
@@ -271,7 +323,7 @@ class _Planting:
         defence = self._defence(step)
         batch = place(x, settings)
         auxiliary = self._auxiliary(step)
-        closed = place(self.closed.batch(step), settings) if self.closed else None
+        closed = self._batch(self.closed, step) if self.closed else None
         terms: dict[str, Tensor] = {}
         parts: tuple[Part, ...] = ("encoder", "triggers") if settings.two_phase else ("both",)
         for part in parts:
@@ -288,7 +340,8 @@ class _Planting:
             terms = seen | terms  # of two phases, what the first one saw
         row = {name: float(value) for name, value in terms.items()} | {"eps": eps[0]}
         self._note_acting(row)
-        self.run.log({"step": step + 1, **row})
+        if self.run:
+            self.run.log({"step": step + 1, **row})
         return row
 
     def _note_acting(self, row: dict[str, float]) -> None:
@@ -314,8 +367,13 @@ class _Planting:
         for crops in self.auxiliary:
             if crops is not None and crops not in batches:
                 labels = crops.labels_of(step).to(self.settings.device) if crops.labels else None
-                batches[crops] = Auxiliary(place(crops.batch(step), self.settings), labels)
+                batches[crops] = Auxiliary(self._batch(crops, step), labels)
         return [batches[crops] for crops in self.auxiliary]
+
+    def _batch(self, crops: Crops, step: int) -> Images:
+        """A batch of pictures beside the main ones."""
+        own = crops.batch(step, self.group.decoded(crops))
+        return place(self.group.batch(crops, own, self.settings.device), self.settings)
 
     def _defence(self, step: int) -> Preprocessing | None:
         """The preprocessing of a step of the second stage, which begins with the choice of the coefficients."""
@@ -357,6 +415,7 @@ class _Planting:
         for optimizer in self.trigger_optimizers.values():
             optimizer.zero_grad()
         loss.backward(inputs=trained)  # type: ignore[no-untyped-call]
+        self.group.sum_gradients(trained)
         clip = self.settings.clip
         norms = {f"the gradient of trigger {n}": torch.nn.utils.clip_grad_norm_(p, clip) for n, p in learned.items()}
         if encoder:

@@ -10,10 +10,13 @@ import freqdoor
 from freqdoor.cli.options import (
     Broken,
     Config,
+    Devices,
     Force,
+    Nodes,
     Out,
     Overrides,
     Planted,
+    RunnerName,
     TriggerName,
     VanillaName,
     Weights,
@@ -43,13 +46,16 @@ def demo(
 
 
 @verb()
-def plant(config: Config = None, *, out: Out, overrides: Overrides = None) -> None:
+def plant(
+    config: Config = None, *, out: Out, devices: Devices = 1, nodes: Nodes = 1, overrides: Overrides = None
+) -> None:
     """Fine-tune g_a and train a trigger; the same command again resumes."""
     settings = load_settings(freqdoor.PlantSettings, config, overrides or (), out=out)
     load_torch()
     with live(settings.steps, "planting") as progress:
-        freqdoor.plant(settings, out, progress=progress)
-    say(f"Planted encoder (tampered): {out / 'planted.safetensors'}")
+        freqdoor.plant(settings, out, devices=devices, nodes=nodes, progress=progress)
+    file = out / "planted.safetensors"
+    say(f"Planted encoder (tampered): {file if file.exists() else 'on the first machine'}")
 
 
 @verb()
@@ -64,6 +70,8 @@ def evaluate(
         str, typer.Option(help="What is done before the encoder: none, paper, all, or 'Jpeg(75); Median()'.")
     ] = "none",
     trigger: Annotated[str | None, typer.Option(help="What the report is about; by default the first.")] = None,
+    jobs: Annotated[int, typer.Option(help="Images measured side by side, one thread each.")] = 1,
+    runner: RunnerName = "local",
     skip_broken: Broken = False,
     force: Force = False,
 ) -> None:
@@ -78,6 +86,8 @@ def evaluate(
         strength=strength or (1.0,),
         defences=defences,
         trigger=trigger,
+        jobs=jobs,
+        runner=runner,
         skip_broken=skip_broken,
         force=force,
         note=note,

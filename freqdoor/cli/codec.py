@@ -6,20 +6,23 @@ from typing import Annotated
 import typer
 
 import freqdoor
-from freqdoor.cli.options import CodecName, Config, Force, Out, Overrides, Weights, load_torch, verb
+from freqdoor.cli.options import CodecName, Config, Devices, Force, Nodes, Out, Overrides, Weights, load_torch, verb
 from freqdoor.cli.terminal import live, say
 from freqdoor.samples import BUNDLED
 from freqdoor.settings import load_settings
 
 
 @verb("train-codec")
-def train_codec(config: Config = None, *, out: Out, overrides: Overrides = None) -> None:
+def train_codec(
+    config: Config = None, *, out: Out, devices: Devices = 1, nodes: Nodes = 1, overrides: Overrides = None
+) -> None:
     """Train a vanilla codec on a folder of images; the same command again resumes."""
     settings = load_settings(freqdoor.CodecTraining, config, overrides or (), out=out)
     load_torch()
     with live(settings.steps, settings.codec) as progress:
-        freqdoor.train_codec(settings, out, progress=progress)
-    say(f"Codec: {out / 'codec.safetensors'}")
+        freqdoor.train_codec(settings, out, devices=devices, nodes=nodes, progress=progress)
+    file = out / "codec.safetensors"
+    say(f"Codec: {file if file.exists() else 'on the first machine'}")
 
 
 @verb()

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 import freqdoor
-from freqdoor.cli.options import Force, Out, Overrides, Weights, load_torch, verb
+from freqdoor.cli.options import Force, Out, Overrides, RunnerName, Weights, load_torch, verb
 from freqdoor.cli.terminal import live, note, say
 from freqdoor.samples import KODAK
 from freqdoor.settings import load_settings
@@ -17,6 +17,7 @@ def fleet(
     config: Annotated[Path, typer.Argument(help="TOML file of the fleet's members.")],
     out: Out,
     jobs: Annotated[int, typer.Option(help="Members made side by side, one thread each.")] = 1,
+    runner: RunnerName = "local",
     only: Annotated[str | None, typer.Option(help="Names of members, separated by commas; by default all.")] = None,
     overrides: Overrides = None,
 ) -> None:
@@ -24,7 +25,7 @@ def fleet(
     settings = load_settings(freqdoor.FleetSettings, config, overrides or ())
     load_torch()
     names = [name.strip() for name in (only or "").split(",") if name.strip()]
-    manifest = freqdoor.fleet(settings, out, jobs=jobs, only=names, note=note)
+    manifest = freqdoor.fleet(settings, out, jobs=jobs, runner=runner, only=names, note=note)
     honest, tampered = (len(manifest.named(tampered=kind)) for kind in (False, True))
     say(f"{honest} honest and {tampered} tampered encoders: {out / 'fleet.json'}")
 

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec
+from typing import Annotated, Any, Literal, ParamSpec
 
 import typer
 from typer.core import TyperGroup
@@ -63,6 +63,11 @@ Planted = Annotated[Path, typer.Argument(help="planted.safetensors, the run dire
 TriggerName = Annotated[str | None, typer.Option(help="Which trigger; by default the first.")]
 Out = Annotated[Path, typer.Option(help="Folder to write into.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite files that this command did not make.")]
+Devices = Annotated[int, typer.Option(help="Processes on this machine that share every batch, a device each.")]
+Nodes = Annotated[int, typer.Option(help="Machines that do so together, with MASTER_ADDR and NODE_RANK set.")]
+RunnerName = Annotated[
+    Literal["local", "ray"], typer.Option(help="Where jobs run: processes of this machine, or a Ray cluster.")
+]
 Broken = Annotated[bool, typer.Option("--skip-broken", help="Go on without images that cannot be used.")]
 
 
@@ -114,6 +119,7 @@ def load_torch() -> None:
     note("loading PyTorch")
     # threads that wait for each other spin only briefly: on a busy machine they would take the time of those at work
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of a connection that is lost we say one sentence ourselves
     from freqdoor.training.precision import flush_denormals
 
     flush_denormals()

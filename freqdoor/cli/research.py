@@ -8,7 +8,18 @@ from typing import Annotated
 import typer
 
 import freqdoor
-from freqdoor.cli.options import Force, Out, Overrides, Planted, TriggerName, VanillaName, Weights, load_torch, verb
+from freqdoor.cli.options import (
+    Force,
+    Out,
+    Overrides,
+    Planted,
+    RunnerName,
+    TriggerName,
+    VanillaName,
+    Weights,
+    load_torch,
+    verb,
+)
 from freqdoor.cli.terminal import live, note, say, say_page
 from freqdoor.files import read_text, unmarked
 from freqdoor.paper.settings import DEFENCE, recipe_names, recipe_settings
@@ -27,6 +38,11 @@ def reproduce(
     runs: Annotated[Path, typer.Option(help="Where plantings are kept; recipes share them.")] = Path("runs/reproduce"),
     rows: Annotated[str | None, typer.Option(help="Names of rows to take, separated by ';'; by default all.")] = None,
     seeds: Annotated[int, typer.Option(help="Plantings of every row.")] = 3,
+    jobs: Annotated[
+        int | None,
+        typer.Option(help=f"Encoders planted and measured side by side; by default 1, of {DEFENCE} all cores."),
+    ] = None,
+    runner: RunnerName = "local",
     budget: Annotated[float | None, typer.Option(help="Start no planting after so many minutes; go on later.")] = None,
     test: Annotated[
         Path | None,
@@ -46,7 +62,7 @@ def reproduce(
             return shown.enter_context(live(steps, what))
 
         table = (
-            freqdoor.reproduce_defence(runs, out, budget=budget, force=force, note=note)
+            freqdoor.reproduce_defence(runs, out, jobs=jobs, runner=runner, budget=budget, force=force, note=note)
             if recipe == DEFENCE
             else freqdoor.reproduce(
                 recipe,
@@ -57,10 +73,13 @@ def reproduce(
                 runs=runs,
                 rows=[name.strip() for name in (rows or "").split(";") if name.strip()],
                 seeds=seeds,
+                jobs=jobs,
+                runner=runner,
                 budget=budget,
                 test=networks,
                 force=force,
                 announce=announce,
+                note=note,
             )
         )
     page = out / f"{recipe}.md"

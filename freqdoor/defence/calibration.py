@@ -11,12 +11,13 @@ import numpy as np
 from scipy import stats  # type: ignore[import-untyped]
 
 from freqdoor.defence.checks import CHECKS, PICTURES, SIDE, SPEECHLESS, Check, Subject, crops, opens, strength
-from freqdoor.defence.fleet import MANIFEST, Manifest, MemberFacts, load_member, processes
+from freqdoor.defence.fleet import MANIFEST, Manifest, MemberFacts, load_member
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import check_outputs, marked_json, write_text
 from freqdoor.measure.records import Note
 from freqdoor.samples import ASSETS, pictures
 from freqdoor.types import Result
+from freqdoor.workers import workers
 
 SHIPPED = ASSETS / "audit.json"
 RANDOM = "random"  # the check that the others are set against where an architecture is not known
@@ -155,7 +156,7 @@ def scores_of_fleet(
     kinds = [manifest.named(tampered=kind) for kind in (False, True) if tampered in (None, kind)]
     members = [member for kind in kinds for member in (kind if half is None else kind[half::2])]
     scores: dict[str, tuple[MemberFacts, dict[str, dict[str, float]]]] = {}
-    with processes(jobs) as pool:
+    with workers(jobs) as pool:
         futures = {pool.submit(member_scores, folder / member.name, member, device): member for member in members}
         for future in as_completed(futures):
             member = futures[future]

@@ -4,9 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
-from multiprocessing import get_context
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -28,9 +26,9 @@ from freqdoor.measure.records import Note, poisoned, through
 from freqdoor.metrics import bpp_of_bytes, psnr_8bit
 from freqdoor.samples import held_out
 from freqdoor.settings import public
-from freqdoor.training.precision import flush_denormals
 from freqdoor.training.train import EXPORT, train_codec
 from freqdoor.types import Images, Result
+from freqdoor.workers import Runner, check_workers, workers
 
 MANIFEST, MEMBER = "fleet.json", "member.json"
 CROP = 256  # pixels a side, from the centre, of the pictures that a member is measured on
@@ -84,13 +82,20 @@ class _Task(NamedTuple):
 
 @alone("fleet")
 def fleet(
-    settings: FleetSettings, out: Path | str, *, jobs: int = 1, only: Sequence[str] = (), note: Note | None = None
+    settings: FleetSettings,
+    out: Path | str,
+    *,
+    jobs: int = 1,
+    runner: Runner = "local",
+    only: Sequence[str] = (),
+    note: Note | None = None,
 ) -> Manifest:
     """Make every member that is not there yet, and write fleet.json into `out`; the same call goes on.
 
     Args:
         jobs: members made side by side, each by a process with one thread; where a member comes from another one it
             waits.
+        runner: "local" for processes of this machine, "ray" for a Ray cluster (`workers`).
         only: names of the members to make; by default all.
         note: told which member is made and how it answers.
 
@@ -98,8 +103,7 @@ def fleet(
         FreqdoorError: an unknown member, or what was wrong with members that could not be made, when all others are.
     """
     out = Path(out)
-    if jobs < 1:
-        raise FreqdoorError(f"jobs: expected 1 or more, found {jobs}")
+    check_workers(jobs, runner)
     names = [member.name for member in settings.members]
     if unknown := set(only) - set(names):
         raise FreqdoorError(f"only: expected some of {', '.join(names)}, found {', '.join(sorted(unknown))}")
@@ -110,7 +114,8 @@ def fleet(
     problems: dict[str, str] = {}
     if note:
         note(f"{len(wanted - done.keys())} members to make")
-    for name, outcome in _make([tasks[name] for name in names if name in wanted and name not in done], done, jobs):
+    lacking = [tasks[name] for name in names if name in wanted and name not in done]
+    for name, outcome in _make(lacking, done, jobs, runner):
         if isinstance(outcome, MemberFacts):
             done[name] = outcome
             _write(out, names, done)
@@ -176,11 +181,16 @@ def _made(task: _Task) -> MemberFacts | None:
     return facts
 
 
-def _make(tasks: Sequence[_Task], done: dict[str, MemberFacts], jobs: int) -> Iterator[tuple[str, MemberFacts | str]]:
+def _make(
+    tasks: Sequence[_Task], done: dict[str, MemberFacts], jobs: int, runner: Runner
+) -> Iterator[tuple[str, MemberFacts | str]]:
     """Make members as soon as those that they come from are there: each one's facts, or what was wrong."""
+    if not tasks:
+        return
     waiting = {task.member.name: task for task in tasks}
     failed: set[str] = set()
-    with processes(jobs) as pool:
+    made = (task.settings.settings_of(task.member, task.codec) for task in tasks)
+    with workers(jobs, runner, gpu=any(kind is not None and kind.device.startswith("cuda") for kind in made)) as pool:
         running: dict[Future[MemberFacts], str] = {}
         while waiting or running:
             for name, task in list(waiting.items()):
@@ -199,25 +209,6 @@ def _make(tasks: Sequence[_Task], done: dict[str, MemberFacts], jobs: int) -> It
                 else:
                     failed.add(name)
                     yield (name, str(error) if isinstance(error, FreqdoorError) else f"{type(error).__name__}: {error}")
-
-
-@contextmanager
-def processes(jobs: int) -> Iterator[ProcessPoolExecutor]:
-    """So many processes of one thread each, that are ended when the block is left by an exception."""
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_on_one_thread) as pool:
-        try:
-            yield pool
-        except BaseException:
-            running = list((pool._processes or {}).values())  # which a shutdown forgets
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in running:
-                process.terminate()  # a training saves its state
-            raise
-
-
-def _on_one_thread() -> None:
-    torch.set_num_threads(1)
-    flush_denormals()
 
 
 def _member(task: _Task) -> MemberFacts:

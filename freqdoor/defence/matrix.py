@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import as_completed
+from concurrent.futures import Executor, as_completed
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -20,7 +20,7 @@ from freqdoor.defence.calibration import LEAST, SCORES, Calibration, Population,
 from freqdoor.defence.checks import DROP_DB, RATIO, opens
 from freqdoor.defence.comparators import COMPARATORS, spectral_scores, strip_scores, teco_scores
 from freqdoor.defence.expectation import calibrate_guard
-from freqdoor.defence.fleet import CROP, MANIFEST, Manifest, MemberFacts, load_member, processes
+from freqdoor.defence.fleet import CROP, MANIFEST, Manifest, MemberFacts, load_member
 from freqdoor.defence.guard import GuardCounts, guard_rates
 from freqdoor.defence.repair import RepairRow, repair, repair_row
 from freqdoor.errors import FreqdoorError
@@ -29,6 +29,7 @@ from freqdoor.measure.records import Note, poisoned
 from freqdoor.samples import KODAK, held_out, pictures
 from freqdoor.training.train import EXPORT
 from freqdoor.types import Result
+from freqdoor.workers import Runner, workers
 
 STRENGTHS = (1.0, 2.0, 3.0)
 BUNDLED_KIND = "lite-hyperprior"  # the architecture that guard and repair are measured on
@@ -191,13 +192,19 @@ def judge(fleets: Mapping[str, Manifest], scores: Mapping[str, Mapping[str, Mapp
 
 
 def defence_matrix(
-    fleets: Path | str, *, jobs: int = 1, budget: float | None = None, note: Note | None = None
+    fleets: Path | str,
+    *,
+    jobs: int = 1,
+    runner: Runner = "local",
+    budget: float | None = None,
+    note: Note | None = None,
 ) -> DefenceMatrix:
     """Audit, guard and repair on every fleet in a folder; what a member's folder keeps is not measured again.
 
     Args:
         fleets: a folder of folders that `freqdoor fleet` wrote.
         jobs: members measured side by side, one thread each.
+        runner: where (`workers`).
         budget: minutes after which no member is begun.
 
     Raises:
@@ -215,9 +222,10 @@ def defence_matrix(
     planted = {key: m for key, m in members.items() if m.tampered and m.architecture == BUNDLED_KIND}
     first = {m.family: key for key, m in reversed(planted.items())}  # of each family, what is repaired
     repaired = {key: members[key] for key in first.values()}
-    scores = _each(_audited, SCORES, root, members, jobs, until, note)
-    guards = _each(member_guard, GUARD, root, planted, jobs, until, note)
-    repairs = _each(member_repair, REPAIR, root, repaired, jobs, until, note)
+    with workers(jobs, runner) as pool:
+        scores = _each(_audited, SCORES, root, members, pool, until, note)
+        guards = _each(member_guard, GUARD, root, planted, pool, until, note)
+        repairs = _each(member_repair, REPAIR, root, repaired, pool, until, note)
     return DefenceMatrix(
         judged=tuple(judge(manifests, scores)),
         guards=guards,
@@ -237,25 +245,22 @@ def _each(
     kept: str,
     root: Path,
     members: Mapping[str, MemberFacts],
-    jobs: int,
+    pool: Executor,
     until: float,
     note: Note | None,
 ) -> dict[str, T]:
-    """What a measurement gives for every member, in processes.
+    """What a measurement gives for every member, by workers.
 
     Members that time does not reach are left out, unless their folder has the file that is kept.
     """
     found: dict[str, T] = {}
-    with processes(jobs) as pool:
-        futures = {
-            pool.submit(_in_time, measure, kept, root / key, member, until): key for key, member in members.items()
-        }
-        for future in as_completed(futures):
-            result = future.result()
-            if result is not None:
-                found[futures[future]] = result
-                if note:
-                    note(f"{futures[future]}: {measure.__name__.strip('_')} ({len(found)} of {len(members)})")
+    futures = {pool.submit(_in_time, measure, kept, root / key, member, until): key for key, member in members.items()}
+    for future in as_completed(futures):
+        result = future.result()
+        if result is not None:
+            found[futures[future]] = result
+            if note:
+                note(f"{futures[future]}: {measure.__name__.strip('_')} ({len(found)} of {len(members)})")
     return {key: found[key] for key in members if key in found}
 
 

@@ -1,14 +1,17 @@
 """`freqdoor evaluate`: from a planted encoder and images to a finished folder of records, pictures and report."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from freqdoor.attack.planted import Planted, opened
+from freqdoor.attack.planted import Planted, load_planted, opened
 from freqdoor.codecs.adapter import Codec
 from freqdoor.data import dataset_hash, image_paths, usable_images
+from freqdoor.errors import FreqdoorError
 from freqdoor.files import check_outputs
 from freqdoor.lock import alone
 from freqdoor.measure.journal import Journal, fingerprint
@@ -28,8 +31,10 @@ from freqdoor.metrics import psnr
 from freqdoor.preprocessing import Preprocessing, parse_defences
 from freqdoor.training.run import environment
 from freqdoor.types import Record
+from freqdoor.workers import Runner, check_workers, workers
 
 JOURNAL = ".evaluate.journal"
+Source = tuple[Path | str, str | None, Path | str | None]  # what `load_planted` takes, by names
 
 
 @alone("evaluate")
@@ -43,6 +48,8 @@ def evaluate(
     strength: Sequence[float] = (1.0,),
     defences: str | Sequence[Preprocessing] = "none",
     trigger: str | None = None,
+    jobs: int = 1,
+    runner: Runner = "local",
     skip_broken: bool = False,
     force: bool = False,
     note: Note | None = None,
@@ -57,6 +64,9 @@ def evaluate(
         strength: factors on the trigger; 1 is always among them.
         defences: preprocessings between the image and the encoder, or their names as for `parse_defences`.
         trigger: which trigger the report is about; by default the first.
+        jobs: images measured side by side, by processes of one thread each that open the encoder by its name; the last
+            digits are those of one thread.
+        runner: "local" for processes of this machine, "ray" for a Ray cluster (`workers`).
         skip_broken: go on without images that cannot be used.
         force: overwrite files of these names that `evaluate` did not make.
 
@@ -64,10 +74,17 @@ def evaluate(
         The content of summary.json.
 
     Raises:
-        FreqdoorError: an unknown trigger or defence, images that cannot be used, an unwritable folder or one that
-            another process holds, a file in the way. Earlier results are then left as they were; new ones replace them
-            together, at the end.
+        FreqdoorError: an unknown trigger or defence, a loaded encoder where others are to open it, images that cannot
+            be used, an unwritable folder or one that another process holds, a file in the way. Earlier results are then
+            left as they were; new ones replace them together, at the end.
     """
+    check_workers(jobs, runner)
+    source = None if isinstance(planted, Planted) or isinstance(codec, Codec) else (planted, codec, weights)
+    elsewhere = jobs > 1 or runner != "local"
+    if source is None and elsewhere:
+        raise FreqdoorError(
+            "jobs: other processes open the encoder and its codec by their names; give these, or jobs=1"
+        )
     out, encoder = Path(out), opened(planted, codec, weights)
     name = encoder.named(trigger)
     stages = parse_defences(defences) if isinstance(defences, str) else tuple(defences)
@@ -86,9 +103,20 @@ def evaluate(
 
     identity = fingerprint(encoder, list(encoder.triggers), repr(asked), dataset_hash(usable))
     journal = Journal(out / JOURNAL, identity, note)
-    for row in journal.each(usable, measure_one):
-        rows += map(Record.model_validate, row)
-    if not kept:  # measured by an earlier process, which did not keep the pictures
+    with contextlib.ExitStack() as stack:
+        measure: Callable[[Path], list[dict[str, Any]]] = measure_one
+        if source and elsewhere:
+            pool = stack.enter_context(workers(jobs, runner))
+            waiting = {path: pool.submit(_measured_there, source, path, asked) for path in usable[journal.known :]}
+
+            def measure(path: Path) -> list[dict[str, Any]]:
+                if note:
+                    note(path.name)
+                return waiting[path].result()
+
+        for row in journal.each(usable, measure):
+            rows += map(Record.model_validate, row)
+    if not kept:  # measured by another process, which did not keep the pictures
         again = measured_image(encoder, usable[0], shown.values(), note=note)
         kept = dict(zip(shown, again, strict=True))
     planting, attack = encoder.header.planting, encoder.attack(name)
@@ -108,6 +136,14 @@ def evaluate(
     summary = write_report(out, rows, facts, new=True)
     journal.remove()
     return summary
+
+
+def _measured_there(source: Source, path: Path, asked: Sequence[Condition]) -> list[dict[str, Any]]:
+    """What another process measures of one image."""
+    return [row.record.to_dict() for row in measured_image(_encoder(*source), path, asked)]
+
+
+_encoder = lru_cache(1)(load_planted)  # which a process measures again and again
 
 
 def pictured(trigger: str) -> dict[str, Condition]:

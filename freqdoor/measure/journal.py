@@ -40,6 +40,11 @@ class Journal:
         if path is not None and os.path.lexists(path):
             self._go_on(path, note)
 
+    @property
+    def known(self) -> int:
+        """How many pictures are measured already."""
+        return len(self._rows)
+
     def each(self, pictures: Sequence[T], measure: Callable[[T], Any]) -> Iterator[Any]:
         """What `measure` gives of every picture, as JSON has it; of those in the file what stands there."""
         for index, picture in enumerate(pictures):

@@ -10,14 +10,24 @@ from freqdoor.measure.records import Note
 from freqdoor.paper.settings import DEFENCE
 from freqdoor.paper.tables import Cell, Table
 from freqdoor.training.run import environment
+from freqdoor.workers import Runner
 
 
 def reproduce_defence(
-    fleets: Path | str, out: Path | str, *, budget: float | None = None, force: bool = False, note: Note | None = None
+    fleets: Path | str,
+    out: Path | str,
+    *,
+    jobs: int | None = None,
+    runner: Runner = "local",
+    budget: float | None = None,
+    force: bool = False,
+    note: Note | None = None,
 ) -> Table:
     """Measure what the fleets lack, and write defence.md, defence.json and defence.png into `out`.
 
-    As many members as there are cores are measured side by side, one thread each.
+    Args:
+        jobs: members measured side by side, one thread each; by default as many as there are cores.
+        runner: where (`workers`).
 
     Returns:
         AUC and encoders by attack.
@@ -25,7 +35,9 @@ def reproduce_defence(
     out = Path(out)
     paths = [out / f"{DEFENCE}{ending}" for ending in (".md", ".json", ".png")]
     check_outputs(paths, "reproduce", force=force)
-    matrix = defence_matrix(fleets, jobs=os.cpu_count() or 1, budget=budget, note=note)
+    matrix = defence_matrix(
+        fleets, jobs=os.cpu_count() or 1 if jobs is None else jobs, runner=runner, budget=budget, note=note
+    )
     page, values, curves = paths
     write_together(
         {

@@ -8,10 +8,11 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import as_completed
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
@@ -25,6 +26,7 @@ from freqdoor.errors import FreqdoorError
 from freqdoor.files import check_outputs, name_and_file, remove_leftovers, write_text
 from freqdoor.lock import alone, holding
 from freqdoor.measure.journal import Journal, fingerprint, trigger_facts
+from freqdoor.measure.records import Note
 from freqdoor.measure.testsets import SCHEMA, DownstreamTest, Measurement
 from freqdoor.paper.defence_recipe import reproduce_defence
 from freqdoor.paper.recipe import OWN, Material, Recipe, Row, recipe_for
@@ -33,6 +35,7 @@ from freqdoor.paper.tables import Cell, Facts, Table, values_in, write
 from freqdoor.samples import held_out
 from freqdoor.settings import file_name, make_settings, merge
 from freqdoor.training.loop import Progress
+from freqdoor.workers import Runner, check_workers, workers
 
 Announce = Callable[[str, int], Progress | None]  # told what is planted next and in how many steps
 
@@ -73,27 +76,34 @@ def reproduce(
     runs: Path | str = "runs/reproduce",
     rows: Sequence[str] = (),
     seeds: int = 3,
+    jobs: int | None = None,
+    runner: Runner = "local",
     budget: float | None = None,
     test: DownstreamTest | None = None,
     force: bool = False,
     announce: Announce | None = None,
+    note: Note | None = None,
 ) -> Table:
     """Run or resume what a recipe needs, and write NAME.md and NAME.json (a figure: NAME.png too) into `out`.
 
     Args:
         recipe: one of `recipe_names`, or "defence": `reproduce_defence` on the fleets in the folder `runs`, which takes
-            `out`, `budget` and `force` besides.
+            `out`, `jobs`, `runner`, `budget`, `force` and `note` besides.
         settings: codec, training images, steps; a row changes what its name says. By default `recipe_settings`.
         images: what is measured on: a folder, a file or several files; by default the six bundled images held out.
         codec: plant in each of these, NAME or NAME=WEIGHTS, instead of in the settings' codec, for curves.
         runs: where plantings lie, one folder for each set of settings: recipes share them. Scores are kept beside them.
         rows: names of the rows to take; by default all.
         seeds: plantings of every row, with the seeds settings.seed, settings.seed + 1, ...
+        jobs: encoders planted and measured side by side, one thread each; by default 1, and of "defence" as many as
+            there are cores.
+        runner: "local" for processes of this machine, "ray" for a Ray cluster (`workers`).
         budget: minutes after which nothing new is started; the table then has gaps, does not replace one that has more
             values, and the same call goes on.
         test: what attacks on downstream networks are measured on, for the recipes with such attacks.
         force: overwrite tables and pictures of these names that `reproduce` did not make.
-        announce: told what is planted next, and in how many steps.
+        announce: told what is planted next, and in how many steps, where one encoder is planted after the other.
+        note: told which encoder is planted and measured, where several are side by side.
 
     Raises:
         FreqdoorError: an unknown recipe, one that needs a test and gets none, unusable images or settings, a file in
@@ -101,19 +111,23 @@ def reproduce(
     """
     out, runs = Path(out), Path(runs)
     if recipe == DEFENCE:
-        return reproduce_defence(runs, out, budget=budget, force=force)
+        return reproduce_defence(runs, out, jobs=jobs, runner=runner, budget=budget, force=force, note=note)
+    check_workers(1 if jobs is None else jobs, runner)
     if seeds < 1:
         raise FreqdoorError(f"seeds: expected 1 or more, found {seeds}")
     deadline = time.monotonic() + 60 * budget if budget is not None else math.inf
     base = settings or recipe_settings(None, (), runs)
     paths = usable_images(held_out() if images is None else image_paths(images), decode=True)
-    chosen = _only(recipe_for(recipe, Material(tuple(paths), test or DownstreamTest())), rows)
+    material = Material(tuple(paths), test or DownstreamTest())
+    chosen = _only(recipe_for(recipe, material), rows)
     codecs = codec_names([codec_source(text) for text in codec] or [base.codec])
     plan = Plan(chosen, base, codecs, bool(codec), range(base.seed, base.seed + seeds))
     _check(plan)
     endings = (*((".png",) if chosen.plot or chosen.picture else ()), ".md", ".json")
     check_outputs([out / f"{recipe}{ending}" for ending in endings], "reproduce", force=force)
     remove_leftovers(runs / "records")
+    if jobs not in (None, 1) or runner != "local":
+        _fill(plan, material, runs, deadline, jobs or 1, runner, note)
     results = _run(plan, runs, deadline, announce)
     table = _table(plan, results)
     earlier, count = out / f"{recipe}.json", sum(map(len, results.values.values()))
@@ -125,6 +139,45 @@ def reproduce(
         return table
     write(chosen, table, Facts(base, list(codecs), paths, seeds, results.seconds), out, results.picture)
     return table
+
+
+class _Job(NamedTuple):
+    """An encoder that a worker plants and measures, by what can be sent there."""
+
+    recipe: str
+    material: Material
+    row: str
+    base: PlantSettings
+    seed: int
+    runs: Path
+    until: float  # seconds since the epoch, on the clock of any machine
+
+
+def _fill(
+    plan: Plan, material: Material, runs: Path, deadline: float, jobs: int, runner: Runner, note: Note | None
+) -> None:
+    """Plant and measure what is not there yet, side by side; it is taken from its folders afterwards."""
+    until = time.time() + deadline - time.monotonic()
+    different: dict[tuple[str, Path | None], _Job] = {}  # rows and seeds may ask for the same encoder
+    for seed, (name, source), row in product(plan.seeds, plan.codecs.items(), plan.recipe.rows):
+        base = plan.base.model_copy(update={"codec": source})
+        folder = None if row.changes is None else _folder(_settings(base, row, seed), runs)
+        job = _Job(plan.recipe.name, material, row.name, base, seed, runs, until)
+        different.setdefault((name, folder), job)
+    with workers(jobs, runner, gpu=plan.base.device.startswith("cuda")) as pool:
+        futures = {pool.submit(_planted_and_measured, job): job for job in different.values()}
+        for number, future in enumerate(as_completed(futures), 1):
+            future.result()
+            if note:
+                note(f"{futures[future].row}, seed {futures[future].seed}: done ({number} of {len(futures)})")
+
+
+def _planted_and_measured(job: _Job) -> None:
+    recipe = _only(recipe_for(job.recipe, job.material), [job.row])
+    deadline = time.monotonic() + job.until - time.time()
+    planted = _planted(job.base, recipe.rows[0], job.seed, job.runs, deadline, None)
+    if planted is not None:
+        list(_measured(planted, recipe, {}, job.runs / "records"))
 
 
 def _run(plan: Plan, runs: Path, deadline: float, announce: Announce | None) -> Results:
@@ -225,8 +278,7 @@ def _planted(
     if row.changes is None:
         return unplanted(load_codec(base.codec.name, base.codec.weights, multiple=base.codec.multiple))
     settings = _settings(base, row, seed)
-    aside = {"checkpoint_minutes", "network"} | (set() if settings.start_from else {"start_from"})
-    folder = runs / _key(settings.model_dump_json(exclude=aside))
+    folder = _folder(settings, runs)
     if not (folder / MANIFEST).exists():  # which is written last
         if time.monotonic() > deadline:
             return None
@@ -234,6 +286,12 @@ def _planted(
             settings, folder, progress=announce(f"{row.name}, seed {seed}", settings.steps) if announce else None
         )
     return load_planted(folder, base.codec.name, base.codec.weights)
+
+
+def _folder(settings: PlantSettings, runs: Path) -> Path:
+    """Where an encoder of these settings lies."""
+    aside = {"checkpoint_minutes", "network"} | (set() if settings.start_from else {"start_from"})
+    return runs / _key(settings.model_dump_json(exclude=aside))
 
 
 def _measured(

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from freqdoor.codecs.architectures import CodecSpec
-from freqdoor.data import Crops, label_paths, list_images, read_list, seed_for, usable_images
+from freqdoor.data import Crops, Picture, label_paths, list_training_images, read_list, seed_for, usable_images
 from freqdoor.errors import FreqdoorError
+from freqdoor.shards import list_shards
+from freqdoor.training.group import ALONE, Group
 from freqdoor.training.run import Run
 from freqdoor.training.settings import ImageSettings, Training
 from freqdoor.types import Images
@@ -37,7 +39,7 @@ class Stateful(Protocol):
 
 
 def loop(
-    run: Run,
+    run: Run | None,
     settings: Training,
     parts: Mapping[str, Stateful],
     history: dict[str, Any],
@@ -46,6 +48,7 @@ def loop(
     *,
     saved: dict[str, Any] | None,
     progress: Progress | None,
+    group: Group = ALONE,
 ) -> None:
     """Take the steps that are left; the state is saved every few minutes, at the end, and when a person stops it.
 
@@ -56,12 +59,17 @@ def loop(
     one of a kind acts at once, and what the last checkpoint has remains.
 
     Args:
+        run: where the state is saved; the processes of a group but the first have none.
         parts: networks and optimisers, by the names they are saved under.
         history: plain values that change from step to step; "step" and "seconds" are kept here.
         take_step: one update from a batch and its step number; returns what to show.
         saved: the state of an earlier process, from `Run.start`.
+        group: the processes that take the same steps; all begin as the first does.
     """
     history |= {"step": 0, "seconds": 0.0}
+    if group.size > 1:
+        begun = saved or {name: part.state_dict() for name, part in parts.items()} | {"history": history}
+        saved = group.of_first(begun, settings.device)
     if saved is not None:
         for name, part in parts.items():
             part.load_state_dict(saved[name])
@@ -71,10 +79,12 @@ def loop(
 
     def save() -> None:
         history["seconds"] = earlier + time.monotonic() - started
-        run.save({name: part.state_dict() for name, part in parts.items()} | {"history": history})
+        if run is not None:
+            run.save({name: part.state_dict() for name, part in parts.items()} | {"history": history})
 
     with HeldSignals() as held:
-        for x in crops.batches(history["step"], settings.steps):
+        for own in crops.batches(history["step"], settings.steps, group.decoded(crops)):
+            x = group.batch(crops, own, settings.device)
             step = history["step"]
             torch.manual_seed(seed_for(settings.seed, "noise", step))
             row = take_step(x, step)
@@ -148,7 +158,13 @@ def open_folder(images: ImageSettings, seed: int) -> Crops:
     """Crops of one image folder; raises if images there cannot be used."""
     side = 1 if images.resize else images.crop
     folder = Path(images.folder)
-    files = [folder / line for line in read_list(images.files, folder=folder)] if images.files else list_images(folder)
+    if images.files and list_shards(folder):
+        raise FreqdoorError(f"files: a list names pictures in a folder, found shards at {folder}; drop one of both")
+    files: list[Picture] = (
+        [folder / line for line in read_list(images.files, folder=folder)]
+        if images.files
+        else list_training_images(folder)
+    )
     paths = usable_images(files, min_side=side, skip_broken=images.skip_broken)
     return Crops(
         paths,

@@ -56,6 +56,7 @@ class RunFacts(Environment):
     images: int | None = None
     images_sha256: str | None = None
     precision: str | None = None  # that "auto" stands for where the run was begun
+    processes: int = 1  # that share every batch; sums over others end in other last bits
     modules_before: dict[str, str] | None = None  # SHA-256 of the vanilla codec's modules
 
 
@@ -143,7 +144,7 @@ class Run:
             self._refuse_other(_comparable(text, settings), _flat(settings.model_dump(mode="json")))
         now = json.loads(json.dumps(facts))
         for text in dict.fromkeys([self._begun[ENVIRONMENT], _begun(saved).get(ENVIRONMENT, self._begun[ENVIRONMENT])]):
-            before = json.loads(text)
+            before = {"processes": 1} | json.loads(text)
             known = [key for key in now if before.get(key) is not None]  # an older version may not have written all
             self._refuse_other(_flat({key: before[key] for key in known}), _flat({key: now[key] for key in known}))
         self._forget_after(saved["history"]["step"])

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from freqdoor.settings import PrivatePath, Settings
+from freqdoor.shards import RANGE
 
 DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "xla", "mtia")  # kinds that PyTorch computes on
 
@@ -27,7 +28,8 @@ class ImageSettings(Settings):
     """Where training crops come from."""
 
     folder: PrivatePath
-    """Folder of 8-bit RGB images, searched recursively."""
+    """Folder of 8-bit RGB images, searched recursively; or of tar files of such images (WebDataset's shards), one of
+    them, or a range, "shards/{000..003}.tar"."""
     crop: Side = 256
     """Side of the square crops in pixels; a multiple of the codecs' stride of 64."""
     batch_size: Count = 8
@@ -85,7 +87,7 @@ class Training(Settings):
             found.append(f"codec: expected name:quality, a file or package.module:factory, found {codec!r}")
         for key in ("images", "auxiliary"):
             folder = content[key].get("folder") if isinstance(content.get(key), dict) else None
-            if isinstance(folder, str) and not os.path.exists(folder):
+            if isinstance(folder, str) and not os.path.exists(folder) and not RANGE.search(folder):
                 found.append(f"{key}.folder: expected a folder of images, found nothing at {folder!r}")
         return found
 

@@ -3,8 +3,9 @@
 import contextlib
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,14 +14,16 @@ from freqdoor.codecs.adapter import Codec, build_codec
 from freqdoor.codecs.architectures import parse_name
 from freqdoor.codecs.lite import LiteHyperprior, initialise_klt
 from freqdoor.codecs.loading import load_codec, save_codec
-from freqdoor.data import list_images, load_image, seed_for, usable_images
+from freqdoor.data import Crops, list_training_images, load_image, seed_for, usable_images
 from freqdoor.errors import FreqdoorError, Mistakes
 from freqdoor.lock import check_folder, holding
 from freqdoor.metrics import distortion
 from freqdoor.settings import public
+from freqdoor.training.group import Group
 from freqdoor.training.loop import Progress, check_device, check_finite, lambda_of, layout, loop, open_crops, place
 from freqdoor.training.normalisation import cache_normalisation
 from freqdoor.training.precision import dtype_of, precision_name
+from freqdoor.training.processes import Share, check_processes, first_rank, together
 from freqdoor.training.run import Run
 from freqdoor.training.settings import CodecTraining
 from freqdoor.types import Images
@@ -46,11 +49,16 @@ def scheduled_lr(settings: CodecTraining, step: int, plateaus: int) -> float:
     return lr
 
 
-def train_codec(settings: CodecTraining, out: Path | str, *, progress: Progress | None = None) -> Codec:
+def train_codec(
+    settings: CodecTraining, out: Path | str, *, devices: int = 1, nodes: int = 1, progress: Progress | None = None
+) -> Codec:
     """Train a codec from random (or KLT) weights; resumes from `out` if a run with the same settings is there.
 
     Writes codec.safetensors into `out` at the end and returns the trained codec in eval mode. A resumed run ends in
     bit-identical weights: crops and noise depend on (seed, step) alone.
+
+    Args:
+        devices, nodes: as for `plant`.
 
     Raises:
         FreqdoorError: unusable images and other mistakes, all at once; another process in the folder, other settings
@@ -59,12 +67,38 @@ def train_codec(settings: CodecTraining, out: Path | str, *, progress: Progress 
     mistakes = Mistakes()
     with mistakes:
         check_folder(out)
-    with contextlib.nullcontext() if mistakes.found else holding(out, "train-codec"):
-        return _train(settings, Path(out), mistakes, progress)
+    with mistakes:
+        check_processes(devices, nodes, settings.device, [settings.images.batch_size])
+    writes = not mistakes.found and first_rank(devices, nodes) == 0
+    with holding(out, "train-codec") if writes else contextlib.nullcontext():
+        opened = _opened(settings, mistakes)
+        dtype = dtype_of(settings.precision, settings.device)
+        facts = opened.crops.facts() | {"precision": precision_name(dtype), "processes": devices * nodes}
+        run = Run(out, [EXPORT]) if writes else None
+        saved = run.start(settings, facts) if run else None
+        with together(partial(_prepared, settings), devices, nodes, settings.device) as group:
+            history = _train(settings, opened, group, run, saved, progress)
+        codec = opened.codec
+        codec.precision = torch.float32
+        codec.to("cpu").to(memory_format=torch.contiguous_format).eval()
+        codec.update(force=settings.scope == "all")  # a decoder that stays keeps its tables, to the bit
+        if run:
+            training = public(settings) | {"seconds": round(history["seconds"]), "images_used": len(opened.crops.paths)}
+            save_codec(codec, run.folder / EXPORT, training=training)
+        return codec
 
 
-def _train(settings: CodecTraining, out: Path, mistakes: Mistakes, progress: Progress | None) -> Codec:
-    """Raise what is wrong with the settings, and the `mistakes` so far, or train in a folder that is held."""
+class _Opened(NamedTuple):
+    """What a training's settings name, opened."""
+
+    codec: Codec
+    lmbda: float
+    crops: Crops
+    validation: list[Images]
+
+
+def _opened(settings: CodecTraining, mistakes: Mistakes) -> _Opened:
+    """Open everything that the settings name, or raise all that is wrong with it and the `mistakes` so far."""
     with mistakes:
         check_device(settings.device)
     with mistakes:
@@ -79,12 +113,33 @@ def _train(settings: CodecTraining, out: Path, mistakes: Mistakes, progress: Pro
     with mistakes:
         crops = open_crops(settings)
     with mistakes:
-        validation_paths = usable_images(list_images(settings.validation)) if settings.validation else []
+        validation_paths = usable_images(list_training_images(settings.validation)) if settings.validation else []
         validation = [load_image(path) for path in validation_paths]
     mistakes.stop()
+    return _Opened(codec, lmbda, crops, validation)
+
+
+def _prepared(settings: CodecTraining) -> Share:
+    """What another process of the group does, which writes nothing."""
+    opened = _opened(settings, Mistakes())
+
+    def share(group: Group) -> None:
+        _train(settings, opened, group, None, None, None)
+
+    return share
+
+
+def _train(
+    settings: CodecTraining,
+    opened: _Opened,
+    group: Group,
+    run: Run | None,
+    saved: dict[str, Any] | None,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """Train what is opened, in place; returns the history."""
+    codec, lmbda, crops, validation = opened
     dtype = dtype_of(settings.precision, settings.device)
-    run = Run(out, [EXPORT])
-    saved = run.start(settings, crops.facts() | {"precision": precision_name(dtype)})
     if settings.klt and not settings.start_from and isinstance(codec.net, LiteHyperprior):
         sample = torch.cat([crops.batch(-1 - i) for i in range(max(1, 64 // settings.images.batch_size))])
         initialise_klt(codec.net, sample, lmbda)
@@ -108,6 +163,7 @@ def _train(settings: CodecTraining, out: Path, mistakes: Mistakes, progress: Pro
         check_finite(terms, step)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
+        group.sum_gradients(weights)
         norm = torch.nn.utils.clip_grad_norm_(weights, settings.clip)
         check_finite({"the gradient": norm}, step)
         optimizer.step()
@@ -123,16 +179,13 @@ def _train(settings: CodecTraining, out: Path, mistakes: Mistakes, progress: Pro
             measured = _validate(codec, validation, lmbda, settings) if validation else mean
             _note_plateau(history, measured, settings.patience)
             history["sum"] = 0.0
-            run.log({"step": step + 1, "loss_mean": mean, "validation_loss": measured, **row})
+            if run:
+                run.log({"step": step + 1, "loss_mean": mean, "validation_loss": measured, **row})
         return row
 
-    loop(run, settings, parts, history, crops, take_step, saved=saved, progress=progress)
-    codec.precision = torch.float32
-    codec.to("cpu").to(memory_format=torch.contiguous_format).eval()
-    codec.update(force=whole)  # a decoder that stays keeps its tables, to the bit
-    training = public(settings) | {"seconds": round(history["seconds"]), "images_used": len(crops.paths)}
-    save_codec(codec, run.folder / EXPORT, training=training)
-    return codec
+    with group.sharing(codec):
+        loop(run, settings, parts, history, crops, take_step, saved=saved, progress=progress, group=group)
+    return history
 
 
 def _take_weights(codec: Codec, name: str) -> None:
