@@ -4,7 +4,7 @@ import hashlib
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache, cached_property
 from typing import Any, NamedTuple, Self
 
@@ -34,6 +34,7 @@ from freqdoor.codecs.protocol import (
 from freqdoor.codecs.sides import Sides, check_padded, find_sides, padding
 from freqdoor.codecs.sizes import check_table_sizes
 from freqdoor.codecs.state import hash_tensors
+from freqdoor.codecs.strips import LARGE, Ladder
 from freqdoor.errors import FreqdoorError
 from freqdoor.types import Bitstream, Images, Reconstruction
 
@@ -63,6 +64,7 @@ class _Transforms:
         self.y: Tensor | None = None
         self.entered: list[torch.autocast] = []
         self.begin, self.end = _begin, _end
+        self.ladders = Ladder(g_a, "g_a"), Ladder(g_s, "g_s")
         for module in (g_a, g_s):
             module.register_forward_pre_hook(self.enter)
             module.register_forward_hook(self.leave, always_call=True)
@@ -89,6 +91,16 @@ class _Transforms:
         finally:
             torch.set_num_threads(threads)
             self.threads = None
+
+    @contextmanager
+    def in_strips(self, size: Sequence[int], multiple: int, codec: str) -> Iterator[None]:
+        """Let g_a and g_s work in strips in the block, if pictures of (b, 3, height, width) are large and no gradient
+        is asked for, which would keep all activations anyway."""
+        with ExitStack() as ladders:
+            if size[0] * size[-2] * size[-1] > LARGE and not torch.is_grad_enabled():
+                for ladder in self.ladders:
+                    ladders.enter_context(ladder.in_strips(size, multiple, codec))
+            yield
 
     def enter(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         if self.threads is not None:
@@ -215,7 +227,8 @@ class Codec(nn.Module):
         transforms = self._transforms
         transforms.watching = True
         try:
-            answer = self._answer("forward", x)
+            with transforms.in_strips(x.shape, self.multiple, self.spec.name):
+                answer = self._answer("forward", x)
         finally:
             y, transforms.y, transforms.watching = transforms.y, None, False
         if not isinstance(y, Tensor):
@@ -252,7 +265,8 @@ class Codec(nn.Module):
     @torch.no_grad()
     def compressed(self, x: Images) -> Compressed:
         """What the network itself writes of one padded image, (1, 3, h, w)."""
-        with coding(self.coder) as tally, self._transforms.others_on_one_thread():
+        strips = self._transforms.in_strips(x.shape, self.multiple, self.spec.name)
+        with coding(self.coder) as tally, self._transforms.others_on_one_thread(), strips:
             coded = read_compress(self._answer("compress", x), self.spec.name)
         return coded._replace(symbols=symbols_of(coded.strings, tally.encoded)) if tally.encoded else coded
 
@@ -270,8 +284,12 @@ class Codec(nn.Module):
             )
         strings = nested(bitstream.strings, self.tile.nesting)
         shapes = self.shapes(bitstream.image_size)
+        height, width = bitstream.image_size
+        (left, right, top, bottom), _ = padding(height, width, *self.sides)
+        size = (1, 3, height + top + bottom, width + left + right)
+        strips = self._transforms.in_strips(size, self.multiple, self.spec.name)
         try:
-            with coding(self.coder) as tally, self._transforms.others_on_one_thread():
+            with coding(self.coder) as tally, self._transforms.others_on_one_thread(), strips:
                 answer = self._answer("decompress", strings, shapes)
         except NotDecodable as error:
             raise FreqdoorError(f"{self.spec.name}: {error}; {ELSEWHERE}") from None
@@ -281,11 +299,8 @@ class Codec(nn.Module):
                 f"{self.spec.name}: the decoded latents or the picture's size are not those that were encoded; "
                 f"{ELSEWHERE}"
             )
-        pad, unpad = padding(*bitstream.image_size, *self.sides)
-        height, width = bitstream.image_size
-        size = (1, 3, height + pad[2] + pad[3], width + pad[0] + pad[1])
-        cropped: Images = F.pad(read_decompress(answer, self.spec.name, size), unpad).clamp(0, 1)
-        return cropped
+        x_hat = read_decompress(answer, self.spec.name, size)
+        return x_hat[..., top : top + height, left : left + width].clamp(0, 1)
 
     @cached_property
     @torch.no_grad()
