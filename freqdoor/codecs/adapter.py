@@ -64,7 +64,6 @@ class _Transforms:
         self.y: Tensor | None = None
         self.entered: list[torch.autocast] = []
         self.begin, self.end = _begin, _end
-        self.ladders = Ladder(g_a, "g_a"), Ladder(g_s, "g_s")
         for module in (g_a, g_s):
             module.register_forward_pre_hook(self.enter)
             module.register_forward_hook(self.leave, always_call=True)
@@ -91,16 +90,6 @@ class _Transforms:
         finally:
             torch.set_num_threads(threads)
             self.threads = None
-
-    @contextmanager
-    def in_strips(self, size: Sequence[int], multiple: int, codec: str) -> Iterator[None]:
-        """Let g_a and g_s work in strips in the block, if pictures of (b, 3, height, width) are large and no gradient
-        is asked for, which would keep all activations anyway."""
-        with ExitStack() as ladders:
-            if size[0] * size[-2] * size[-1] > LARGE and not torch.is_grad_enabled():
-                for ladder in self.ladders:
-                    ladders.enter_context(ladder.in_strips(size, multiple, codec))
-            yield
 
     def enter(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         if self.threads is not None:
@@ -169,6 +158,7 @@ class Codec(nn.Module):
         self.metadata = metadata or {}
         self.stated_multiple = stated_multiple
         self._transforms = _Transforms(self.part("g_a"), self.part("g_s"))
+        self._ladders = tuple(Ladder(self.part(name), name) for name in ("g_a", "g_s"))
 
     @property
     def tampered(self) -> bool:
@@ -227,7 +217,7 @@ class Codec(nn.Module):
         transforms = self._transforms
         transforms.watching = True
         try:
-            with transforms.in_strips(x.shape, self.multiple, self.spec.name):
+            with self._in_strips(x.shape):
                 answer = self._answer("forward", x)
         finally:
             y, transforms.y, transforms.watching = transforms.y, None, False
@@ -265,8 +255,7 @@ class Codec(nn.Module):
     @torch.no_grad()
     def compressed(self, x: Images) -> Compressed:
         """What the network itself writes of one padded image, (1, 3, h, w)."""
-        strips = self._transforms.in_strips(x.shape, self.multiple, self.spec.name)
-        with coding(self.coder) as tally, self._transforms.others_on_one_thread(), strips:
+        with coding(self.coder) as tally, self._transforms.others_on_one_thread(), self._in_strips(x.shape):
             coded = read_compress(self._answer("compress", x), self.spec.name)
         return coded._replace(symbols=symbols_of(coded.strings, tally.encoded)) if tally.encoded else coded
 
@@ -287,9 +276,8 @@ class Codec(nn.Module):
         height, width = bitstream.image_size
         (left, right, top, bottom), _ = padding(height, width, *self.sides)
         size = (1, 3, height + top + bottom, width + left + right)
-        strips = self._transforms.in_strips(size, self.multiple, self.spec.name)
         try:
-            with coding(self.coder) as tally, self._transforms.others_on_one_thread(), strips:
+            with coding(self.coder) as tally, self._transforms.others_on_one_thread(), self._in_strips(size):
                 answer = self._answer("decompress", strings, shapes)
         except NotDecodable as error:
             raise FreqdoorError(f"{self.spec.name}: {error}; {ELSEWHERE}") from None
@@ -410,6 +398,16 @@ class Codec(nn.Module):
         if self.known:
             return function(*arguments)
         return call(self.spec.name, part, function, *arguments)
+
+    @contextmanager
+    def _in_strips(self, size: Sequence[int]) -> Iterator[None]:
+        """Let g_a and g_s work in strips in the block, if padded pictures of (b, 3, height, width) are large and no
+        gradient is asked for, which would keep all activations anyway."""
+        with ExitStack() as ladders:
+            if size[0] * size[-2] * size[-1] > LARGE and not torch.is_grad_enabled():
+                for ladder in self._ladders:
+                    ladders.enter_context(ladder.in_strips(size, self.multiple, self.spec.name))
+            yield
 
     def _check_modes(self) -> None:
         if not torch.is_grad_enabled():
