@@ -3,8 +3,9 @@
 Every layer of a ladder (`nn.Sequential`) sees so many rows around those that it gives, and no more; how many is found
 with a row of numbers that are none. A layer keeps the rows of its input that it needs again, so that next to nothing is
 computed twice. Whether a network then gives the same is tried once; where it does not, because it has sums over the
-whole picture or windows that lie elsewhere, it runs whole. Latents are equal up to the last bits of a convolution, and a
-decoder computes the same tables' rows: those come from h_s and context models, which see the whole picture.
+whole picture or windows that lie elsewhere, it runs whole. Latents are equal up to the last bits of a convolution. A
+decoder computes the same tables' rows as the encoder: those come from h_s and context models, which see the whole
+picture.
 """
 
 import warnings
@@ -118,33 +119,30 @@ class Ladder:
             return plain(x) if stages is None else _through(stages, x, each * rows, axis)
 
         before = vars(self.module).get("forward")
-        self.module.forward = forward  # type: ignore[method-assign]
+        self.module.forward = forward
         try:
             yield
         finally:
             del self.module.forward
             if before is not None:
-                self.module.forward = before  # type: ignore[method-assign]
+                self.module.forward = before
 
 
 def _through(stages: Sequence[Stage], x: Tensor, rows: int, axis: int) -> Tensor:
     """x through all stages, so many rows at a time."""
     flows = [_Flow(stage, axis) for stage in stages]
-    factor = Fraction(1)
+    length, whole, filled = Fraction(x.shape[axis]), None, 0
     for stage in stages:
-        factor *= Fraction(stage.rows_out, stage.rows_in)
-    strips, whole, filled = x.split(rows, axis), None, 0
-    for number, strip in enumerate(strips, start=1):
-        out: Tensor | None = strip
+        length *= Fraction(stage.rows_out, stage.rows_in)
+    for start in range(0, x.shape[axis], rows):
+        out: Tensor | None = x.narrow(axis, start, min(rows, x.shape[axis] - start))
         for flow in flows:
-            out = flow.push(out, number == len(strips))
-            if out is None:
-                break
+            out = None if out is None else flow.push(out, start + rows >= x.shape[axis])
         if out is None:
             continue
         if whole is None:
             shape = list(out.shape)
-            shape[axis] = int(x.shape[axis] * factor)
+            shape[axis] = int(length)
             whole = out.new_empty(shape)
         whole.narrow(axis, filled, out.shape[axis]).copy_(out)
         filled += out.shape[axis]
