@@ -34,7 +34,7 @@ from freqdoor.codecs.protocol import (
 from freqdoor.codecs.sides import Sides, check_padded, find_sides, padding
 from freqdoor.codecs.sizes import check_table_sizes
 from freqdoor.codecs.state import hash_tensors
-from freqdoor.codecs.strips import LARGE, Ladder
+from freqdoor.codecs.strips import LARGE, Ladder, replaced
 from freqdoor.errors import FreqdoorError
 from freqdoor.types import Bitstream, Images, Reconstruction
 
@@ -230,6 +230,18 @@ class Codec(nn.Module):
         bits = sum(-part.log2().flatten(1).sum(1) for part in likelihoods)
         assert isinstance(bits, Tensor)
         return Reconstruction(F.pad(x_hat, unpad), bits, height * width, y)
+
+    @torch.no_grad()
+    def estimate(self, x: Images, y: Tensor) -> Tensor:
+        """Bits per pixel that `forward` estimates of images, (b,), whose latents y = g_a(x) are known from encoding.
+
+        Neither g_a nor g_s runs, but for a stranger's network, whose forward may do more than these.
+        """
+        if not self.known:
+            return self.forward(x).bpp
+        blank = x.new_zeros(1).expand(self.padded(x).shape)  # no bit depends on the decoded picture
+        with replaced(self.part("g_a"), lambda x: y), replaced(self.part("g_s"), lambda y_hat: blank):
+            return self.forward(x).bpp
 
     @torch.no_grad()
     def compress(self, x: Images) -> list[Bitstream]:
