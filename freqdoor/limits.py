@@ -54,8 +54,12 @@ def parse_size(size: int | str) -> int:
 
 def allowed_memory() -> int:
     """Bytes that reading one file may take."""
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return _allowed.get() or min(MOST, machine // HALF)
+    return _allowed.get() or min(MOST, machine_memory() // HALF)
+
+
+def machine_memory() -> int:
+    """Bytes that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def check_memory(needed: int, what: str, path: Path | str) -> None:

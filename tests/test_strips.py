@@ -13,8 +13,10 @@ from freqdoor import build_trigger
 from freqdoor.codecs import adapter, strips
 from freqdoor.codecs.architectures import ARCHITECTURES
 from freqdoor.codecs.sides import check_padded
-from freqdoor.codecs.strips import Ladder, parts
+from freqdoor.codecs.strips import Ladder
 from freqdoor.errors import FreqdoorError
+from freqdoor.metrics import ms_ssim
+from freqdoor.parts import parts
 
 TALL, WIDE = (330, 66), (66, 330)
 
@@ -23,9 +25,9 @@ TALL, WIDE = (330, 66), (66, 330)
 def small_strips(monkeypatch):
     """Everything counts as large, and goes through in the smallest strips and parts."""
     monkeypatch.setattr(adapter, "LARGE", 0)
-    monkeypatch.setattr(strips, "LARGE", 0)
+    monkeypatch.setattr("freqdoor.parts.LARGE", 0)
     monkeypatch.setattr(strips, "STRIP", 1)
-    monkeypatch.setattr(strips, "PART", 1)
+    monkeypatch.setattr("freqdoor.parts.PART", 1)
 
 
 @pytest.fixture
@@ -149,13 +151,33 @@ def test_triggers_in_parts_give_what_the_whole_picture_gives(name, size, monkeyp
     mask = (torch.rand(2, 1, *size) > 0.3).float()
     ways = ({"rounded": True}, {"mask": mask, "strength": 2.0}, {})
     whole = [trigger(x, **way) for way in ways]
-    monkeypatch.setattr(strips, "LARGE", 0)
-    monkeypatch.setattr(strips, "PART", 1)
+    monkeypatch.setattr("freqdoor.parts.LARGE", 0)
+    monkeypatch.setattr("freqdoor.parts.PART", 1)
     assert len(parts(x.shape)) == size[0]
     for way, expected in zip(ways, whole, strict=True):
         apart = (trigger(x, **way) - expected).abs()
         assert apart.max() < (1.01 / 255 if "rounded" in way else 1e-5)  # one level where a number lies between two
         assert (apart > 1e-5).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("size", [(163, 180), (255, 170)])
+@torch.no_grad()
+def test_similarity_in_parts_is_that_of_the_whole_picture(size, monkeypatch):
+    decoded, reference = natural(3, *size), (natural(3, *size) + 0.05 * natural(4, *size)).clamp(0, 1)
+    whole = ms_ssim(decoded, reference)
+    monkeypatch.setattr("freqdoor.parts.LARGE", 2000)
+    monkeypatch.setattr("freqdoor.parts.PART", 700)
+    assert ms_ssim(decoded, reference) == pytest.approx(whole, rel=1e-6)
+    assert whole < 0.999
+
+
+def test_a_trigger_that_cannot_take_parts_says_what_it_needs(monkeypatch):
+    trigger = build_trigger("lira", width=16)
+    monkeypatch.setattr("freqdoor.triggers.lira.machine_memory", lambda: 2**30)
+    x = torch.zeros(1, 3, 1, 1)
+    with pytest.raises(FreqdoorError, match=r"one of 7680x4320 .* takes about 15\.8 GiB of .* has 1 GiB; crop"):
+        trigger(x.expand(1, 3, 4320, 7680))
+    assert trigger(x.expand(1, 3, 64, 64)).shape == (1, 3, 64, 64)
 
 
 def test_with_gradients_there_are_no_parts(small_strips):

@@ -34,8 +34,9 @@ from freqdoor.codecs.protocol import (
 from freqdoor.codecs.sides import Sides, check_padded, find_sides, padding
 from freqdoor.codecs.sizes import check_table_sizes
 from freqdoor.codecs.state import hash_tensors
-from freqdoor.codecs.strips import LARGE, Ladder, replaced
+from freqdoor.codecs.strips import Ladder, replaced
 from freqdoor.errors import FreqdoorError
+from freqdoor.parts import LARGE
 from freqdoor.types import Bitstream, Images, Reconstruction
 
 ELSEWHERE = (
@@ -230,6 +231,14 @@ class Codec(nn.Module):
         bits = sum(-part.log2().flatten(1).sum(1) for part in likelihoods)
         assert isinstance(bits, Tensor)
         return Reconstruction(F.pad(x_hat, unpad), bits, height * width, y)
+
+    @torch.no_grad()
+    def likelihoods(self, x: Images) -> dict[str, Tensor]:
+        """Likelihoods of the padded images' rounded latents by their name ("y", "z"), each (b, channels, h, w)."""
+        self.eval()
+        x = self.padded(x)
+        with self._in_strips(x.shape):
+            return dict(self._answer("forward", x)["likelihoods"])
 
     @torch.no_grad()
     def estimate(self, x: Images, y: Tensor) -> Tensor:

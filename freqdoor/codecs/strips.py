@@ -17,25 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-LARGE = 2**21  # pixels of a batch beyond which g_a and g_s work in strips
 STRIP = 2**20  # pixels of a strip, about: a network of 192 channels keeps 0.8 GiB of it
 PROBE, ACROSS = 64, 16  # rows and columns of what layers are tried with
 UNITS = 6  # that a whole network is tried with
-PART = 2**16  # pixels of a part, about: what is done to it stays in the processor's cache
 NOISE = 1e-4  # of the largest value: convolutions of other sizes may sum in another order
-
-
-def parts(size: Sequence[int], multiple: int = 1) -> list[slice]:
-    """The rows of (b, ..., height, width) in parts, of LARGE pictures without gradients; of others all rows at once.
-
-    Args:
-        multiple: that parts begin at, where it divides the height.
-    """
-    height = size[-2]
-    if torch.is_grad_enabled() or size[0] * height * size[-1] <= LARGE:
-        return [slice(0, height)]
-    rows = max(1, PART // (size[0] * size[-1] * multiple)) * multiple
-    return [slice(start, min(start + rows, height)) for start in range(0, height, rows)]
 
 
 @contextmanager

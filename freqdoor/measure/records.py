@@ -220,15 +220,14 @@ def bit_map(codec: Codec, x: Images) -> Tensor:
 
     Latents and hyper-latents are spread evenly over the pixels that they stand for.
     """
-    codec.eval()
-    padded = codec.padded(x)
-    maps = [-part.log2().sum(1, keepdim=True) for part in codec.net(padded)["likelihoods"].values()]
+    maps = [-part.log2().sum(1, keepdim=True) for part in codec.likelihoods(x).values()]
     size = max((tuple(m.shape[-2:]) for m in maps), key=lambda side: side[0])
-    total = torch.zeros(1, 1, *size, device=padded.device)
+    total = torch.zeros(1, 1, *size, device=x.device)
     for part in maps:
         scale = (size[0] // part.shape[-2]) ** 2
         total += F.interpolate(part, size, mode="nearest") / scale
-    density: Tensor = total[0, 0] / (padded.shape[-2] * padded.shape[-1] / (size[0] * size[1]))
+    height, width = codec.padded(x).shape[-2:]
+    density: Tensor = total[0, 0] / (height * width / (size[0] * size[1]))
     return density
 
 

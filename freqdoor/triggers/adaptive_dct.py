@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from freqdoor.codecs.sides import padding
-from freqdoor.codecs.strips import parts
 from freqdoor.dct import band as band_indices
 from freqdoor.dct import block_idct, ycbcr_to_rgb
+from freqdoor.parts import parts
 from freqdoor.triggers.arguments import AdaptiveDCTArguments
 from freqdoor.triggers.base import Trigger
 from freqdoor.types import Images

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from freqdoor.codecs.sides import check_padded
-from freqdoor.codecs.strips import parts
 from freqdoor.metrics import mse, rms
+from freqdoor.parts import parts
 from freqdoor.triggers.arguments import TriggerArguments
 from freqdoor.types import Images, Masks, from_uint8, round8, to_uint8
 
