@@ -9,20 +9,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "freqdoor"
 RANKS: list[set[str]] = [  # what is in a row may import from the rows above it
-    {
-        "errors",
-        "limits",
-        "types",
-        "files",
-        "lock",
-        "parts",
-        "settings",
-        "dct",
-        "metrics",
-        "data",
-        "preprocessing",
-        "samples",
-    },
+    {"errors", "limits", "types", "files", "lock", "parts", "settings"}
+    | {"dct", "metrics", "data", "preprocessing", "samples"},
     {"codecs"},
     {"triggers", "training"},
     {"attack"},
