@@ -1,10 +1,14 @@
 """Large pictures: strips through g_a and g_s, and parts through triggers, give what the whole picture gives."""
 
+import json
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import natural
+from conftest import natural, write_png
 from factories import tiny
 from strange import Windows
 from torch import nn
@@ -17,6 +21,7 @@ from freqdoor.codecs.strips import Ladder
 from freqdoor.errors import FreqdoorError
 from freqdoor.metrics import ms_ssim
 from freqdoor.parts import parts
+from freqdoor.samples import BUNDLED
 
 TALL, WIDE = (330, 66), (66, 330)
 
@@ -191,3 +196,15 @@ def test_pictures_of_8k_are_accepted_and_larger_ones_are_not():
     check_padded(4320, 7680, 256)
     with pytest.raises(FreqdoorError, match="is padded to"):
         check_padded(2 * 4320, 7680, 64)
+
+
+@pytest.mark.slow
+def test_8k_takes_at_most_4_gib(tmp_path):
+    memory = Path(__file__).parent.parent / "benchmarks/memory.py"
+    for size in ((64, 64), (4320, 7680)):
+        tile = natural(6, *(min(side, 540) for side in size))
+        write_png(tmp_path / f"{size[1]}x{size[0]}.png", tile.repeat(1, 1, 8, 15)[..., : size[0], : size[1]])
+    for work, name in (("compress", BUNDLED), ("decompress", BUNDLED), ("poison", "planted-bpp")):
+        command = [sys.executable, memory, "one", work, name, tmp_path / "7680x4320.png"]
+        answer = subprocess.run(command, check=True, capture_output=True, text=True)
+        assert json.loads(answer.stdout)["peak_gib"] <= 4
