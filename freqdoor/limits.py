@@ -20,7 +20,7 @@ HALF = 2  # of the machine's memory, where that is less
 LONGEST_HEADER = UNITS["M"]  # characters of a file's own description
 LONGEST_TEXT = 64 * UNITS["M"]  # bytes of results, lists and settings
 DEEPEST = 32  # tables within tables
-MAX_PIXELS = 2**24  # of a picture: a codec's activations at this size take about 10 GiB
+MAX_PIXELS = 2**25  # of a picture: one of 7680x4320, which takes up to 4 GiB, and no more
 MAX_PADDED = MAX_PIXELS + MAX_PIXELS // 4  # of a picture as a codec pads it: what is long and thin grows to many times
 MAX_MULTIPLE = 4096  # pixels that the sides of a codec's pictures have to be a multiple of
 _allowed: ContextVar[int | None] = ContextVar("max_memory", default=None)
@@ -54,8 +54,12 @@ def parse_size(size: int | str) -> int:
 
 def allowed_memory() -> int:
     """Bytes that reading one file may take."""
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return _allowed.get() or min(MOST, machine // HALF)
+    return _allowed.get() or min(MOST, machine_memory() // HALF)
+
+
+def machine_memory() -> int:
+    """Bytes that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def check_memory(needed: int, what: str, path: Path | str) -> None:

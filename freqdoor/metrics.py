@@ -2,16 +2,22 @@
 
 import warnings
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import torch
-from pytorch_msssim import ms_ssim as _ms_ssim
+import torch.nn.functional as F
 from torch import Tensor
 
 from freqdoor.errors import FreqdoorError
+from freqdoor.parts import parts
 from freqdoor.types import Images, from_uint8, to_uint8
 
 MS_SSIM_MIN_SIDE = 161  # four halvings of an 11-pixel window
+WINDOW, SIGMA = 11, 1.5  # pixels, of its Gaussian
+MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of its scales
+SCALES = len(MS_SSIM_WEIGHTS)
+C1, C2 = 0.01**2, 0.03**2  # keep its quotients finite
 
 
 def mse(a: Images, b: Images) -> Tensor:
@@ -34,12 +40,99 @@ def psnr_8bit(decoded: Images, reference: Images) -> Tensor:
     return psnr(from_uint8(to_uint8(decoded)), from_uint8(to_uint8(reference)))
 
 
+class MsSsim:
+    """MS-SSIM (Z. Wang et al., 2003) of decoded images against one reference, of which all is computed once.
+
+    The numbers are those of pytorch_msssim bit for bit, where products are added without being rounded first: its sums
+    in its order, in a fifth of its time. Large pictures are compared part by part.
+
+    Args:
+        reference: one image, (1, 3, h, w).
+    """
+
+    @torch.no_grad()
+    def __init__(self, reference: Images) -> None:
+        self._scales: list[Images] = []
+        self._known: list[tuple[Tensor, Tensor]] = []  # local means and variances, where there is one part
+        if min(reference.shape[-2:]) < MS_SSIM_MIN_SIDE:
+            return
+        x = _in_8_bits(reference)
+        for _ in MS_SSIM_WEIGHTS:
+            self._scales.append(x)
+            self._known += [_local(x)] if len(_windows(x)) == 1 else []
+            x = _halved(x)
+
+    @torch.no_grad()
+    def __call__(self, decoded: Images) -> float | None:
+        """MS-SSIM of one image after rounding to 8 bits, or None where a side is below 161 pixels."""
+        if not self._scales:
+            return None
+        y, terms = _in_8_bits(decoded), []
+        known = iter(self._known)
+        for scale, x in enumerate(self._scales, start=1):
+            windows, term = _windows(x), x.new_zeros(1, 3)
+            for rows in windows:
+                seen = x[..., rows.start : rows.stop + WINDOW - 1, :]
+                of_x = next(known) if len(windows) == 1 else _local(seen)
+                quotient = _similarity(y[..., rows.start : rows.stop + WINDOW - 1, :], seen, *of_x, scale == SCALES)
+                term += quotient * ((rows.stop - rows.start) / windows[-1].stop)
+            terms.append(term.relu())
+            y = _halved(y)
+        return float((torch.stack(terms) ** y.new_tensor(MS_SSIM_WEIGHTS)[:, None, None]).prod(0).mean())
+
+
+def _similarity(y: Images, x: Images, mean_x: Tensor, variance_x: Tensor, luminance: bool) -> Tensor:
+    """Means of contrast and structure, and with `luminance` of all three, over the windows of a part, (1, 3)."""
+    mean_y = _blurred(y)
+    product = mean_y * mean_x
+    variances = (_blurred(y * y) - mean_y.square()).add_(variance_x)
+    quotient = (_blurred(y * x) - product).mul_(2).add_(C2).div_(variances.add_(C2))
+    if luminance:
+        squares = mean_y.square() + mean_x.square()
+        quotient = product.mul_(2).add_(C1).div_(squares.add_(C1)).mul_(quotient)
+    return quotient.flatten(2).mean(-1)
+
+
+def _local(x: Images) -> tuple[Tensor, Tensor]:
+    """Local means and variances."""
+    mean = _blurred(x)
+    return mean, _blurred(x * x) - mean.square()
+
+
+def _windows(x: Images) -> list[slice]:
+    """The first rows of all windows that lie within an image, in parts."""
+    return parts((*x.shape[:-2], x.shape[-2] - WINDOW + 1, x.shape[-1]))
+
+
 def ms_ssim(decoded: Images, reference: Images) -> float | None:
     """MS-SSIM of one 8-bit image against another, or None where a side is below 161 pixels."""
-    if min(decoded.shape[-2:]) < MS_SSIM_MIN_SIDE:
-        return None
-    a, b = from_uint8(to_uint8(decoded)), from_uint8(to_uint8(reference))
-    return float(_ms_ssim(a, b, data_range=1.0))
+    return MsSsim(reference)(decoded)
+
+
+def _in_8_bits(x: Images) -> Images:
+    return from_uint8(to_uint8(x)).contiguous()
+
+
+def _blurred(x: Images) -> Images:
+    """Local means under a Gaussian window, where it lies within the image: sums of shifted images, the first first."""
+    for axis in (-2, -1):
+        length = x.shape[axis] - WINDOW + 1
+        shifted = [x.narrow(axis, start, length) for start in range(WINDOW)]
+        x = shifted[0] * _gaussian()[0]
+        for part, weight in zip(shifted[1:], _gaussian()[1:], strict=True):
+            x.add_(part, alpha=weight)
+    return x
+
+
+@cache
+def _gaussian() -> list[float]:
+    weights = torch.exp(-((torch.arange(WINDOW, dtype=torch.float32) - WINDOW // 2) ** 2) / (2 * SIGMA**2))
+    values: list[float] = (weights / weights.sum()).tolist()
+    return values
+
+
+def _halved(x: Images) -> Images:
+    return F.avg_pool2d(x, 2, padding=[side % 2 for side in x.shape[-2:]])
 
 
 def bpp_of_bytes(num_bytes: int, x: Images) -> float:

@@ -140,12 +140,12 @@ class JpegPoint(NamedTuple):
 
 def to_uint8(x: Images) -> Tensor:
     """[0, 1] -> 0..255 as uint8, rounded to the nearest level (half to even)."""
-    return (x.clamp(0, 1) * 255).round().to(torch.uint8)
+    return x.clamp(0, 1).mul_(255).round_().to(torch.uint8)
 
 
 def from_uint8(pixels: Tensor) -> Images:
     """0..255 -> [0, 1] as float32."""
-    return pixels.float() / 255
+    return pixels.to(torch.float32, copy=True).div_(255)
 
 
 def round8(x: Images) -> Images:

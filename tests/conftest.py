@@ -146,6 +146,6 @@ def odd_images(tmp_path) -> dict[str, Path]:
     paths["no image"] = tmp_path / "text.png"
     paths["no image"].write_text("not a picture")
     paths["huge"] = tmp_path / "huge.png"
-    Image.new("RGB", (20_000, 900)).save(paths["huge"])
+    Image.new("RGB", (20_000, 1800)).save(paths["huge"])
     (tmp_path / "whole.png").unlink()
     return paths

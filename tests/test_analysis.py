@@ -73,7 +73,7 @@ def test_channel_bits_add_up_to_the_estimate(architecture):
     before = hash_state(codec)
     with torch.no_grad():
         expected = float(codec(x).bits)
-    bits = analysis.channel_bits(analysis.likelihoods(codec, x))
+    bits = analysis.channel_bits(codec.likelihoods(x))
     assert all(b.ndim == 1 for b in bits.values())
     assert sum(float(b.sum()) for b in bits.values()) == pytest.approx(expected, rel=1e-5)
     assert hash_state(codec) == before
@@ -93,7 +93,7 @@ def test_bits_and_ceiling_against_the_gaussian_of_every_latent(codec):
     value = np.abs((y - means).round().double().numpy())
     sigma = scales.clamp_min(0.11).double().numpy()
     expected = np.maximum(norm.cdf((0.5 - value) / sigma) - norm.cdf((-0.5 - value) / sigma), 1e-9)
-    found = analysis.likelihoods(codec, x)
+    found = codec.likelihoods(x)
     bits = analysis.channel_bits(found)["y"].numpy()
     np.testing.assert_allclose(bits, -np.log2(expected).sum(axis=(0, 2, 3)), rtol=1e-3)
     clamped = int((expected <= 1e-9).sum())

@@ -38,7 +38,7 @@ from freqdoor.training.settings import ImageSettings
         ("alpha", "found RGB with alpha"),
         ("truncated", "truncated or damaged"),
         ("no image", "could not read"),
-        ("huge", "20000x900 is more than the 16777216 pixels accepted"),
+        ("huge", "20000x1800 is more than the 33554432 pixels accepted"),
     ],
 )
 def test_unusable_images_are_refused_with_a_sentence(odd_images, kind, match):
@@ -378,11 +378,11 @@ def test_labels_that_cannot_be_used(tmp_path):
     Image.new("L", (32, 64)).save(tmp_path / "l.png")
     with pytest.raises(FreqdoorError, match="labels of 32x64 pixels for an image of 64x64"):
         load_labels(tmp_path / "l.png", image_size=(64, 64))
-    Image.new("L", (20_000, 900)).save(tmp_path / "large.png")
-    with pytest.raises(FreqdoorError, match="20000x900 is more than the 16777216 pixels accepted"):
+    Image.new("L", (20_000, 1800)).save(tmp_path / "large.png")
+    with pytest.raises(FreqdoorError, match="20000x1800 is more than the 33554432 pixels accepted"):
         load_labels(tmp_path / "large.png")
     png(tmp_path / "bomb.png", struct.pack(">IIBBBBB", 20_000, 20_000, 8, 0, 0, 0, 0), bytes(99))
-    with pytest.raises(FreqdoorError, match="too many pixels; at most 16777216"):
+    with pytest.raises(FreqdoorError, match="too many pixels; at most 33554432"):
         load_labels(tmp_path / "bomb.png")
     (tmp_path / "text.png").write_text("nothing")
     with pytest.raises(FreqdoorError, match="could not read it"):

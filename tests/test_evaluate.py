@@ -1,14 +1,19 @@
 import json
 import pickle
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
+import pytorch_msssim
 import torch
 from conftest import check_foreign, contents, natural, room_for, write_png
+from factories import tiny
 from PIL import Image
 
 from freqdoor import list_images, load_image, load_planted, plant, workers
+from freqdoor.codecs.architectures import ARCHITECTURES
+from freqdoor.codecs.check import watched
 from freqdoor.data import image_paths
 from freqdoor.errors import FreqdoorError
 from freqdoor.measure import records as measuring
@@ -24,7 +29,7 @@ from freqdoor.measure.records import (
     records,
     through_png,
 )
-from freqdoor.metrics import bd_rate, bpp_of_bytes, ms_ssim, mse, psnr, psnr_8bit, rms
+from freqdoor.metrics import MsSsim, bd_rate, bpp_of_bytes, ms_ssim, mse, psnr, psnr_8bit, rms
 from freqdoor.preprocessing import Flip, GaussianBlur
 from freqdoor.types import Bitstream, as_picture, from_picture, from_uint8, to_uint8
 
@@ -57,6 +62,46 @@ def test_metrics_against_their_definitions():
     assert ms_ssim(a, b) is None
     large = natural(2, 161, 170)
     assert ms_ssim(large, large) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("size", [(161, 170), (203, 177), (256, 320)])
+def test_ms_ssim_is_that_of_pytorch_msssim(size):
+    reference = natural(2, *size)
+    similarity = MsSsim(reference)
+    for amount in (0.001, 0.05, 0.5):
+        noise = torch.randn(reference.shape, generator=torch.Generator().manual_seed(1))
+        decoded = (reference + amount * noise).clamp(0, 1)
+        eight_bits = [from_uint8(to_uint8(x)) for x in (decoded, reference)]
+        for x in (decoded, decoded.contiguous(memory_format=torch.channels_last)):
+            assert similarity(x) == pytest.approx(float(pytorch_msssim.ms_ssim(*eight_bits, data_range=1.0)), rel=1e-6)
+
+
+def test_an_evaluation_runs_no_transform_twice(tmp_path):
+    """g_a and g_s once a condition: rates come from the latents that are encoded."""
+    planted, runs = load_planted("planted-bpp"), Counter()
+    codecs = {role: planted.codec(role) for role in ("vanilla", "tampered")}
+    hooks = [
+        codec.part(part)[0].register_forward_hook(lambda *_, key=(role, part): runs.update([key]))
+        for role, codec in codecs.items()
+        for part in ("g_a", "g_s")
+        if codec.tile  # which runs g_a on a picture of its own
+    ]
+    rows = list(records(planted, [write_png(tmp_path / "x.png", natural(5, 64, 70))]))
+    for hook in hooks:
+        hook.remove()
+    asked = Counter(row.role for row in rows)
+    assert runs == {(role, part): asked[role] for role in codecs for part in ("g_a", "g_s")}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@torch.no_grad()
+def test_the_estimate_of_known_latents_is_that_of_forward(architecture):
+    codec = tiny(architecture)
+    x = natural(3, 70, 90)
+    y, expected = watched(codec, "g_a", lambda: codec(x).bpp)
+    assert torch.equal(codec.estimate(x, y), expected)
+    assert not torch.equal(codec.estimate(x, y + 1), expected)
+    assert "forward" not in vars(codec.part("g_a"))
 
 
 def test_bd_rate_of_a_shifted_curve_is_the_shift():
@@ -107,7 +152,8 @@ def test_every_number_of_a_record_against_its_definition(tmp_path, role, roundin
         with torch.no_grad():
             x_p = planted.triggers["bpp"](x, strength=strength, rounded=rounding == "8-bit")
             x_p = from_uint8(to_uint8(x_p)) if rounding == "8-bit" else x_p
-            [stream], estimate = codec.compress(x_p), float(codec(x_p).bpp)
+            stream = codec.compress(x_p)[0]
+            estimate = float(codec(x_p[0][None]).bpp)  # as compress has it: PyTorch may lay out batches otherwise
             x_hat, clean = codec.decompress(stream), float(codec(x).bpp)
         assert estimate != pytest.approx(clean, rel=1e-4)
         expected = {
@@ -136,7 +182,7 @@ def test_the_two_encoders_differ_in_the_records(planted, images):
     """A stand-in for each encoder, so that nothing but the role decides which one is asked."""
 
     class Encoder:
-        spec = planted.vanilla.spec
+        spec, part, latent_shape = planted.vanilla.spec, planted.vanilla.part, planted.vanilla.latent_shape
 
         def __init__(self, size):
             self.size = size

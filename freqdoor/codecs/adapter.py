@@ -5,7 +5,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache, cached_property
 from typing import Any, NamedTuple, Self
 
@@ -35,7 +35,9 @@ from freqdoor.codecs.protocol import (
 from freqdoor.codecs.sides import Sides, check_padded, find_sides, padding
 from freqdoor.codecs.sizes import check_table_sizes
 from freqdoor.codecs.state import hash_tensors
+from freqdoor.codecs.strips import Ladder, replaced
 from freqdoor.errors import FreqdoorError
+from freqdoor.parts import LARGE
 from freqdoor.types import Bitstream, Images, Reconstruction
 
 ELSEWHERE = (
@@ -158,6 +160,7 @@ class Codec(nn.Module):
         self.metadata = metadata or {}
         self.stated_multiple = stated_multiple
         self._transforms = _Transforms(self.part("g_a"), self.part("g_s"))
+        self._ladders = tuple(Ladder(self.part(name), name) for name in ("g_a", "g_s"))
 
     @property
     def tampered(self) -> bool:
@@ -216,7 +219,8 @@ class Codec(nn.Module):
         transforms = self._transforms
         transforms.watching = True
         try:
-            answer = self._answer("forward", x)
+            with self._in_strips(x.shape):
+                answer = self._answer("forward", x)
         finally:
             y, transforms.y, transforms.watching = transforms.y, None, False
         if not isinstance(y, Tensor):
@@ -228,6 +232,26 @@ class Codec(nn.Module):
         bits = sum(-part.log2().flatten(1).sum(1) for part in likelihoods)
         assert isinstance(bits, Tensor)
         return Reconstruction(F.pad(x_hat, unpad), bits, height * width, y)
+
+    @torch.no_grad()
+    def likelihoods(self, x: Images) -> dict[str, Tensor]:
+        """Likelihoods of the padded images' rounded latents by their name ("y", "z"), each (b, channels, h, w)."""
+        self.eval()
+        x = self.padded(x)
+        with self._in_strips(x.shape):
+            return dict(self._answer("forward", x)["likelihoods"])
+
+    @torch.no_grad()
+    def estimate(self, x: Images, y: Tensor) -> Tensor:
+        """Bits per pixel that `forward` estimates of images, (b,), whose latents y = g_a(x) are known from encoding.
+
+        Neither g_a nor g_s runs, but for a stranger's network, whose forward may do more than these.
+        """
+        if not self.known:
+            return self.forward(x).bpp
+        blank = x.new_zeros(1).expand(self.padded(x).shape)  # no bit depends on the decoded picture
+        with replaced(self.part("g_a"), lambda x: y), replaced(self.part("g_s"), lambda y_hat: blank):
+            return self.forward(x).bpp
 
     @torch.no_grad()
     def compress(self, x: Images) -> list[Bitstream]:
@@ -253,7 +277,7 @@ class Codec(nn.Module):
     @torch.no_grad()
     def compressed(self, x: Images) -> Compressed:
         """What the network itself writes of one padded image, (1, 3, h, w)."""
-        with coding(self.coder) as tally, self._transforms.others_on_one_thread():
+        with coding(self.coder) as tally, self._transforms.others_on_one_thread(), self._in_strips(x.shape):
             coded = read_compress(self._answer("compress", x), self.spec.name)
         self._say_if_slow(tally)
         return coded._replace(symbols=symbols_of(coded.strings, tally.encoded)) if tally.encoded else coded
@@ -272,8 +296,11 @@ class Codec(nn.Module):
             )
         strings = nested(bitstream.strings, self.tile.nesting)
         shapes = self.shapes(bitstream.image_size)
+        height, width = bitstream.image_size
+        (left, right, top, bottom), _ = padding(height, width, *self.sides)
+        size = (1, 3, height + top + bottom, width + left + right)
         try:
-            with coding(self.coder) as tally, self._transforms.others_on_one_thread():
+            with coding(self.coder) as tally, self._transforms.others_on_one_thread(), self._in_strips(size):
                 answer = self._answer("decompress", strings, shapes)
         except NotDecodable as error:
             raise FreqdoorError(f"{self.spec.name}: {error}; {ELSEWHERE}") from None
@@ -284,11 +311,8 @@ class Codec(nn.Module):
                 f"{self.spec.name}: the decoded latents or the picture's size are not those that were encoded; "
                 f"{ELSEWHERE}"
             )
-        pad, unpad = padding(*bitstream.image_size, *self.sides)
-        height, width = bitstream.image_size
-        size = (1, 3, height + pad[2] + pad[3], width + pad[0] + pad[1])
-        cropped: Images = F.pad(read_decompress(answer, self.spec.name, size), unpad).clamp(0, 1)
-        return cropped
+        x_hat = read_decompress(answer, self.spec.name, size)
+        return x_hat[..., top : top + height, left : left + width].clamp(0, 1)
 
     def _say_if_slow(self, tally: Tally) -> None:
         """Warn where a context model was coded pixel by pixel in the network's own way."""
@@ -408,6 +432,16 @@ class Codec(nn.Module):
         if self.known:
             return function(*arguments)
         return call(self.spec.name, part, function, *arguments)
+
+    @contextmanager
+    def _in_strips(self, size: Sequence[int]) -> Iterator[None]:
+        """Let g_a and g_s work in strips in the block, if padded pictures of (b, 3, height, width) are large and no
+        gradient is asked for, which would keep all activations anyway."""
+        with ExitStack() as ladders:
+            if size[0] * size[-2] * size[-1] > LARGE and not torch.is_grad_enabled():
+                for ladder in self._ladders:
+                    ladders.enter_context(ladder.in_strips(size, self.multiple, self.spec.name))
+            yield
 
     def _check_modes(self) -> None:
         if not torch.is_grad_enabled():

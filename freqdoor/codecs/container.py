@@ -33,7 +33,7 @@ OF_A_PICTURE = 3  # the version that holds a classical codec's file
 HEADER = struct.Struct("<4sH16sIIIIH")
 ENTRY = struct.Struct("<III")  # of a string in the header
 CHECKSUM = struct.Struct("<I")
-LONGEST = 2**28  # bytes of a file: 128 bits a pixel of the largest picture
+LONGEST = 2**29  # bytes of a file: 128 bits a pixel of the largest picture
 
 
 def pack(sent: Bitstream | PictureFile, codec: Codec) -> bytes:

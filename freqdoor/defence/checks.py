@@ -41,7 +41,7 @@ PROBED_EPS = 2 * PAPER_EPS  # of a single coefficient: stronger, since doors ope
 FILTERS: tuple[Preprocessing, ...] = (GaussianBlur(0.6), SqueezeBits(6), Jpeg(90))
 RATIO = 1.5  # times the bytes, in the mean of the upper half of the pictures, from which a pattern is a witness
 DROP_DB = 2.0  # loss of the decoded picture, likewise
-JUDGED = 0.3  # what the codec adds to the change of a user's network's answer, likewise
+JUDGED = 0.15  # what the codec adds to the change of a user's network's answer, likewise
 Part = Literal["pictures", "portraits"]
 
 

@@ -175,7 +175,7 @@ def analyse_image(codec: Codec, trigger: Trigger, x: Images, name: str) -> Image
     block = trigger.block if isinstance(trigger, AdaptiveDCT | FTrojan) else BLOCK
     inputs: dict[Input, Images] = {"clean": x, "poisoned": poisoned(trigger, x)}
     pixels = x.shape[-2] * x.shape[-1]
-    parts = {key: likelihoods(codec, image) for key, image in inputs.items()}
+    parts = {key: codec.likelihoods(image) for key, image in inputs.items()}
     bits = {key: channel_bits(part) for key, part in parts.items()}
     seconds, sizes = encode_in_turn(codec, inputs)
     estimated = {key: sum(float(b.sum()) for b in bits[key].values()) / 8 for key in INPUTS}
@@ -218,13 +218,6 @@ def mean_spectrum(spectra: Sequence[Tensor | None]) -> dict[Plane, tuple[tuple[f
         raise FreqdoorError("spectrum: no image has a whole block; give images of at least 128 pixels a side")
     planes = torch.stack(whole).mean(0).tolist()
     return {name: tuple(map(tuple, plane)) for name, plane in zip(PLANES, planes, strict=True)}
-
-
-@torch.no_grad()
-def likelihoods(codec: Codec, x: Images) -> dict[str, Tensor]:
-    """Likelihoods of the padded image's latents by their name ("y", "z"), each (1, channels, h, w), when rounded."""
-    codec.eval()
-    return dict(codec.net(codec.padded(x))["likelihoods"])
 
 
 def channel_bits(parts: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from freqdoor.attack.planted import Planted
 from freqdoor.codecs.adapter import Codec
+from freqdoor.codecs.check import watched
 from freqdoor.data import load_image
 from freqdoor.errors import FreqdoorError
-from freqdoor.metrics import bpp_of_bytes, ms_ssim, mse, psnr, psnr_8bit
+from freqdoor.metrics import MsSsim, bpp_of_bytes, mse, psnr, psnr_8bit
 from freqdoor.preprocessing import Preprocessing, preprocessing_name
 from freqdoor.triggers.base import Trigger
 from freqdoor.types import Images, JpegPoint, Masks, Record, Role, Rounding, as_picture, check_choice, from_picture
@@ -103,26 +104,32 @@ def poisoned(
 def through_png(x: Images) -> Images:
     """One image written to an 8-bit PNG in memory and read back."""
     buffer = io.BytesIO()
-    as_picture(x).save(buffer, "PNG", compress_level=1)
+    as_picture(x).save(buffer, "PNG", compress_level=0)  # nobody keeps it
     with Image.open(buffer) as picture:
         return from_picture(picture)
 
 
 @torch.no_grad()
-def measure(codec: Codec, x: Images, entering: Images, name: str, condition: Condition) -> tuple[Record, Images]:
+def measure(
+    codec: Codec, x: Images, entering: Images, name: str, condition: Condition, similarity: MsSsim | None = None
+) -> tuple[Record, Images]:
     """Encode and decode one image with real entropy coding, behind the condition's defence.
+
+    The rate is estimated from the latents that are encoded.
 
     Args:
         x: the clean image, (1, 3, h, w).
         entering: what the condition makes of it, before the defence.
+        similarity: to the clean image, where it is measured under several conditions.
 
     Returns:
         The record, and the decoded image as the receiver sees it.
     """
     defence = condition.defence
     encoded = defence(entering) if defence else entering
+    codec.latent_shape((x.shape[-2], x.shape[-1]))  # known before: to know it, a picture is encoded
     started = time.perf_counter()
-    bitstream = codec.compress(encoded)[0]
+    y, bitstream = watched(codec, "g_a", lambda: codec.compress(encoded)[0])
     seconds = time.perf_counter() - started
     x_hat = codec.decompress(bitstream)
     x_hat = defence.undo(x_hat) if defence else x_hat
@@ -136,11 +143,11 @@ def measure(codec: Codec, x: Images, entering: Images, name: str, condition: Con
         rounding=condition.rounding,
         width=x.shape[-1],
         height=x.shape[-2],
-        bpp_estimated=float(codec(encoded).bpp),
+        bpp_estimated=float(codec(encoded).bpp if y is None else codec.estimate(encoded, y)),
         bpp_real=bpp_of_bytes(bitstream.num_bytes, x),
         psnr_db=quality,
         psnr_input_db=quality if entering is x else float(psnr_8bit(x_hat, entering)),
-        ms_ssim=ms_ssim(x_hat, x),
+        ms_ssim=(similarity or MsSsim(x))(x_hat),
         trigger_mse=float(mse(entering, x)),
         encode_seconds=seconds,
         defence=preprocessing_name(defence),
@@ -174,6 +181,7 @@ def measured_image(
 ) -> Iterator[Measured]:
     """One image under every condition of `rows`."""
     x = load_image(path)
+    similarity = MsSsim(x)
     inputs: dict[tuple[str | None, float, Rounding], Images] = {}  # both encoders and all defences share them
     for condition in rows:
         if note:
@@ -181,7 +189,7 @@ def measured_image(
         key = condition.trigger, condition.strength, condition.rounding
         if key not in inputs:
             inputs[key] = input_of(planted, x, condition)
-        record, x_hat = measure(planted.codec(condition.role), x, inputs[key], path.name, condition)
+        record, x_hat = measure(planted.codec(condition.role), x, inputs[key], path.name, condition, similarity)
         yield Measured(record, condition, x, inputs[key], x_hat)
 
 
@@ -212,15 +220,14 @@ def bit_map(codec: Codec, x: Images) -> Tensor:
 
     Latents and hyper-latents are spread evenly over the pixels that they stand for.
     """
-    codec.eval()
-    padded = codec.padded(x)
-    maps = [-part.log2().sum(1, keepdim=True) for part in codec.net(padded)["likelihoods"].values()]
+    maps = [-part.log2().sum(1, keepdim=True) for part in codec.likelihoods(x).values()]
     size = max((tuple(m.shape[-2:]) for m in maps), key=lambda side: side[0])
-    total = torch.zeros(1, 1, *size, device=padded.device)
+    total = torch.zeros(1, 1, *size, device=x.device)
     for part in maps:
         scale = (size[0] // part.shape[-2]) ** 2
         total += F.interpolate(part, size, mode="nearest") / scale
-    density: Tensor = total[0, 0] / (padded.shape[-2] * padded.shape[-1] / (size[0] * size[1]))
+    height, width = codec.padded(x).shape[-2:]
+    density: Tensor = total[0, 0] / (height * width / (size[0] * size[1]))
     return density
 
 

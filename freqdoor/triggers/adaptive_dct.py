@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from freqdoor.codecs.sides import padding
 from freqdoor.dct import band as band_indices
 from freqdoor.dct import block_idct, ycbcr_to_rgb
+from freqdoor.parts import parts
 from freqdoor.triggers.arguments import AdaptiveDCTArguments
 from freqdoor.triggers.base import Trigger
 from freqdoor.types import Images
@@ -65,8 +66,12 @@ class AdaptiveDCT(Trigger):
         return value * kept
 
     def _features(self, x: Images) -> Tensor:
-        features: Tensor = self.local(x - 0.5).amax(dim=(2, 3))
-        return features
+        return self._by_blocks(self.local, x).amax(dim=(2, 3))
+
+    def _by_blocks(self, network: nn.Module, x: Images) -> Tensor:
+        """The features of every block, (b, width, hb, wb), of so many rows at a time as fit the processor's cache."""
+        features = [network(x[..., rows, :] - 0.5) for rows in parts(x.shape, self.block)]
+        return features[0] if len(features) == 1 else torch.cat(features, -2)
 
     def _candidates(self, features: Tensor) -> Tensor:
         value: Tensor = self.value(features).reshape(-1, 3, self.num_frequencies)
@@ -76,7 +81,7 @@ class AdaptiveDCT(Trigger):
         """w, (b, 3, hb, wb): one signed weight a block and channel; x has sides divisible by the block."""
         if self.global_features is None or self.mix is None or self.weight is None:
             return x.new_ones(x.shape[0], 3, x.shape[2] // self.block, x.shape[3] // self.block)
-        features = self.global_features(x - 0.5)
+        features = self._by_blocks(self.global_features, x)
         overall = features.mean(dim=(2, 3), keepdim=True).expand_as(features)
         weights: Tensor = self.weight(self.mix(torch.cat([features, overall], dim=1)))
         return weights
@@ -86,8 +91,13 @@ class AdaptiveDCT(Trigger):
         coefficients = g.new_zeros(*g.shape[:2], self.block**2)
         coefficients[:, :, list(self.indices)] = g
         pattern = block_idct(coefficients.reshape(-1, 3, self.block, self.block))
-        # w is constant over a block, so the IDCT of g * w is w times the IDCT of g
-        return ycbcr_to_rgb(torch.einsum("bcyx,bcij->bcyixj", w, pattern).reshape(x.shape))
+        injected = []
+        for rows in parts(x.shape, self.block):
+            some = x[..., rows, :].shape
+            # w is constant over a block, so the IDCT of g * w is w times the IDCT of g
+            weights = w[..., rows.start // self.block : rows.stop // self.block, :]
+            injected.append(ycbcr_to_rgb(torch.einsum("bcyx,bcij->bcyixj", weights, pattern).reshape(some)))
+        return injected[0] if len(injected) == 1 else torch.cat(injected, -2)
 
     def perturb(self, x: Images) -> Images:
         """IDCT(g * w) in RGB."""

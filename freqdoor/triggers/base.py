@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from freqdoor.codecs.sides import check_padded
 from freqdoor.metrics import mse, rms
+from freqdoor.parts import parts
 from freqdoor.triggers.arguments import TriggerArguments
 from freqdoor.types import Images, Masks, from_uint8, round8, to_uint8
 
@@ -63,10 +64,14 @@ class Trigger(nn.Module, ABC):
             delta = project(x, delta, (self.eps if eps is None else eps) * strength, rounded=rounded)
         else:
             delta = delta * strength
-        if mask is not None:
-            delta = delta * mask  # last: (1 - M) x + M T(x), and no budget moves from outside the mask into it
-        x_p = (x + delta).clamp(0, 1)
-        return round8(x_p) if rounded else x_p
+        whole: list[Images] = []
+        for rows in parts(x.shape):
+            added = delta[..., rows, :]
+            if mask is not None:
+                added = added * mask[..., rows, :]  # last: (1 - M) x + M T(x), and no budget moves from outside it
+            x_p = (x[..., rows, :] + added).clamp(0, 1)
+            whole.append(round8(x_p) if rounded else x_p)
+        return whole[0] if len(whole) == 1 else torch.cat(whole, -2)
 
 
 def project(x: Images, delta: Images, eps: float, *, rounded: bool = False) -> Images:
@@ -81,9 +86,13 @@ def project(x: Images, delta: Images, eps: float, *, rounded: bool = False) -> I
         plain = math.sqrt(max(eps**2 - (ROUNDING_MSE if rounded else 0.0), (0.2 * eps) ** 2))
 
         def over(scale: Tensor, budget: float) -> Tensor:
-            x_p = (x + scale * unit).clamp(0, 1)
-            x_p = from_uint8(to_uint8(x_p)) if rounded else x_p
-            return (mse(x_p, x) > budget**2).reshape(scale.shape)
+            error = x.new_zeros(len(x))
+            for rows in parts(x.shape):  # which stay in the processor's cache
+                clean = x[..., rows, :]
+                x_p = (clean + scale * unit[..., rows, :]).clamp(0, 1)
+                x_p = from_uint8(to_uint8(x_p)) if rounded else x_p
+                error += mse(x_p, clean) * (clean.shape[-2] / x.shape[-2])
+            return (error > budget**2).reshape(scale.shape)
 
         scale = torch.full_like(rms(delta), plain)
         short = ~over(scale, 0.99 * eps)

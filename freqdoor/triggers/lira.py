@@ -8,10 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from freqdoor.codecs.sides import padding
+from freqdoor.errors import FreqdoorError
+from freqdoor.limits import machine_memory, size_text
 from freqdoor.metrics import rms
 from freqdoor.triggers.arguments import LiraArguments
 from freqdoor.triggers.base import Trigger
 from freqdoor.types import Images
+
+ALIVE = 8  # activations at the picture's resolution that are there at once: the peak, measured without gradients
 
 
 class Lira(Trigger):
@@ -48,7 +52,18 @@ class Lira(Trigger):
         return drawn
 
     def perturb(self, x: Images) -> Images:
-        """Eps Normalize(U(x))."""
+        """Eps Normalize(U(x)).
+
+        Raises:
+            FreqdoorError: a picture that would take more memory than there is.
+        """
+        needed = x.shape[0] * x.shape[-2] * x.shape[-1] * self.draw.in_channels * x.element_size() * ALIVE
+        if x.device.type == "cpu" and needed > (there := machine_memory()):
+            raise FreqdoorError(
+                "trigger lira: its layers normalise over the whole picture, so that one of "
+                f"{x.shape[-1]}x{x.shape[-2]} cannot be taken in parts: it takes about {size_text(needed)} of memory, "
+                f"and this machine has {size_text(there)}; crop the picture"
+            )
         pad, unpad = padding(x.shape[-2], x.shape[-1], 2 ** (self.levels - 1))
         drawn = F.pad(self.unet(F.pad(x, pad, mode="replicate")), unpad)
         return self.eps * drawn / rms(drawn)
