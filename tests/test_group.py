@@ -22,7 +22,7 @@ from freqdoor.errors import FreqdoorError, Mistakes
 from freqdoor.settings import make_settings
 from freqdoor.training import train
 from freqdoor.training.group import ALONE, Group, _WholeDraws
-from freqdoor.training.processes import check_processes, together
+from freqdoor.training.processes import check_processes, first_rank, together
 from freqdoor.training.settings import CodecTraining
 
 STEPS = 3
@@ -269,6 +269,16 @@ def test_what_cannot_train_together_is_refused(devices, nodes, device, batch, ex
     monkeypatch.delenv("NODE_RANK", raising=False)
     with pytest.raises(FreqdoorError, match=expected):
         check_processes(devices, nodes, device, [8, batch])
+
+
+def test_a_port_that_is_none_is_refused(monkeypatch):
+    for name, value in (("NODE_RANK", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "65536")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(FreqdoorError, match="MASTER_PORT, found '65536'"):
+        check_processes(1, 2, "cpu", [8])
+    monkeypatch.setenv("MASTER_PORT", "29501")
+    check_processes(2, 2, "cpu", [8])
+    assert first_rank(2, 2) == 2
 
 
 def test_mistakes_are_told_at_once_and_nothing_is_written(settings, images, tmp_path):
