@@ -211,7 +211,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--crop", type=int, default=256)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--measured", type=Path, help="such a file, to compute from what is measured there")
     parser.add_argument("--encoders", type=int, default=1000)

@@ -2,22 +2,27 @@
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import natural
 from factories import tiny
 from torch import nn
 
 from freqdoor import plant, train_codec
 from freqdoor.attack.plant import _opened, _planted
 from freqdoor.attack.settings import PlantSettings
+from freqdoor.codecs.adapter import hash_state
 from freqdoor.errors import FreqdoorError, Mistakes
 from freqdoor.settings import make_settings
 from freqdoor.training import train
 from freqdoor.training.group import ALONE, Group, _WholeDraws
-from freqdoor.training.processes import check_processes, together
+from freqdoor.training.processes import check_processes, first_rank, together
 from freqdoor.training.settings import CodecTraining
 
 STEPS = 3
@@ -81,6 +86,12 @@ def states(images: Path, group: Group) -> dict[str, dict[str, torch.Tensor]]:
     return ends | {"training": dict(opened.codec.state_dict()) | {"loss": torch.tensor(history["sum"])}}
 
 
+def with_gradient() -> nn.Parameter:
+    parameter = nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.ones(1)
+    return parameter
+
+
 def other_process(images: Path):
     def share(group: Group) -> None:
         states(images, group)
@@ -98,9 +109,7 @@ def test_one_process_equals_two_and_one_that_is_killed_ends_both(images):
         with together(partial(other_process, images), 2, 1, "cpu") as group:
             assert (group.rank, group.size) == (0, 2)
             shared.update(states(images, group))
-            parameter = nn.Parameter(torch.zeros(1))
-            parameter.grad = torch.ones(1)
-            group.sum_gradients([parameter])
+            group.sum_gradients([with_gradient()])
 
     with pytest.raises(FreqdoorError, match=r"ended \(SIGKILL, .*; the same command goes on from the last state"):
         share()
@@ -167,6 +176,83 @@ def test_a_run_of_one_process_does_not_go_on_with_two(settings, images, tmp_path
     assert not (tmp_path / "run/.freqdoor.lock").exists()
 
 
+@pytest.mark.slow
+def test_a_run_of_two_processes_goes_on_bit_by_bit(settings, images, tmp_path):
+    made = settings(steps=5, precision="fp32")
+    whole = plant(made, tmp_path / "whole", devices=2)
+
+    class Killed(Exception):
+        pass
+
+    def kill(step: int, row: dict[str, float]) -> None:
+        if step == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        plant(made, tmp_path / "parts", devices=2, progress=kill)
+    assert not torch.distributed.is_initialized()
+    parts = plant(made, tmp_path / "parts", devices=2)
+    assert hash_state(parts.tampered) == hash_state(whole.tampered)
+    assert hash_state(parts.triggers["bpp"]) == hash_state(whole.triggers["bpp"])
+    assert (tmp_path / "parts/metrics.jsonl").read_text() == (tmp_path / "whole/metrics.jsonl").read_text()
+    [bitstream] = parts.tampered.compress(natural(0, 64, 64))
+    assert parts.vanilla.decompress(bitstream).shape == (1, 3, 64, 64)
+
+
+@pytest.mark.slow
+def test_two_machines_train_as_one_and_the_first_one_writes(settings, tmp_path, monkeypatch):
+    """Two commands on this machine, which meet at a port."""
+    made = settings(steps=3, precision="fp32", images={**settings().images.model_dump(), "batch_size": 3})
+    (tmp_path / "settings.json").write_text(made.model_dump_json())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    script = (
+        "import sys; from pathlib import Path; from freqdoor import PlantSettings, plant\n"
+        f"made = PlantSettings.model_validate_json(Path({str(tmp_path / 'settings.json')!r}).read_text())\n"
+        f"planted = plant(made, {str(tmp_path / 'second')!r}, nodes=2)\n"
+        "print(planted.tampered.module_hashes()['g_a'])"
+    )
+    variables = os.environ | address | {"NODE_RANK": "1", "PYTHONPATH": os.pathsep.join(map(str, sys.path))}
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    with subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True) as second:
+        for name, value in (address | {"NODE_RANK": "0"}).items():
+            monkeypatch.setenv(name, value)
+        first = plant(made, tmp_path / "first", nodes=2)
+        said, _ = second.communicate(timeout=120)
+    assert said.split() == [first.tampered.module_hashes()["g_a"]]
+    assert (tmp_path / "first/planted.safetensors").exists()
+    assert not (tmp_path / "second").exists()
+    alone = plant(made, tmp_path / "alone").tampered.part("g_a").state_dict()
+    for key, value in first.tampered.part("g_a").state_dict().items():
+        assert torch.allclose(value, alone[key], rtol=1e-5, atol=1e-5), key
+
+
+def fail_to_prepare(before: Path):
+    raise FreqdoorError(f"{before}: expected pictures, found none")
+
+
+def fail_later():
+    def share(group: Group) -> None:
+        raise FreqdoorError("step 3: loss is not finite")
+
+    return share
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("prepare", "sentence"),
+    [(partial(fail_to_prepare, Path("photos")), "photos: expected pictures"), (fail_later, "step 3: loss is not")],
+)
+def test_the_sentence_of_the_process_that_fails_is_everybodys(prepare, sentence):
+    def share() -> None:
+        with together(prepare, 3, 1, "cpu") as group:
+            group.sum_gradients([with_gradient()])
+
+    with pytest.raises(FreqdoorError, match=f"^{sentence}"):
+        share()
+
+
 @pytest.mark.parametrize(
     ("devices", "nodes", "device", "batch", "expected"),
     [
@@ -183,6 +269,16 @@ def test_what_cannot_train_together_is_refused(devices, nodes, device, batch, ex
     monkeypatch.delenv("NODE_RANK", raising=False)
     with pytest.raises(FreqdoorError, match=expected):
         check_processes(devices, nodes, device, [8, batch])
+
+
+def test_a_port_that_is_none_is_refused(monkeypatch):
+    for name, value in (("NODE_RANK", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "65536")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(FreqdoorError, match="MASTER_PORT, found '65536'"):
+        check_processes(1, 2, "cpu", [8])
+    monkeypatch.setenv("MASTER_PORT", "29501")
+    check_processes(2, 2, "cpu", [8])
+    assert first_rank(2, 2) == 2
 
 
 def test_mistakes_are_told_at_once_and_nothing_is_written(settings, images, tmp_path):

@@ -79,7 +79,9 @@ def first_rank(devices: int, nodes: int) -> int:
     """The rank of this process; that of other machines than the first comes from the variable NODE_RANK."""
     if nodes == 1:
         return 0
-    number = os.environ.get("NODE_RANK", "")
+    number, port = os.environ.get("NODE_RANK", ""), os.environ.get("MASTER_PORT", str(PORT))
+    if not (port.isdecimal() and 0 < int(port) < 2**16):
+        raise FreqdoorError(f"nodes: expected a port of the first machine as MASTER_PORT, found {port!r}")
     if not (number.isdecimal() and int(number) < nodes and os.environ.get("MASTER_ADDR")):
         raise FreqdoorError(
             f"nodes: expected NODE_RANK from 0 to {nodes - 1} in the environment, another on each machine, and "
@@ -90,10 +92,10 @@ def first_rank(devices: int, nodes: int) -> int:
 
 @contextlib.contextmanager
 def together(prepare: Callable[[], Share], devices: int, nodes: int, device: str) -> Iterator[Group]:
-    """Train with others in the block: each prepares its share and takes it, for which both have to be picklable.
+    """Train with others in the block: each of them prepares its share, and takes it when all have met.
 
     Args:
-        prepare: what another process does before it meets the others, as opening files; gives what it does then.
+        prepare: what another process does before that, as opening files, and what it does then; it is sent there.
 
     Raises:
         FreqdoorError: what another process raised, or that it is gone; all are ended.
