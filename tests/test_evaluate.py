@@ -99,6 +99,9 @@ def test_the_estimate_of_known_latents_is_that_of_forward(architecture):
     codec = tiny(architecture)
     x = natural(3, 70, 90)
     y, expected = watched(codec, "g_a", lambda: codec(x).bpp)
+    assert -sum(part.log2().sum() for part in codec.likelihoods(x).values()) / (70 * 90) == pytest.approx(
+        float(expected)
+    )
     assert torch.equal(codec.estimate(x, y), expected)
     assert not torch.equal(codec.estimate(x, y + 1), expected)
     assert "forward" not in vars(codec.part("g_a"))

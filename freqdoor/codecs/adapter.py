@@ -5,7 +5,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache, cached_property
 from typing import Any, NamedTuple, Self
 
@@ -238,7 +238,7 @@ class Codec(nn.Module):
         """Likelihoods of the padded images' rounded latents by their name ("y", "z"), each (b, channels, h, w)."""
         self.eval()
         x = self.padded(x)
-        with self._in_strips(x.shape):
+        with self._not_decoding(x), self._in_strips(x.shape):
             return dict(self._answer("forward", x)["likelihoods"])
 
     @torch.no_grad()
@@ -249,8 +249,7 @@ class Codec(nn.Module):
         """
         if not self.known:
             return self.forward(x).bpp
-        blank = x.new_zeros(1).expand(self.padded(x).shape)  # no bit depends on the decoded picture
-        with replaced(self.part("g_a"), lambda x: y), replaced(self.part("g_s"), lambda y_hat: blank):
+        with replaced(self.part("g_a"), lambda x: y), self._not_decoding(self.padded(x)):
             return self.forward(x).bpp
 
     @torch.no_grad()
@@ -432,6 +431,14 @@ class Codec(nn.Module):
         if self.known:
             return function(*arguments)
         return call(self.spec.name, part, function, *arguments)
+
+    def _not_decoding(self, x: Images) -> AbstractContextManager[None]:
+        """Let g_s give black pictures of the size of the padded x in the block: no bit depends on what is decoded.
+
+        A stranger's network decodes as ever: its forward may do more with the picture.
+        """
+        black = x.new_zeros(1).expand(x.shape)
+        return replaced(self.part("g_s"), lambda y_hat: black) if self.known else nullcontext()
 
     @contextmanager
     def _in_strips(self, size: Sequence[int]) -> Iterator[None]:
