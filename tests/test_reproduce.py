@@ -752,11 +752,11 @@ def test_a_measurement_that_was_stopped_goes_on(run, base, tmp_path, monkeypatch
     whole = run("small", base, rows=["vanilla"], runs=tmp_path / "whole")
     real, asked = records.measure, []
 
-    def measure(codec, x, entering, name, condition):
+    def measure(codec, x, entering, name, *others):
         asked.append(name)
         if len(asked) == 2:
             raise KeyboardInterrupt
-        return real(codec, x, entering, name, condition)
+        return real(codec, x, entering, name, *others)
 
     monkeypatch.setattr(records, "measure", measure)
     with pytest.raises(KeyboardInterrupt):
