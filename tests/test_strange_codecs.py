@@ -157,6 +157,7 @@ def test_likelihoods_in_a_list_count_alike():
     "name",
     ["plain_update", "dropout_zero", "half", *(name for name in vars(strange) if name.startswith("variable_rate"))],
 )
+@pytest.mark.filterwarnings("ignore:.* codes its context model by a loop of its own")
 def test_what_needs_no_more_than_the_protocol_is_taken(name):
     codec, x = load_codec(f"strange:{name}"), natural(2, 75, 140)
     with torch.no_grad():
