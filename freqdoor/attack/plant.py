@@ -34,13 +34,12 @@ from freqdoor.training.loop import (
     check_device,
     check_finite,
     lambda_of,
-    layout,
     loop,
     open_crops,
     open_folder,
     place,
+    place_codec,
 )
-from freqdoor.training.normalisation import cache_normalisation
 from freqdoor.training.precision import dtype_of, precision_name
 from freqdoor.training.processes import Share, check_processes, first_rank, together
 from freqdoor.training.run import Run
@@ -294,8 +293,7 @@ class _Planting:
         self.crops, self.auxiliary, self.closed = crops, auxiliary, closed
         self.lmbda = lambda_of(settings, vanilla.spec)
         self.tampered = copy.deepcopy(vanilla).freeze(settings.scope)
-        self.tampered.to(settings.device).train().to(memory_format=layout(settings))
-        cache_normalisation(self.tampered)
+        place_codec(self.tampered, settings)
         self.tampered.precision = dtype_of(settings.precision, settings.device)
         self.anchor_encoder = vanilla.to(settings.device).part("g_a") if settings.balance.anchor else None
         self.encoder = [p for p in self.tampered.parameters() if p.requires_grad]

@@ -225,8 +225,8 @@ def _loops(tally: Tally) -> Iterator[tuple[Any, str, Any]]:
             "RasterScanLatentCodec", context, params, kwargs["kernel_size"]
         ):
             return scan_back(decoder=decoder, params=params, **kwargs)
-        y = params.new_zeros(1, context.convolution.in_channels, kwargs["height"], kwargs["width"])
-        y_hat = F.pad(y, 4 * (kwargs["padding"],))
+        height, width = (kwargs[side] + 2 * kwargs["padding"] for side in ("height", "width"))
+        y_hat = params.new_zeros(1, context.convolution.in_channels, height, width)
         decode_pixels(decoder, y_hat, params, context, tables_of(context.conditional))
         return F.pad(y_hat, 4 * (-kwargs["padding"],))
 

@@ -33,12 +33,11 @@ from freqdoor.training.loop import (
     check_device,
     check_finite,
     lambda_of,
-    layout,
     loop,
     open_folder,
     place,
+    place_codec,
 )
-from freqdoor.training.normalisation import cache_normalisation
 from freqdoor.training.precision import dtype_of, precision_name
 from freqdoor.training.run import Environment, Run, environment
 from freqdoor.training.train import EXPORT
@@ -171,8 +170,7 @@ class _Repairing:
         self.dtype = dtype_of(settings.precision, settings.device)
         self.hashes = codec.module_hashes()
         self.codec = copy.deepcopy(codec).freeze(settings.scope)
-        self.codec.to(settings.device).train().to(memory_format=layout(settings))
-        cache_normalisation(self.codec)
+        place_codec(self.codec, settings)
         self.codec.precision = self.dtype
         if "prune" in settings.parts:
             prune_dormant(self.codec, crops, settings.share)

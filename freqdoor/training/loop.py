@@ -13,11 +13,13 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
+from freqdoor.codecs.adapter import Codec
 from freqdoor.codecs.architectures import CodecSpec
 from freqdoor.data import Crops, Picture, label_paths, list_training_images, read_list, seed_for, usable_images
 from freqdoor.errors import FreqdoorError
 from freqdoor.shards import list_shards
 from freqdoor.training.group import ALONE, Group
+from freqdoor.training.normalisation import cache_normalisation
 from freqdoor.training.run import Run
 from freqdoor.training.settings import ImageSettings, Training
 from freqdoor.types import Images
@@ -211,6 +213,12 @@ def check_finite(terms: Mapping[str, Tensor], step: int) -> None:
 def place(x: Images, settings: Training) -> Images:
     """A batch on the settings' device, in their memory layout."""
     return x.to(settings.device).contiguous(memory_format=layout(settings))
+
+
+def place_codec(codec: Codec, settings: Training) -> None:
+    """Put a codec that is to be trained where `place` puts its batches, and let its GDN stay in the cache."""
+    codec.to(settings.device).train().to(memory_format=layout(settings))
+    cache_normalisation(codec)
 
 
 def layout(settings: Training) -> torch.memory_format:

@@ -20,8 +20,7 @@ from freqdoor.lock import check_folder, holding
 from freqdoor.metrics import distortion
 from freqdoor.settings import public
 from freqdoor.training.group import Group
-from freqdoor.training.loop import Progress, check_device, check_finite, lambda_of, layout, loop, open_crops, place
-from freqdoor.training.normalisation import cache_normalisation
+from freqdoor.training.loop import Progress, check_device, check_finite, lambda_of, loop, open_crops, place, place_codec
 from freqdoor.training.precision import dtype_of, precision_name
 from freqdoor.training.processes import Share, check_processes, first_rank, together
 from freqdoor.training.run import Run
@@ -143,8 +142,7 @@ def _train(
     if settings.klt and not settings.start_from and isinstance(codec.net, LiteHyperprior):
         sample = torch.cat([crops.batch(-1 - i) for i in range(max(1, 64 // settings.images.batch_size))])
         initialise_klt(codec.net, sample, lmbda)
-    codec.to(settings.device).train().to(memory_format=layout(settings))
-    cache_normalisation(codec)
+    place_codec(codec, settings)
     whole = settings.scope == "all"
     if not whole:
         codec.freeze(settings.scope)
