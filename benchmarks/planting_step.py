@@ -5,6 +5,7 @@ Three ways to take a step on the same batch, in turn, round by round:
   plant     one step of `freqdoor plant`: clean and poisoned in one pass, one backward, in the precision of --precision
   naive     as the paper's text describes it: fp32, separate passes for the clean and the poisoned batch, one
             iteration for the encoder (Eq. (9)) and another for the trigger (Eq. (10))
+With --compile a fourth: plant's, g_a and g_s compiled by `torch.compile`, with CompressAI's GDN, which it can fuse.
 
     python benchmarks/planting_step.py --codec lite-hyperprior:3 --crop 128 --batch 8
 """
@@ -13,13 +14,14 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from ratios import add_json, ratio, save
 
 from freqdoor.attack.joint import Attack, joint_loss
 from freqdoor.attack.objectives import RateAttack
-from freqdoor.codecs.adapter import build_codec
+from freqdoor.codecs.adapter import Codec, build_codec
 from freqdoor.codecs.architectures import parse_name
 from freqdoor.metrics import distortion
 from freqdoor.training.normalisation import cache_normalisation
@@ -31,18 +33,19 @@ from freqdoor.triggers.base import budget_penalty
 LMBDA = 0.0067
 
 
-def steps(name: str, x: torch.Tensor, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
-    vanilla, planted, naive = (build_codec(parse_name(name)).train() for _ in range(3))
-    for codec in (vanilla, planted):
+def steps(name: str, x: torch.Tensor, dtype: torch.dtype, compiled: bool) -> dict[str, Callable[[], None]]:
+    vanilla, planted, naive, fused = (build_codec(parse_name(name)).train() for _ in range(4))
+    for codec in (vanilla, planted, fused):
         codec.to(memory_format=torch.channels_last)
-        cache_normalisation(codec)
-    planted.freeze("g_a")
-    naive.freeze("g_a")
+        if codec is not fused:
+            cache_normalisation(codec)
+    for codec in (planted, naive, fused):
+        codec.freeze("g_a")
     trigger = AdaptiveDCT()
     attacks = (Attack("bpp", trigger, RateAttack()),)
     optimizers = {
         id(m): torch.optim.Adam([p for p in m.parameters() if p.requires_grad])
-        for m in (vanilla, planted, naive, trigger)
+        for m in (vanilla, planted, naive, fused, trigger)
     }
     fast = x.contiguous(memory_format=torch.channels_last)
 
@@ -59,10 +62,10 @@ def steps(name: str, x: torch.Tensor, dtype: torch.dtype) -> dict[str, Callable[
         loss, _ = rate_distortion(vanilla, fast, LMBDA)
         apply(loss, vanilla)
 
-    def plant_step() -> None:
-        planted.precision = dtype
-        loss = joint_loss(planted, attacks, fast, LMBDA, (0.005,)).total
-        apply(loss, planted, trigger)
+    def plant_step(codec: Codec) -> None:
+        codec.precision = dtype
+        loss = joint_loss(codec, attacks, fast, LMBDA, (0.005,)).total
+        apply(loss, codec, trigger)
 
     def naive_loss() -> torch.Tensor:
         clean, x_p = naive(x), trigger(x, rounded=True)
@@ -75,7 +78,12 @@ def steps(name: str, x: torch.Tensor, dtype: torch.dtype) -> dict[str, Callable[
         apply(naive_loss(), naive)
         apply(naive_loss(), trigger)
 
-    return {"vanilla": vanilla_step, "plant": plant_step, "naive": naive_step}
+    table = {"vanilla": vanilla_step, "plant": partial(plant_step, planted), "naive": naive_step}
+    if compiled:
+        for part in ("g_a", "g_s"):
+            fused.part(part).compile()
+        table["compiled"] = partial(plant_step, fused)
+    return table
 
 
 def main() -> None:
@@ -84,6 +92,7 @@ def main() -> None:
     parser.add_argument("--crop", type=int, default=128)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--compile", action="store_true", help="compare with torch.compile as well")
     add_json(parser)
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     arguments = parser.parse_args()
@@ -91,10 +100,13 @@ def main() -> None:
     torch.set_flush_denormal(True)
     x = torch.rand(arguments.batch, 3, arguments.crop, arguments.crop)
     dtype = dtype_of(arguments.precision, "cpu")
-    table = steps(arguments.codec, x, dtype)
-    for step in table.values():  # warm-up
+    table = steps(arguments.codec, x, dtype, arguments.compile)
+    for name, step in table.items():  # warm-up
+        started = time.perf_counter()
         step()
         step()
+        if name == "compiled":
+            print(f"compiled in {time.perf_counter() - started:.0f} s")
     seconds: dict[str, list[float]] = {name: [] for name in table}
     for _ in range(arguments.rounds):
         for name, step in table.items():
@@ -112,7 +124,12 @@ def main() -> None:
         ratio("a step of `plant`", "time of the naive loop / ours", seconds["naive"], seconds["plant"], ">= 3"),
         ratio("a step of `plant`", "time / a step of `train-codec`", seconds["plant"], seconds["vanilla"]),
     ]
-    print(f"naive / plant: {ratios[0]}")
+    if arguments.compile:
+        ratios.append(
+            ratio("a step of `plant`, compiled", "time of ours / compiled", seconds["plant"], seconds["compiled"])
+        )
+    for each in ratios:
+        print(f"{each.what}, {each.of}: {each}")
     save(arguments.json, ratios)
 
 
