@@ -4,13 +4,13 @@ import sys
 import warnings
 from contextlib import nullcontext
 
-from freqdoor.cli import attack, codec, defence, downstream, research, watermark
+from freqdoor.cli import attack, codec, defence, downstream, research, watermark, web
 from freqdoor.cli.options import app
 from freqdoor.cli.terminal import fail, show_every_name, show_trace, warn
 from freqdoor.errors import defect, sentence_of
 from freqdoor.limits import max_memory
 
-__all__ = ["app", "attack", "codec", "defence", "downstream", "main", "research", "watermark"]
+__all__ = ["app", "attack", "codec", "defence", "downstream", "main", "research", "watermark", "web"]
 
 MEMORY = "--max-memory"
 

@@ -7,8 +7,8 @@ import typer
 
 import freqdoor
 from freqdoor.cli.options import load_torch, verb
-from freqdoor.cli.terminal import say
-from freqdoor.web.defaults import MAX_PIXELS, MAX_UPLOAD, OUT, PORT, SECONDS
+from freqdoor.cli.terminal import note, say
+from freqdoor.web.limits import MAX_PIXELS, MAX_UPLOAD, OUT, PORT, SECONDS
 
 
 @verb()
@@ -22,6 +22,11 @@ def serve(
 ) -> None:
     """Serve a page on this machine to try, plant, audit and compare in a browser; Ctrl-C ends it."""
     load_torch()
+
+    def announce(address: str) -> None:
+        say(f"Open {address} in a browser; Ctrl-C ends it.")
+        note(f"serving at {address}")
+
     freqdoor.serve(
         out,
         runs=runs,
@@ -29,5 +34,5 @@ def serve(
         max_upload=max_upload,
         max_pixels=max_pixels,
         seconds=seconds,
-        announce=lambda address: say(f"Open {address} in a browser; Ctrl-C ends it."),
+        announce=announce,
     )

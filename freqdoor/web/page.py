@@ -31,6 +31,7 @@ CODECS = [
     ("a file: a codec's checkpoint, or a planted encoder", FILE),
 ]
 AUDITED = [("a file", FILE), ("the bundled codec", BUNDLED), ("the codec that I have planted", OWN)]
+LOW = 110  # pixels of a place for a file
 TICK = 2.0  # seconds between two looks at a planting
 MOST_TOLD = 16  # lines of progress that are shown
 MOST_RUNS = 200
@@ -38,7 +39,7 @@ DEEPEST_RUN = 3  # folders below the one of all runs
 QUEUE = 32  # calls that wait; more are told to come back later
 KEPT = 3600  # seconds that an upload is kept
 STATES = {
-    "waiting": "waiting: {place} before this one",
+    "waiting": "waiting for {place} before this one",
     "planting": "planting, step {step} of {steps}: {said}",
     "measuring": "planted; measuring: {said}",
     "done": "done",
@@ -80,9 +81,9 @@ class Page:
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
                 sample = gr.Dropdown([path.name for path in pictures()], value=SAMPLE, label="A bundled picture")
-                photo = gr.File(label="or a photo of yours (8-bit RGB: PNG, JPEG, WebP, ...)", elem_id="try-photo")
-                codec = gr.Radio(CODECS, value=SHIPPED, label="Codec")
-                file = gr.File(label="The codec's file", elem_id="try-file", visible=False)
+                photo = gr.File(label="or a photo of yours (8-bit RGB)", elem_id="try-photo", height=LOW)
+                codec = gr.Dropdown(CODECS, value=SHIPPED, label="Codec")
+                file = gr.File(label="The codec's file", elem_id="try-file", height=LOW, visible=False)
                 objective = gr.Radio(OBJECTIVES, value="bpp", label="What the trigger is for")
                 strength = gr.Slider(0.25, 4, value=1, step=0.25, label="Strength of the trigger")
                 entering = gr.Radio(["8-bit", "float", "JPEG"], value="8-bit", label="The picture is handed over as")
@@ -112,7 +113,7 @@ class Page:
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
                 source = gr.Radio(AUDITED, value=FILE, label="Codec")
-                file = gr.File(label="The codec's checkpoint", elem_id="audit-file")
+                file = gr.File(label="The codec's checkpoint", elem_id="audit-file", height=LOW)
                 objective = gr.Radio(OBJECTIVES, value="bpp", label="Which one I have planted", visible=False)
                 thorough = gr.Checkbox(label="All checks, which takes minutes where there is nothing to find")
                 button = gr.Button("Audit it", variant="primary", elem_id="audit-go")

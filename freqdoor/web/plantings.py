@@ -189,7 +189,7 @@ class Plantings:
                 step, row = told
                 for later in [known for known in planting.rows if known > step]:  # it was stopped before they were kept
                     del planting.rows[later]
-                planting.rows[step] = row
+                planting.rows[step], planting.said = row, ""
 
 
 def planted(objective: Objective, *, tell: Any) -> None:

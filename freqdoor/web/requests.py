@@ -9,9 +9,10 @@ from typing import Any, Literal, NamedTuple
 from freqdoor.attack.planted import KIND, Planted, load_planted
 from freqdoor.codecs.container import pack
 from freqdoor.codecs.loading import load_codec, read_checkpoint
-from freqdoor.data import encoded
+from freqdoor.data import check_image, encoded
 from freqdoor.defence.audit import RESULT, audit
 from freqdoor.defence.audit import PAGE as AUDIT_PAGE
+from freqdoor.errors import FreqdoorError
 from freqdoor.limits import LONGEST_TEXT, read_whole
 from freqdoor.measure.examine import pictures
 from freqdoor.measure.records import Condition, Measured, input_of, measured_image
@@ -19,7 +20,7 @@ from freqdoor.measure.report import PAGE, SUMMARY, Summary, records_text, render
 from freqdoor.preprocessing import Jpeg
 from freqdoor.samples import BUNDLED
 from freqdoor.types import Role
-from freqdoor.web.limits import Limits, check_pixels
+from freqdoor.web.limits import Limits
 
 Entering = Literal["8-bit", "float", "JPEG"]
 Tell = Callable[[str], None]
@@ -48,6 +49,16 @@ class Download(NamedTuple):
 def download(name: str, what: str, content: bytes) -> Download:
     """A file as the page holds it: it has no address on the server that another visitor could ask for."""
     return Download(name, what, f"data:application/octet-stream;base64,{base64.b64encode(content).decode()}")
+
+
+def check_pixels(path: Path, limits: Limits) -> None:
+    """Raise if a picture is none, or larger than this page takes; only its header is read."""
+    height, width = check_image(path)
+    if height * width > limits.pixels:
+        raise FreqdoorError(
+            f"{path}: {width}x{height} is more than the {limits.pixels} pixels that this page takes; crop or reduce it, "
+            "or use the command line"
+        )
 
 
 def codec_of(question: Question) -> tuple[Planted, bool]:

@@ -11,10 +11,9 @@ from typing import Any
 from freqdoor.errors import FreqdoorError
 from freqdoor.limits import parse_size
 from freqdoor.lock import alone
-from freqdoor.web.limits import MAX_PIXELS, MAX_UPLOAD, SECONDS, Limits
+from freqdoor.web.limits import MAX_PIXELS, MAX_UPLOAD, OUT, PORT, SECONDS, Limits
 
 HOST = "127.0.0.1"
-PORT = 7860  # Gradio's
 CLOSING = 2  # seconds that open connections have when the server ends
 SETTINGS = {  # of libraries, which read them when they are imported or used
     "GRADIO_ANALYTICS_ENABLED": "False",
@@ -27,7 +26,7 @@ SETTINGS = {  # of libraries, which read them when they are imported or used
 
 @alone("serve")
 def serve(
-    out: Path | str = "freqdoor-web",
+    out: Path | str = OUT,
     *,
     runs: Path | str | None = None,
     port: int = PORT,

@@ -13,6 +13,7 @@ from typing import Any
 from freqdoor.errors import FreqdoorError, defect, sentence_of
 from freqdoor.limits import allowed_memory, max_memory
 
+ENDING = 1.0  # second that a process has to end once it has nothing to do
 GRACE = 60.0  # seconds that a planting has to save its state, as jobs elsewhere have
 PRELOADED = ("freqdoor.web.requests", "freqdoor.demonstration")  # what every call needs, imported once
 _context = get_context("forkserver")  # a process of the server itself would have the server's threads and connections
@@ -35,6 +36,7 @@ class Work:
         self, function: Callable[..., Any], *arguments: Any, folder: Path, seconds: float | None = None
     ) -> None:
         self.result: Any = None
+        self._over = False  # whether the call has ended by itself
         self._receiver, sender = _context.Pipe(duplex=False)
         self._seconds = seconds
         self._ends = None if seconds is None else time.monotonic() + seconds
@@ -59,7 +61,8 @@ class Work:
                         "less, or use the command line"
                     )
                 kind, value = self._receiver.recv()
-                if kind == "told":
+                self._over = kind != "told"
+                if not self._over:
                     yield value
                 elif kind == "failed":
                     raise FreqdoorError(value)
@@ -79,11 +82,13 @@ class Work:
         """Let the call end as by Ctrl-C: a planting saves its state first."""
         self._process.terminate()
 
-    def end(self, grace: float = 1.0) -> None:
-        """End the process, if need be by force after `grace` seconds."""
+    def end(self) -> None:
+        """End the process, if need be by force."""
+        if self._over:
+            self._process.join(ENDING)
         if self._process.is_alive():
             self._process.terminate()
-        self._process.join(grace)
+            self._process.join(ENDING)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
