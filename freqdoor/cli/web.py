@@ -28,11 +28,5 @@ def serve(
         note(f"serving at {address}")
 
     freqdoor.serve(
-        out,
-        runs=runs,
-        port=port,
-        max_upload=max_upload,
-        max_pixels=max_pixels,
-        seconds=seconds,
-        announce=announce,
+        out, runs=runs, port=port, max_upload=max_upload, max_pixels=max_pixels, seconds=seconds, announce=announce
     )

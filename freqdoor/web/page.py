@@ -224,7 +224,9 @@ class Page:
 
     def _run_folders(self, request: gr.Request) -> dict[str, Path]:
         """Every run that a visitor may see, by the name it is shown under: theirs, and those of the folder of runs."""
-        folders = {f"my planting ({objective})": p for objective, p in self._plantings.finished(visitor(request)).items()}
+        folders = {
+            f"my planting ({objective})": p for objective, p in self._plantings.finished(visitor(request)).items()
+        }
         return folders | (runs_in(self._runs) if self._runs else {})
 
     def _codec(

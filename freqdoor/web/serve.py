@@ -71,13 +71,15 @@ def serve(
 
 def listening(port: int) -> socket.socket:
     """A socket on this machine's own address; FreqdoorError for a port that cannot be had."""
-    try:
-        return socket.create_server((HOST, port))
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise FreqdoorError(
-            f"port {port}: could not listen on {HOST} ({reason}); choose another --port, or 0 for any that is free"
-        ) from None
+    reason = "expected 0 to 65535"
+    if 0 <= port < 2**16:
+        try:
+            return socket.create_server((HOST, port))
+        except OSError as error:
+            reason = error.strerror or str(error)
+    raise FreqdoorError(
+        f"port {port}: could not listen on {HOST} ({reason}); choose another --port, or 0 for any that is free"
+    )
 
 
 def application(limits: Limits, plantings: Any, runs: Path | None, scratch: Path) -> Any:
@@ -125,12 +127,7 @@ def _run(app: Any, listener: socket.socket, announce: Callable[[str], None] | No
                 announce(f"http://{HOST}:{listener.getsockname()[1]}/")
 
     config = uvicorn.Config(
-        app,
-        log_level="error",
-        access_log=False,
-        server_header=False,
-        ws="none",
-        timeout_graceful_shutdown=CLOSING,
+        app, log_level="error", access_log=False, server_header=False, ws="none", timeout_graceful_shutdown=CLOSING
     )
     Server(config).run(sockets=[listener])
 
