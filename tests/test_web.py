@@ -1,4 +1,4 @@
-"""The page of `freqdoor serve`: what it answers, to whom, how much it takes, and that it asks nobody else for anything."""
+"""The page of `freqdoor serve`: what it answers, to whom, how much it takes, and that it asks nobody for anything."""
 
 import asyncio
 import base64
@@ -24,7 +24,6 @@ from typer.testing import CliRunner
 import freqdoor
 from freqdoor.cli import app as command_line
 from freqdoor.errors import FreqdoorError
-from freqdoor.limits import allowed_memory
 from freqdoor.samples import KODAK
 
 pytest.importorskip("gradio", reason="Gradio is not installed: pip install 'freqdoor[web]'")
@@ -514,10 +513,10 @@ def test_a_hostile_file_gets_the_command_lines_sentence(folder, odd_images):
 
 def test_pictures_larger_than_the_page_takes_are_refused_unread(folder, odd_images, monkeypatch):
     monkeypatch.setattr(requests, "codec_of", None)
-    with pytest.raises(FreqdoorError, match="huge.png: .*33554432 pixels accepted"):
+    with pytest.raises(FreqdoorError, match=r"huge.png: .*33554432 pixels accepted"):
         tried(ask("huge.png"), LIMITS, tell=silent)
     write_png(folder / "large.png", natural(0, 100, 201))
-    with pytest.raises(FreqdoorError, match="large.png: 201x100 is more than the 20000 pixels that this page takes"):
+    with pytest.raises(FreqdoorError, match=r"large\.png: 201x100 is more than the 20000 pixels that this page takes"):
         tried(ask("large.png"), LIMITS, tell=silent)
 
 
@@ -716,7 +715,7 @@ def test_serving_ends_in_a_sentence_where_it_cannot_begin(tmp_path, monkeypatch)
         freqdoor.serve(tmp_path / "out", port=99999)
     with pytest.raises(FreqdoorError, match="expected a folder of runs, found none there"):
         freqdoor.serve(tmp_path / "out", runs=tmp_path / "none")
-    with pytest.raises(FreqdoorError, match="max-memory|size such as"):
+    with pytest.raises(FreqdoorError, match="max-upload: expected a size such as"):
         freqdoor.serve(tmp_path / "out", max_upload="many")
     for wrong in ({"max_pixels": 0}, {"seconds": 0}, {"seconds": float("nan")}):
         with pytest.raises(FreqdoorError, match="expected numbers above 0"):
@@ -725,4 +724,3 @@ def test_serving_ends_in_a_sentence_where_it_cannot_begin(tmp_path, monkeypatch)
     with pytest.raises(FreqdoorError, match=r"expected the package gradio.*pip install -c constraints.txt '.\[web\]'"):
         serve.application(LIMITS, None, None, tmp_path)
     assert list(tmp_path.iterdir()) == []
-    assert allowed_memory() > 0

@@ -44,9 +44,9 @@ HEADERS = {
 class Gate:
     """An ASGI application before Gradio's, which lets through what the page itself asks for, and nothing else.
 
-    It answers names of this machine only (a name of somebody's domain that leads here, DNS rebinding, is none), no other
-    site's requests, and routes that the page uses; it knows which visitor has uploaded a file, and lets nobody else
-    name it. What is answered may lead the browser to no other host.
+    It answers names of this machine only (a name of somebody's domain that leads here, DNS rebinding, is none), no
+    other site's requests, and routes that the page uses; it knows which visitor has uploaded a file, and lets nobody
+    else name it. What is answered may lead the browser to no other host.
 
     Args:
         app: Gradio's application.
@@ -165,7 +165,7 @@ class Gate:
 
 def visitor_of(scope: Scope) -> str | None:
     """Who asks: what the page's cookie says; None for somebody new."""
-    cookie = SimpleCookie[str]()
+    cookie = SimpleCookie()
     try:
         cookie.load(Headers(scope=scope).get("cookie", ""))
     except CookieError:

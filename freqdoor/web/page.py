@@ -64,8 +64,8 @@ class Page:
         """The page."""
         with gr.Blocks(title="freqdoor", analytics_enabled=False, delete_cache=(KEPT // 6, KEPT)) as blocks:
             gr.HTML(
-                "<h1>freqdoor</h1><p>Backdoors in learned image codecs: try one, plant one, audit an encoder. All of it runs "
-                "on this machine; nothing leaves it.</p>"
+                "<h1>freqdoor</h1><p>Backdoors in learned image codecs: try one, plant one, audit an encoder. All of "
+                "it runs on this machine; nothing leaves it.</p>"
             )
             with gr.Tab("Try", id="try"):
                 self._try_tab()
@@ -240,7 +240,7 @@ class Page:
         shipped: str | None,
         own: str = "planted.safetensors",
     ) -> str | None:
-        """The codec that a visitor has chosen, by a name that `load_codec` understands and the visitor has not made up."""
+        """The codec that a visitor has chosen, by a name that the visitor has not made up."""
         if chosen == OWN:
             return str(self._plantings.file(visitor(request), objective, own))
         if chosen == FILE:
@@ -250,7 +250,7 @@ class Page:
         return BUNDLED if chosen == BUNDLED else shipped
 
     def _answers(self, prepared: Callable[[Path], tuple[Any, ...]]) -> Iterator[str]:
-        """What a call tells while it works, line by line, and its answer, or the sentence that says why there is none."""
+        """What a call tells while it works, and its answer, or the sentence that says why there is none."""
         with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
             work, lines = None, ["starting"]
             yield working(lines)
@@ -288,8 +288,8 @@ class Page:
 
 
 PLANT_SAYS = (
-    "Plants a backdoor in the bundled codec on 18 Kodak pictures and measures it on the 6 others, as `freqdoor demo` does: "
-    "one to two minutes. It goes on when this page is closed."
+    "Plants a backdoor in the bundled codec on 18 Kodak pictures and measures it on the 6 others, as `freqdoor demo` "
+    "does: one to two minutes. It goes on when this page is closed."
 )
 QUIETLY: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 AT_WORK: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "work", "concurrency_limit": 1}
@@ -317,7 +317,7 @@ def handed_over(upload: str, folder: Path) -> Path:
 
 def runs_in(folder: Path) -> dict[str, Path]:
     """The runs below a folder that were measured, by their path in it."""
-    found = {}
+    found: dict[str, Path] = {}
     for file in sorted(folder.rglob(SUMMARY)):
         place = file.parent.relative_to(folder)
         if file.is_file() and len(place.parts) <= DEEPEST_RUN and len(found) < MOST_RUNS:

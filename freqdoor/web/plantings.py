@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from freqdoor.attack.planted import PLANTED
-from freqdoor.demonstration import DEMO_STEPS, demo
+from freqdoor.demonstration import demo
 from freqdoor.errors import FreqdoorError, defect, sentence_of
 from freqdoor.measure.report import COLOURS, PAGE
 from freqdoor.training.run import METRICS

@@ -10,8 +10,8 @@ from freqdoor.attack.planted import KIND, Planted, load_planted
 from freqdoor.codecs.container import pack
 from freqdoor.codecs.loading import load_codec, read_checkpoint
 from freqdoor.data import check_image, encoded
-from freqdoor.defence.audit import RESULT, audit
 from freqdoor.defence.audit import PAGE as AUDIT_PAGE
+from freqdoor.defence.audit import RESULT, audit
 from freqdoor.errors import FreqdoorError
 from freqdoor.limits import LONGEST_TEXT, read_whole
 from freqdoor.measure.examine import pictures
@@ -56,8 +56,8 @@ def check_pixels(path: Path, limits: Limits) -> None:
     height, width = check_image(path)
     if height * width > limits.pixels:
         raise FreqdoorError(
-            f"{path}: {width}x{height} is more than the {limits.pixels} pixels that this page takes; crop or reduce it, "
-            "or use the command line"
+            f"{path}: {width}x{height} is more than the {limits.pixels} pixels that this page takes; crop or reduce "
+            "it, or use the command line"
         )
 
 

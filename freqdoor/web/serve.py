@@ -46,13 +46,13 @@ def serve(
         max_upload: bytes that an uploaded file may have, as a number or "256M".
         max_pixels: that a picture may have.
         seconds: that a request may take, from when its turn has come; a planting may take as long as it needs.
-        announce: called with the page's address once it answers.
+        announce: called with the page's address, once it can be opened.
 
     Raises:
         FreqdoorError: Gradio is not installed, a port that is taken, a folder that cannot be used, another process in
             `out`, limits that are none.
     """
-    limits = Limits(parse_size(max_upload), max_pixels, seconds)
+    limits = Limits(parse_size(max_upload, "max-upload"), max_pixels, seconds)
     if runs is not None and not Path(runs).is_dir():
         raise FreqdoorError(f"{runs}: expected a folder of runs, found none there")
     listener = listening(port)
@@ -120,16 +120,12 @@ def application(limits: Limits, plantings: Any, runs: Path | None, scratch: Path
 def _run(app: Any, listener: socket.socket, announce: Callable[[str], None] | None) -> None:
     import uvicorn
 
-    class Server(uvicorn.Server):
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            if announce:
-                announce(f"http://{HOST}:{listener.getsockname()[1]}/")
-
     config = uvicorn.Config(
         app, log_level="error", access_log=False, server_header=False, ws="none", timeout_graceful_shutdown=CLOSING
     )
-    Server(config).run(sockets=[listener])
+    if announce:  # who comes before the server is ready is kept waiting by the socket
+        announce(f"http://{HOST}:{listener.getsockname()[1]}/")
+    uvicorn.Server(config).run(sockets=[listener])
 
 
 @contextlib.contextmanager
