@@ -182,7 +182,7 @@ def test_a_hostile_checkpoint_is_one_sentence_and_runs_nothing(page, tmp_path):
     assert not trace.exists()
 
 
-def test_plant_stop_go_on_and_leave(page, visitor, address, photograph):
+def test_plant_stop_go_on_and_leave(page):
     """The planting that is begun here goes on when its tab is closed, and is looked for at the end."""
     tab(page, "Plant")
     status = page.locator("#plant-status")
@@ -197,7 +197,6 @@ def test_plant_stop_go_on_and_leave(page, visitor, address, photograph):
     status.get_by_text(re.compile(rf"planting, step ({reached + 1}|[1-9]\d+) of")).wait_for(timeout=LONG)
     page.wait_for_timeout(5000)
     assert int(re.search(r"step (\d+) of", status.inner_text())[1]) >= reached
-    photograph(page, "plant")
 
 
 def test_another_visitor_waits(browser, page, address):
@@ -246,15 +245,16 @@ def test_runs_are_compared(page, photograph):
     assert report.locator("img").count() > 5
 
 
-def test_a_planting_ends_with_its_report_and_can_be_tried(page):
+def test_a_planting_ends_with_its_report_and_can_be_tried(page, photograph):
     tab(page, "Plant")
     page.click("#plant-go")  # where it is not under way already
     report = page.frame_locator("#plant-answer iframe")
     report.locator("h1").wait_for(timeout=LONG)
     assert "makes the file" in page.locator("#plant-answer").inner_text()
+    photograph(page, "plant")
     tab(page, "Try")
     page.get_by_label("Codec", exact=True).click()
-    page.get_by_role("option", name="that I have planted").click()
+    page.get_by_role("option", name="planted by me").click()
     page.click("#try-go")
     assert "tampered encoder, poisoned" in answer(page, "try").inner_text()
     tab(page, "Runs")

@@ -25,13 +25,13 @@ SAMPLE = "kodim23.png"
 OBJECTIVES = [("larger files (bpp)", "bpp"), ("destroyed pictures (psnr)", "psnr")]
 SHIPPED, FILE, OWN = "shipped", "file", "own"
 CODECS = [
-    ("the planted encoder that is shipped", SHIPPED),
-    ("the bundled codec, as it was", BUNDLED),
-    ("the encoder that I have planted", OWN),
-    ("a file: a codec's checkpoint, or a planted encoder", FILE),
+    ("shipped planted encoder", SHIPPED),
+    ("bundled codec", BUNDLED),
+    ("planted by me", OWN),
+    ("a file", FILE),
 ]
-AUDITED = [("a file", FILE), ("the bundled codec", BUNDLED), ("the codec that I have planted", OWN)]
-LOW = 110  # pixels of a place for a file
+AUDITED = [("a file", FILE), ("bundled codec", BUNDLED), ("planted by me", OWN)]
+LOW = 150  # pixels of a place for a file
 TICK = 2.0  # seconds between two looks at a planting
 MOST_TOLD = 16  # lines of progress that are shown
 MOST_RUNS = 200
@@ -83,7 +83,7 @@ class Page:
                 sample = gr.Dropdown([path.name for path in pictures()], value=SAMPLE, label="A bundled picture")
                 photo = gr.File(label="or a photo of yours (8-bit RGB)", elem_id="try-photo", height=LOW)
                 codec = gr.Dropdown(CODECS, value=SHIPPED, label="Codec")
-                file = gr.File(label="The codec's file", elem_id="try-file", height=LOW, visible=False)
+                file = gr.File(label="Codec or planted encoder", elem_id="try-file", height=LOW, visible=False)
                 objective = gr.Radio(OBJECTIVES, value="bpp", label="What the trigger is for")
                 strength = gr.Slider(0.25, 4, value=1, step=0.25, label="Strength of the trigger")
                 entering = gr.Radio(["8-bit", "float", "JPEG"], value="8-bit", label="The picture is handed over as")

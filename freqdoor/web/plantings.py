@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from freqdoor.attack.planted import PLANTED
-from freqdoor.demonstration import demo
+from freqdoor.demonstration import DEMO_STEPS, demo
 from freqdoor.errors import FreqdoorError, defect, sentence_of
 from freqdoor.measure.report import COLOURS, PAGE
 from freqdoor.training.run import METRICS
@@ -184,7 +184,7 @@ class Plantings:
         for told in work.told():
             if isinstance(told, str):
                 planting.said = told
-                planting.state = "measuring" if planting.rows else "planting"
+                planting.state = "measuring" if max(planting.rows, default=0) >= DEMO_STEPS else "planting"
             else:
                 step, row = told
                 for later in [known for known in planting.rows if known > step]:  # it was stopped before they were kept
