@@ -24,12 +24,7 @@ from freqdoor.web.work import Work
 SAMPLE = "kodim23.png"
 OBJECTIVES = [("larger files (bpp)", "bpp"), ("destroyed pictures (psnr)", "psnr")]
 SHIPPED, FILE, OWN = "shipped", "file", "own"
-CODECS = [
-    ("shipped planted encoder", SHIPPED),
-    ("bundled codec", BUNDLED),
-    ("planted by me", OWN),
-    ("a file", FILE),
-]
+CODECS = [("shipped planted encoder", SHIPPED), ("bundled codec", BUNDLED), ("planted by me", OWN), ("a file", FILE)]
 AUDITED = [("a file", FILE), ("bundled codec", BUNDLED), ("planted by me", OWN)]
 LOW = 150  # pixels of a place for a file
 TICK = 2.0  # seconds between two looks at a planting
