@@ -372,6 +372,14 @@ def test_a_planting_is_stopped_and_goes_on(line):
     assert sorted(rows) == list(range(1, max(rows) + 1))
 
 
+def test_a_line_is_no_longer_than_it_may_be(line, monkeypatch):
+    monkeypatch.setattr(plantings, "MOST_WAITING", 1)
+    line.ask(ANNE, "bpp")
+    line.ask(ANNE, "bpp")
+    with pytest.raises(FreqdoorError, match="1 wait already; come back later"):
+        line.ask(BERT, "bpp")
+
+
 def test_a_planting_that_fails_lets_the_next_one_come(line, monkeypatch):
     monkeypatch.setattr(plantings, "planted", web_calls.refusal)
     line.ask(ANNE, "bpp")

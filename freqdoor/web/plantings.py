@@ -21,6 +21,7 @@ Objective = Literal["bpp", "psnr"]
 State = Literal["waiting", "planting", "measuring", "done", "stopped", "failed"]
 RUN = "planting"  # where `demo` plants, in its folder
 WIDTH, HEIGHT, MARGIN = 320, 150, 16  # of a panel of curves
+MOST_WAITING = 16  # plantings in the line
 MOST_POINTS = 160  # of a curve
 GREY = "#888888"
 
@@ -70,7 +71,7 @@ class Plantings:
         or has ended.
 
         Raises:
-            FreqdoorError: another one of the same visitor waits or is under way.
+            FreqdoorError: another one of the same visitor waits or is under way, or too many wait.
         """
         with self._changed:
             planting = self._planting(visitor, objective)
@@ -80,6 +81,8 @@ class Plantings:
                 raise FreqdoorError(
                     f"planting ({other.objective}): it waits or is under way, expected one at a time; stop it first"
                 )
+            if len(self._line) >= MOST_WAITING:
+                raise FreqdoorError(f"planting: {MOST_WAITING} wait already; come back later")
             planting.state, planting.said, planting.stopping = "waiting", "", False
             self._known[visitor, objective] = planting
             self._line.append(planting)
