@@ -108,6 +108,7 @@ from .triggers.universal import Universal as Universal
 from .types import Bitstream as Bitstream
 from .types import Reconstruction as Reconstruction
 from .types import Record as Record
+from .web.serve import serve as serve
 
 __version__: str
 __all__: list[str]

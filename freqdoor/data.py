@@ -59,6 +59,9 @@ DAMAGE = (  # what Pillow's parsers raise on a damaged file
     *(OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, AttributeError, OverflowError),
     *(struct.error, zlib.error),
 )
+TAG_BYTES = {3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}  # of a TIFF tag's values
+TAGS_LEAST = 1024  # bytes that a table of tags counts, however short it is
+TAGS_SHARE = 4  # times the file's bytes that its tags may claim together: those of honest files share next to nothing
 FRAMES = "only the first frame is read"
 PROFILE = "the colour profile is ignored, colours are taken as sRGB"
 TRANSPARENCY = "the transparent colour is ignored"
@@ -151,6 +154,7 @@ def _open(path: Picture | str, what: str) -> Iterator[Image.Image]:
             else:
                 check_memory(file_size(path, what), "the whole file", path)  # WebP is read as one
                 file = stack.enter_context(Path(path).open("rb"))  # by name, Pillow maps grey TIFF files in wrong order
+            _check_tags(file, path)
             image = stack.enter_context(Image.open(file, formats=FORMATS))
         except (Image.DecompressionBombError, Image.DecompressionBombWarning):
             raise FreqdoorError(
@@ -164,6 +168,33 @@ def _open(path: Picture | str, what: str) -> Iterator[Image.Image]:
         except DAMAGE as error:
             raise FreqdoorError(f"{path}: expected {what}, could not read it ({error})") from None
         yield image
+
+
+def _check_tags(file: BinaryIO, path: Picture | str) -> None:
+    """Raise if a TIFF file's tags share so much of it that Pillow, before version 13, would read gigabytes."""
+    start = file.read(16)
+    size = file.seek(0, os.SEEK_END)
+    order = {b"II": "<", b"MM": ">"}.get(start[:2])
+    if order is not None:
+        big = start[2:4] in (b"+\0", b"\0+")  # BigTIFF
+        number, entry, offset = ("Q", "HHQQ", start[8:16]) if big else ("L", "HHLL", start[4:8])
+        number, count, entry = order + number, order + ("Q" if big else "H"), order + entry
+        read, (place,) = 0, struct.unpack(number, offset)
+        while 0 < place < size:
+            file.seek(place)
+            (tags,) = struct.unpack(count, file.read(struct.calcsize(count)))
+            table = file.read(min(tags, size) * struct.calcsize(entry))
+            whole = len(table) // struct.calcsize(entry) * struct.calcsize(entry)
+            values = struct.iter_unpack(entry, table[:whole])
+            read += TAGS_LEAST + whole + sum(min(TAG_BYTES.get(kind, 1) * many, size) for _, kind, many, _ in values)
+            if read > TAGS_SHARE * size + 2**20:
+                raise FreqdoorError(
+                    f"{path}: expected an image, found a TIFF file whose tags claim more than {TAGS_SHARE} times its "
+                    "bytes; convert it to PNG"
+                )
+            following = file.read(struct.calcsize(number))
+            place = struct.unpack(number, following)[0] if len(following) == struct.calcsize(number) else 0
+    file.seek(0)
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:

@@ -1,5 +1,6 @@
 """How freqdoor ends when something is not as it should be: a user's mistake, or a stop from outside."""
 
+import errno
 from types import TracebackType
 
 STOPPED = "stopped; what takes minutes goes on when the same command is given again"
@@ -53,3 +54,20 @@ class Terminated(KeyboardInterrupt):
 def stop_code(stop: KeyboardInterrupt) -> int:
     """The exit code of a stop from outside, as shells have it: 130 for Ctrl-C, 143 for SIGTERM."""
     return 143 if isinstance(stop, Terminated) else 130
+
+
+def sentence_of(error: Exception) -> str | None:
+    """What a user is told of an expected error; None for one that should not occur."""
+    if isinstance(error, FreqdoorError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"could not read or write: {'no space left on the disk' if error.errno == errno.ENOSPC else error}"
+    # torch has a type of its own for a GPU that is out of memory, and none for a CPU
+    if isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error):
+        return "out of memory; use smaller images, crops or batches"
+    return None
+
+
+def defect(error: Exception) -> str:
+    """What a user is told of an error that should not occur."""
+    return f"{type(error).__name__}: {error}; this is a defect of freqdoor, please report it"

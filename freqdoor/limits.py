@@ -43,12 +43,12 @@ def max_memory(size: int | str) -> Iterator[None]:
         _allowed.reset(token)
 
 
-def parse_size(size: int | str) -> int:
-    """Bytes of "2G", "800M" or a plain number, in powers of 1024; FreqdoorError if it is no size."""
+def parse_size(size: int | str, name: str = "max-memory") -> int:
+    """Bytes of "2G", "800M" or a plain number, in powers of 1024; FreqdoorError, of that name, if it is no size."""
     match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?) ?([KMGT]?)(?:i?B)?", str(size).strip(), re.IGNORECASE)
     number = int(float(match[1]) * UNITS[match[2].upper()]) if match else 0
     if number < 1:
-        raise FreqdoorError(f"max-memory: expected a size such as 800M or 2G, found {str(size)[:40]!r}")
+        raise FreqdoorError(f"{name}: expected a size such as 800M or 2G, found {str(size)[:40]!r}")
     return number
 
 

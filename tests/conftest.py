@@ -1,6 +1,9 @@
+import asyncio
 import contextlib
+import gc
 import os
 import signal
+import warnings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the suite runs in two processes: more threads only wait
 
@@ -50,6 +53,20 @@ def room_for(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextlib.contextmanager
+def open_loops() -> Iterator[None]:
+    """Gradio leaves event loops open; what is collected while the block ends complains where nobody listens."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            asyncio.run(asyncio.sleep(0))  # afterwards none is the thread's own
+            gc.collect()
+        gc.enable()
 
 
 def contents(folder: Path) -> dict[str, bytes]:

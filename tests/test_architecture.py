@@ -19,6 +19,7 @@ RANKS: list[set[str]] = [  # what is in a row may import from the rows above it
     {"defence"},
     {"paper"},
     {"demonstration"},
+    {"web"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}

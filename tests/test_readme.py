@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import natural, write_png
+from conftest import natural, open_loops, write_png
 from networks import face_onnx, segmentation_onnx
 from PIL import Image
 
@@ -123,6 +123,26 @@ def test_commands_beyond_the_tour(tmp_path, command):
     few = {"plant": ["--set", "steps=2"], "reproduce": ["--budget", "0"], "pgd": ["--steps", "2"]}
     for line in block("more"):
         command(line, few)
+
+
+def test_the_page_is_served(tmp_path, command, monkeypatch):
+    """The block "web": what listens answers with the page, behind its gate, and what was announced is its address."""
+    pytest.importorskip("gradio", reason="Gradio is not installed: pip install 'freqdoor[web]'")
+    from freqdoor.web import serve
+
+    served = []
+
+    def run(app, listener, announce):
+        announce("http://127.0.0.1:7860/")
+        assert listener.getsockname()[0] == "127.0.0.1"
+        served.append(app)
+
+    monkeypatch.setattr(serve, "_run", run)
+    (tmp_path / "results").mkdir()
+    with open_loops():
+        for line in block("web"):
+            command(line, {"serve": ["--port", "0"]})
+    assert [type(app).__name__ for app in served] == ["Gate"]
 
 
 def test_commands_of_many_processes(tmp_path, command, monkeypatch):

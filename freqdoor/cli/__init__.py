@@ -1,17 +1,16 @@
 """The command line: every verb is a thin shell around the Python function of the same name."""
 
-import errno
 import sys
 import warnings
 from contextlib import nullcontext
 
-from freqdoor.cli import attack, codec, defence, downstream, research, watermark
+from freqdoor.cli import attack, codec, defence, downstream, research, watermark, web
 from freqdoor.cli.options import app
 from freqdoor.cli.terminal import fail, show_every_name, show_trace, warn
-from freqdoor.errors import FreqdoorError
+from freqdoor.errors import defect, sentence_of
 from freqdoor.limits import max_memory
 
-__all__ = ["app", "attack", "codec", "defence", "downstream", "main", "research", "watermark"]
+__all__ = ["app", "attack", "codec", "defence", "downstream", "main", "research", "watermark", "web"]
 
 MEMORY = "--max-memory"
 
@@ -26,10 +25,10 @@ def main() -> None:
         with nullcontext() if size is None else max_memory(size):
             app(args=words)
     except Exception as error:
-        sentence = _sentence(error)
+        sentence = sentence_of(error)
         if debug or sentence is None:
             show_trace(error)
-        fail(sentence or f"{type(error).__name__}: {error}; this is a defect of freqdoor, please report it")
+        fail(sentence or defect(error))
 
 
 def _without_memory(words: list[str]) -> tuple[list[str], str | None]:
@@ -44,15 +43,3 @@ def _without_memory(words: list[str]) -> tuple[list[str], str | None]:
         else:
             rest.append(word)
     return rest + words[end:], size
-
-
-def _sentence(error: Exception) -> str | None:
-    """What a user is told of an expected error; None for one that should not occur."""
-    if isinstance(error, FreqdoorError):
-        return str(error)
-    if isinstance(error, OSError):
-        return f"could not read or write: {'no space left on the disk' if error.errno == errno.ENOSPC else error}"
-    # torch has a type of its own for a GPU that is out of memory, and none for a CPU
-    if isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error):
-        return "out of memory; use smaller images, crops or batches"
-    return None

@@ -156,20 +156,22 @@ def pictured(trigger: str) -> dict[str, Condition]:
 
 
 @torch.no_grad()
-def pictures(planted: Planted, shown: Mapping[str, Measured]) -> list[Picture]:
+def pictures(planted: Planted, shown: Mapping[str, Measured], side: int = 384) -> list[Picture]:
     """Input, poisoned, amplified difference, what each encoder's file decodes to, and where the bits go.
 
     Args:
-        shown: what was measured under the conditions of `pictured`.
+        shown: what was measured under some conditions, by title; the first poisoned one's input is shown.
+        side: pixels that the pictures are reduced to.
     """
-    x, x_p = shown["tampered encoder, poisoned"].x, shown["tampered encoder, poisoned"].entering
-    file = shown["tampered encoder, poisoned"].record.image
+    first = next(row for row in shown.values() if row.condition.trigger is not None)
+    x, x_p = first.x, first.entering
+    kind = "8-bit file" if first.condition.rounding == "8-bit" else "before rounding"
     rows = [
-        Picture(title="input", address=photo(x), caption=file),
+        Picture(title="input", address=photo(x, side), caption=first.record.image),
         Picture(
             title="poisoned input",
-            address=photo(x_p),
-            caption=f"8-bit file, {float(psnr(x_p, x)):.2f} dB from the input",
+            address=photo(x_p, side),
+            caption=f"{kind}, {float(psnr(x_p, x)):.2f} dB from the input",
         ),
         Picture(
             title="difference", address=difference(x, x_p), caption=f"centre, amplified {AMPLIFY} times around mid-grey"
@@ -178,8 +180,10 @@ def pictures(planted: Planted, shown: Mapping[str, Measured]) -> list[Picture]:
     maps = {}
     for title, row in shown.items():
         caption = f"{row.record.psnr_db:.2f} dB, {row.record.bpp_real:.3f} bpp in real bytes"
-        rows.append(Picture(title=f"decoded: {title}", address=photo(row.x_hat), caption=caption))
-        maps[title] = bit_map(planted.codec(row.condition.role), row.entering).cpu().numpy()
+        rows.append(Picture(title=f"decoded: {title}", address=photo(row.x_hat, side), caption=caption))
+        defence = row.condition.defence
+        encoded = defence(row.entering) if defence else row.entering
+        maps[title] = bit_map(planted.codec(row.condition.role), encoded).cpu().numpy()
     rows.append(
         Picture(
             title="where the bits go",

@@ -386,6 +386,24 @@ def rd_plot(summary: Summary, jpeg: Sequence[JpegPoint]) -> str:
     return data_address(figure)
 
 
+def runs_plot(summaries: Mapping[str, Summary]) -> str:
+    """Rate against PSNR of several runs: from each tampered encoder's clean images to its poisoned 8-bit files."""
+    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
+    axis = figure.subplots()
+    for name, summary in summaries.items():
+        rows = (summary.clean, summary.poisoned_8bit)
+        [line] = axis.plot([r.bpp_real for r in rows], [r.psnr_db for r in rows], ":", alpha=0.6)
+        for row, marker in zip(rows, "sX", strict=True):
+            label = name if marker == "X" else None
+            axis.plot(row.bpp_real, row.psnr_db, marker, color=line.get_color(), label=label, markersize=8)
+    axis.set_xscale("log")
+    axis.set_xlabel("bits per pixel, real bytes (log scale); squares clean, crosses poisoned")
+    axis.set_ylabel("PSNR of the decoded image in dB")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    return data_address(figure)
+
+
 def render(template: str, **content: Any) -> str:
     """One of the package's HTML templates, filled in; everything is escaped."""
     loader = jinja2.PackageLoader("freqdoor")
