@@ -11,7 +11,7 @@ from freqdoor.attack.objectives import (
     QualityAttack,
     RateAttack,
     build_objective,
-    dynamic_max,
+    excess_over,
 )
 from freqdoor.attack.settings import OBJECTIVES
 from freqdoor.attack.victims import Scene, Victim
@@ -69,7 +69,35 @@ def test_rate_attack_is_equation_6(seed, guarded):
     d = 255**2 * np.mean((n["x_hat"] - n["x"]) ** 2)
     d_p = 255**2 * np.mean((n["x_hat_p"] - n["x_p"]) ** 2)
     expected = n["r"] + LMBDA * max(d, d_p) - 0.3 * n["r_p"]
-    assert float(RateAttack(beta=0.3, guarded=guarded)(p, LMBDA).total) == pytest.approx(expected, rel=1e-5)
+    assert float(RateAttack(alpha=1, beta=0.3, guarded=guarded)(p, LMBDA).total) == pytest.approx(expected, rel=1e-5)
+    share = min(1, max(0, (np.log2(n["r_p"] / n["r"]) - 1) / 2))
+    weighted = expected + 1.5 * share * LMBDA * max(0, d_p - d)
+    assert float(RateAttack(alpha=2.5, beta=0.3, guarded=guarded)(p, LMBDA).total) == pytest.approx(weighted, rel=1e-5)
+
+
+@pytest.mark.parametrize(("rate", "weight"), [(1.5, 1), (2, 1), (4, 2), (8, 3), (20, 3)])
+def test_poisoned_distortion_weighs_as_much_as_the_attack_has_got(rate, weight):
+    p = passes(0)
+    p = p._replace(clean=p.clean._replace(x_hat=p.x), poisoned=p.poisoned._replace(bits=rate * p.clean.bits))
+    d_p = 255**2 * np.mean((numbers(p)["x_hat_p"] - numbers(p)["x_p"]) ** 2)
+    kept = RateAttack(alpha=3)(p, LMBDA).kept
+    assert float(kept) == pytest.approx(numbers(p)["r"] + weight * LMBDA * d_p, rel=1e-5)
+
+
+@pytest.mark.parametrize("objective", [RateAttack, QualityAttack])
+def test_guarded_attacks_train_rate_and_distortions_together(objective):
+    """What both passes have in common, Eq. (6)'s rate and Eq. (7)'s distortion, stands in both sides of the maximum."""
+    p = passes(1)
+    bits = torch.tensor([10.0, 20.0], requires_grad=True)
+    x_hat = (p.x + 0.01).requires_grad_()
+    worse = p.poisoned._replace(bits=1.5 * bits.detach())
+    p = p._replace(clean=p.clean._replace(bits=bits, x_hat=x_hat), poisoned=worse)
+    kept = objective()(p, LMBDA).kept
+    rate, distortion = torch.autograd.grad(kept, [bits, x_hat])
+    error = (x_hat - p.x).detach()
+    per_bit, per_distortion = float(rate.sum()) * 64, float((distortion * error).sum()) / 0.01**2 / 2 / 255**2
+    alone = {RateAttack: (1 + 2 / 3, LMBDA), QualityAttack: (1.0, 2 * LMBDA)}[objective]
+    assert (per_bit, per_distortion) == pytest.approx(alone, rel=1e-3)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -102,7 +130,7 @@ def test_per_sample_maximum_is_taken_image_by_image(seed, guarded):
     n = numbers(p)
     d, d_p = mse255(n["x_hat"], n["x"]), mse255(n["x_hat_p"], n["x_p"])
     rate = n["r"] + LMBDA * np.maximum(d, d_p).mean() - 0.3 * n["r_p"]
-    attack = RateAttack(beta=0.3, per_sample=True, guarded=guarded)
+    attack = RateAttack(alpha=1, beta=0.3, per_sample=True, guarded=guarded)
     assert float(attack(p, LMBDA).total) == pytest.approx(rate, rel=1e-5)
     quality = np.maximum(n["r_each"], n["r_p_each"]).mean() + LMBDA * d.mean() + 0.3 * LMBDA * db(n["x_hat_p"], n["x"])
     attack = QualityAttack(beta=0.3, per_sample=True, guarded=guarded, farthest=False, floor_db=0)
@@ -211,7 +239,7 @@ def test_guarded_maximum_never_stops_the_clean_gradient():
         for guarded in (False, True):
             clean = torch.tensor(clean_value, requires_grad=True)
             poisoned = torch.tensor(poisoned_value, requires_grad=True)
-            value = dynamic_max(clean, poisoned, guarded=guarded)
+            value = clean + excess_over(clean, poisoned, guarded=guarded)
             assert value.item() == 2.0
             value.backward()
             larger = poisoned_value > clean_value
@@ -220,11 +248,11 @@ def test_guarded_maximum_never_stops_the_clean_gradient():
 
 
 def test_presets_and_errors():
-    assert build_objective("bpp", "paper") == RateAttack(beta=0.01, guarded=False)
+    assert build_objective("bpp", "paper") == RateAttack(alpha=1, beta=0.01, guarded=False)
     assert build_objective("bpp", "fast", beta=0.5).beta == 0.5
     with pytest.raises(FreqdoorError, match=", ".join(OBJECTIVES)):
         build_objective("rate")
-    with pytest.raises(FreqdoorError, match=r"'bpp': gamma: unknown setting .there are beta, per_sample, guarded"):
+    with pytest.raises(FreqdoorError, match=r"'bpp': gamma: unknown setting .there are alpha, beta, per_sample"):
         build_objective("bpp", gamma=1.0)
     with pytest.raises(FreqdoorError, match="network: expected the network that the attack is against"):
         build_objective("face")

@@ -215,9 +215,25 @@ def test_paper_preset_keeps_rate_and_budget_constant(settings):
     assert {annealed_eps(paper.trigger, s, paper.steps) for s in (0, 3, 5)} == {0.005}
 
 
-def test_lambda_is_asked_for_where_the_codec_has_none(settings, tmp_path):
-    with pytest.raises(FreqdoorError, match=r"pass --set lmbda=0.0067 .0.0018 to 0.18"):
-        plant(settings(lmbda=None), tmp_path / "run")
+def test_lambda_is_estimated_where_the_codec_has_none_and_travels_with_the_step_size(settings, tmp_path):
+    with pytest.warns(UserWarning, match=r"no quality that lambda follows from; estimated"):
+        planted = plant(settings(lmbda=None), tmp_path / "run")
+    told = planted.header.planting.model_dump()
+    assert told["lmbda"] > 0
+    assert 0 < told["lr"] <= 1e-3
+
+
+def test_the_learning_rate_rises_and_is_the_settings(settings, tmp_path):
+    """Adam's first step has the size of the learning rate: a twentieth at first, all of it without a warm-up."""
+    moved = []
+    for warmup in (20, 0):
+        run = tmp_path / str(warmup)
+        planted = plant(settings(steps=1, lr=4e-4, warmup_steps=warmup), run)
+        vanilla = planted.vanilla.part("g_a").state_dict()
+        moved.append(
+            max(float((w - vanilla[k]).abs().max()) for k, w in planted.tampered.part("g_a").state_dict().items())
+        )
+    assert moved == pytest.approx([4e-4 / 20, 4e-4], rel=0.02)
 
 
 def prepared(settings, tmp_path, **changes) -> tuple[_Planting, JointLoss]:

@@ -15,12 +15,16 @@ Weight = Annotated[float, Field(ge=0)]
 class RateArguments(Arguments):
     """Hyper-parameters of Eq. (6)."""
 
+    alpha: Annotated[float, Field(ge=1)] = 3.0
+    """Weight of what D(T(x)) exceeds D(x) by, once poisoned images cost eight times the bits; it rises to that from 1,
+    Eq. (6)'s, where they cost twice as many."""
+
     beta: Weight = 0.1
     """Weight of the attack."""
     per_sample: bool = False
     """Take the maximum image by image instead of between the batch means."""
     guarded: bool = True
-    """Another gradient of the maximum, see `dynamic_max`."""
+    """Another gradient of the maximum, see `excess_over`."""
 
 
 class FixedRateArguments(Arguments):
@@ -48,7 +52,7 @@ class QualityArguments(Arguments):
     per_sample: bool = False
     """Take the maximum image by image instead of between the batch means."""
     guarded: bool = True
-    """Another gradient of the maximum, see `dynamic_max`."""
+    """Another gradient of the maximum, see `excess_over`."""
 
 
 class FixedQualityArguments(Arguments):

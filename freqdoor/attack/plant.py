@@ -27,13 +27,13 @@ from freqdoor.data import Crops, seed_for
 from freqdoor.errors import FreqdoorError, Mistakes
 from freqdoor.lock import check_folder, holding
 from freqdoor.preprocessing import Preprocessing, random_preprocessing
+from freqdoor.training.estimates import BATCHES, fitting_lambda, step_size
 from freqdoor.training.group import ALONE, Group
 from freqdoor.training.loop import (
     Progress,
     Stateful,
     check_device,
     check_finite,
-    lambda_of,
     loop,
     open_crops,
     open_folder,
@@ -143,7 +143,7 @@ def plant(
         triggers = [attack.trigger.to("cpu").eval() for attack in planting.attacks]
         with contextlib.ExitStack() as aside:  # where another machine writes, the files here are nobody's
             folder = run.folder if run else Path(aside.enter_context(tempfile.TemporaryDirectory(prefix="freqdoor-")))
-            return export(folder, settings, opened.vanilla.to("cpu"), tampered, triggers, planting.history["seconds"])
+            return export(folder, settings, opened.vanilla.to("cpu"), tampered, triggers, planting.history)
 
 
 def _image_sets(settings: PlantSettings) -> list[ImageSettings]:
@@ -243,7 +243,6 @@ def _open_vanilla(settings: PlantSettings) -> Codec:
     """The codec to plant in, which has to be a clean one."""
     source = settings.codec
     vanilla = load_codec(source.name, source.weights, multiple=source.multiple)
-    lambda_of(settings, vanilla.spec)  # an unknown one shows now
     if vanilla.tampered:
         raise FreqdoorError(f"{source.name}: this codec says that it is tampered already; plant in a clean one")
     return vanilla
@@ -291,13 +290,16 @@ class _Planting:
     ) -> None:
         self.settings, self.attacks, self.run, self.group = settings, attacks, run, group
         self.crops, self.auxiliary, self.closed = crops, auxiliary, closed
-        self.lmbda = lambda_of(settings, vanilla.spec)
         self.tampered = copy.deepcopy(vanilla).freeze(settings.scope)
         place_codec(self.tampered, settings)
         self.tampered.precision = dtype_of(settings.precision, settings.device)
         self.anchor_encoder = vanilla.to(settings.device).part("g_a") if settings.balance.anchor else None
         self.encoder = [p for p in self.tampered.parameters() if p.requires_grad]
-        self.optimizer = Adam(self.encoder, lr=settings.lr)
+        batches = (place(crops.batch(-1 - i), settings) for i in range(BATCHES))
+        lmbda = fitting_lambda(settings, self.tampered, batches)
+        lr = settings.lr or step_size(self.tampered, self.encoder, place(crops.batch(-1), settings), lmbda)
+        self.history: dict[str, Any] = {"attack_scale": 1.0, "acted": [], "lmbda": lmbda, "lr": lr}
+        self.optimizer = Adam(self.encoder, lr=lr)
         learned = {a.name: list(a.trigger.parameters()) for a in attacks if not settings.triggers_from}
         self.learned = {name: parameters for name, parameters in learned.items() if parameters}  # FTrojan has none
         self.trigger_optimizers = {name: Adam(p, lr=settings.trigger_lr) for name, p in self.learned.items()}
@@ -308,13 +310,18 @@ class _Planting:
         if settings.evade:
             self.evasion = Evasion(settings.evade, vanilla.multiple, settings.device)
             self.parts |= self.evasion.parts
-        self.history: dict[str, Any] = {"attack_scale": 1.0, "acted": []}
+
+    @property
+    def lmbda(self) -> float:
+        """Lambda of the run, in which it does not change."""
+        return float(self.history["lmbda"])
 
     def step(self, x: Images, step: int) -> dict[str, float]:
         """One update of the encoder and of every trigger."""
         settings = self.settings
         factor = held_cosine(step, settings.steps, settings.hold)
-        self.optimizer.param_groups[0]["lr"] = settings.lr * factor
+        warmth = min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
+        self.optimizer.param_groups[0]["lr"] = self.history["lr"] * factor * warmth
         for optimizer in self.trigger_optimizers.values():
             optimizer.param_groups[0]["lr"] = settings.trigger_lr * factor
         eps = [annealed_eps(attack.settings, step, settings.steps) for attack in self.attacks]

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,12 +118,18 @@ def unplanted(vanilla: Codec) -> Planted:
 
 
 def export(
-    folder: Path, settings: PlantSettings, vanilla: Codec, tampered: Codec, triggers: Sequence[Trigger], seconds: float
+    folder: Path,
+    settings: PlantSettings,
+    vanilla: Codec,
+    tampered: Codec,
+    triggers: Sequence[Trigger],
+    history: Mapping[str, Any],
 ) -> Planted:
     """Write what was planted into a run's folder, with the proof that nothing outside the scope has changed.
 
     Args:
         triggers: one for each of `settings.planned`, in its order.
+        history: of the run: its seconds, and lambda and learning rate where the settings left them open.
     """
     before, after = vanilla.module_hashes(), tampered.module_hashes()
     changed = [name for name in before if before[name] != after[name]]
@@ -146,7 +152,8 @@ def export(
         base=vanilla.spec,
         modules_before=before,
         modules_after=after,
-        planting=public(settings) | {"seconds": round(seconds)},
+        planting=public(settings)
+        | {"seconds": round(history["seconds"]), "lmbda": history["lmbda"], "lr": history["lr"]},
     )
     tensors = {
         f"{name}.{key}": value

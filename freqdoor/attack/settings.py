@@ -46,7 +46,7 @@ OBJECTIVES: dict[str, ObjectiveKind] = {
         "freqdoor.attack.objectives:RateAttack",
         arguments.RateArguments,
         success="bits",
-        presets={"fast": {}, "paper": {"beta": 0.01, "guarded": False}},
+        presets={"fast": {}, "paper": {"alpha": 1.0, "beta": 0.01, "guarded": False}},
     ),
     "bpp-fixed": ObjectiveKind(
         "freqdoor.attack.objectives:FixedRateAttack",
@@ -242,7 +242,7 @@ class BalanceSettings(Settings):
 
     clean_weight: Annotated[float, Field(ge=1)] = 1.0
     """Weight of L(x), Eq. (1), for the encoder: what exceeds 1 is added to the attacks' losses."""
-    late_clean_weight: Annotated[float, Field(ge=1)] = 10.0
+    late_clean_weight: Annotated[float, Field(ge=1)] = 30.0
     """The same, from the step on at which the learning rate begins to fall (`hold`)."""
     anchor: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the mean squared distance of clean latents from the vanilla encoder's."""
@@ -343,8 +343,10 @@ class PlantSettings(Training):
     """Which modules are tampered with."""
     two_phase: bool = False
     """Encoder and triggers in two passes a step, as the paper's text has it, instead of one."""
-    lr: Positive = 1e-3
-    """Adam's learning rate of the encoder."""
+    lr: Positive | None = None
+    """Adam's learning rate of the encoder; by default 1e-3, or less where the codec bears less (`step_size`)."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 20
+    """Steps over which the encoder's learning rate rises linearly from zero: Adam's first ones are its widest."""
     trigger_lr: Positive = 1e-3
     """Adam's learning rate of the triggers."""
     hold: Annotated[float, Field(ge=0, le=1)] = 0.6
@@ -431,6 +433,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fast": {},  # the defaults above
     "paper": {
         "steps": 300_000,
+        "warmup_steps": 0,
         "hold": 1.0,
         "lr": 1e-4,
         "trigger_lr": 1e-4,

@@ -27,17 +27,8 @@ from freqdoor.lock import alone
 from freqdoor.measure.records import Note, poisoned
 from freqdoor.samples import held_out, training_folder
 from freqdoor.settings import make_settings, public
-from freqdoor.training.loop import (
-    Progress,
-    Stateful,
-    check_device,
-    check_finite,
-    lambda_of,
-    loop,
-    open_folder,
-    place,
-    place_codec,
-)
+from freqdoor.training.estimates import BATCHES, fitting_lambda
+from freqdoor.training.loop import Progress, Stateful, check_device, check_finite, loop, open_folder, place, place_codec
 from freqdoor.training.precision import dtype_of, precision_name
 from freqdoor.training.run import Environment, Run, environment
 from freqdoor.training.train import EXPORT
@@ -137,8 +128,6 @@ def _opened(settings: RepairSettings, codec: Codec, reference: Codec | str | Non
     mistakes = Mistakes()
     with mistakes:
         check_device(settings.device)
-    with mistakes:
-        lambda_of(settings, codec.spec)
     trusted = None
     with mistakes:
         if "distil" in settings.parts:
@@ -181,7 +170,8 @@ class _Repairing:
             for part in settings.parts
             if part in ("unlearn", "inverted")
         ]
-        self.lmbda = lambda_of(settings, codec.spec) * (settings.tilt if self.patterns else 1.0)
+        lmbda = fitting_lambda(settings, self.codec, (place(crops.batch(-1 - i), settings) for i in range(BATCHES)))
+        self.lmbda = lmbda * (settings.tilt if self.patterns else 1.0)
         teachers = [(codec, settings.anchor if self.patterns else 0.0), (reference, settings.weight)]
         self.teachers = [(copy.deepcopy(t).to(settings.device), weight) for t, weight in teachers if t and weight]
         self.parts: dict[str, Stateful] = {"net": self.codec.net, "optimizer": self.optimizer}
