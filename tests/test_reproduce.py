@@ -68,7 +68,7 @@ def _recipe(monkeypatch):
 
 @pytest.fixture
 def base(settings):
-    return settings(steps=1, trigger={})  # the rows' triggers have other arguments
+    return settings(steps=1, warmup_steps=0, trigger={})  # the rows' triggers have other arguments
 
 
 @pytest.fixture
