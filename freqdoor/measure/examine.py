@@ -115,7 +115,7 @@ def evaluate(
         if source and elsewhere:
             pool = stack.enter_context(workers(jobs, runner))
             left = usable[journal.known :]
-            waiting = {path: pool.submit(_measured_there, source, path, asked, perceptual) for path in left}
+            waiting = {path: pool.submit(measured_there, source, path, asked, perceptual) for path in left}
 
             def measure(path: Path) -> list[dict[str, Any]]:
                 if note:
@@ -147,10 +147,10 @@ def evaluate(
     return summary
 
 
-def _measured_there(
-    source: Source, path: Path, asked: Sequence[Condition], perceptual: str | None
+def measured_there(
+    source: Source, path: Path, asked: Sequence[Condition], perceptual: str | None = None
 ) -> list[dict[str, Any]]:
-    """What another process measures of one image."""
+    """Records of one image, as a process measures them that opens the encoder itself, once for all images."""
     look = _look(perceptual) if perceptual else None
     return [row.record.to_dict() for row in measured_image(_encoder(*source), path, asked, perceptual=look)]
 
