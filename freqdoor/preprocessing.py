@@ -405,7 +405,8 @@ FILES = (  # what becomes of a picture that is passed on as a file
     *(Crop(top, left) for top, left in OFFSETS),
     Rotate(1.0),
     Screenshot(),
-    *map(ColourProfile, ("display-p3", "adobe-rgb")),
+    ColourProfile("display-p3"),
+    ColourProfile("adobe-rgb"),
 )
 PRESETS: dict[str, tuple[Preprocessing, ...]] = {"none": (), "paper": PAPER, "all": PAPER + BEYOND, "files": FILES}
 
@@ -416,8 +417,8 @@ def _crop_at(place: int) -> Crop:
 
 
 def _profile_at(number: int) -> ColourProfile:
-    """The n-th profile."""
-    return ColourProfile(("display-p3", "adobe-rgb")[number])
+    """The first profile, or the second."""
+    return ColourProfile("adobe-rgb" if number else "display-p3")
 
 
 # kind -> defence and the range of its first argument, both ends included; drawn uniformly, between integers an integer

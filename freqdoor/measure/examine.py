@@ -79,9 +79,9 @@ def evaluate(
         The content of summary.json.
 
     Raises:
-        FreqdoorError: an unknown trigger or defence, no weights for the perceptual measure, a loaded encoder where others are to open it, images that cannot
-            be used, an unwritable folder or one that another process holds, a file in the way. Earlier results are then
-            left as they were; new ones replace them together, at the end.
+        FreqdoorError: an unknown trigger or defence, no weights for the perceptual measure, a loaded encoder where
+            others are to open it, images that cannot be used, an unwritable folder or one that another process holds, a
+            file in the way. Earlier results are then left as they were; new ones replace them together, at the end.
     """
     check_workers(jobs, runner)
     source = None if isinstance(planted, Planted) or isinstance(codec, Codec) else (planted, codec, weights)

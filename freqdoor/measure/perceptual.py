@@ -83,7 +83,8 @@ def _network() -> nn.Module:
 def _fill(net: nn.Module, path: Path) -> None:
     """Put the weights of a file into AlexNet's layers, whose names end with their number in torchvision's."""
     state = read_state(path)
-    layers = {name.rpartition(".")[2]: part for name, part in net.net.named_modules() if isinstance(part, nn.Conv2d)}
+    trunk = net.get_submodule("net")
+    layers = {name.rpartition(".")[2]: part for name, part in trunk.named_modules() if isinstance(part, nn.Conv2d)}
     try:
         for number, layer in layers.items():
             layer.load_state_dict({key: state[f"features.{number}.{key}"] for key in ("weight", "bias")})

@@ -225,8 +225,9 @@ def page_of(survival: Survival) -> str:
 Made by `freqdoor reproduce {SURVIVAL}` on {len(survival.images)} images ({", ".join(survival.images)}). Poisoned
 pictures are 8-bit files, changed as the first column says and encoded by the tampered encoder; rates are real bytes,
 PSNR is against the clean picture. Clean pictures went through the same change. Times and dB lost: poisoned against
-clean picture, image by image. Kept: what the trigger adds to the rate, or takes from the PSNR, as its objective wants, in percent
-of what it does without any change, on the images on which it succeeds then. Least: the image on which it does least.
+clean picture, image by image. Kept: what the trigger adds to the rate, or takes from the PSNR, as its objective wants,
+in percent of what it does without any change, on the images on which it succeeds then. Least: the image on which it
+does least.
 
 ![The share of the effect that is kept]({SURVIVAL}.png)
 
@@ -289,4 +290,3 @@ def _line(axis: Any, places: Sequence[float], rows: Sequence[Kept], label: str, 
     for style, values in (("o-", [r.kept_median for r in rows]), ("--", [r.kept_least for r in rows])):
         heights = [float("nan") if value is None else 100 * value for value in values]
         axis.plot(places, heights, style, color=colour, label=label if style == "o-" else None, linewidth=1)
-
