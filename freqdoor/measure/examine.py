@@ -152,10 +152,10 @@ def measured_there(
 ) -> list[dict[str, Any]]:
     """Records of one image, as a process measures them that opens the encoder itself, once for all images."""
     look = _look(perceptual) if perceptual else None
-    return [row.record.to_dict() for row in measured_image(_encoder(*source), path, asked, perceptual=look)]
+    return [row.record.to_dict() for row in measured_image(opened_once(*source), path, asked, perceptual=look)]
 
 
-_encoder = lru_cache(1)(load_planted)  # which a process measures again and again
+opened_once = lru_cache(1)(load_planted)  # what a process measures again and again
 
 
 @lru_cache(1)

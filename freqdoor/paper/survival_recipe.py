@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 from matplotlib.figure import Figure
 
-from freqdoor.attack.planted import PLANTED, Planted, load_planted
+from freqdoor.attack.planted import PLANTED, Planted
 from freqdoor.data import dataset_hash, image_paths, usable_images
 from freqdoor.files import check_outputs, mark, marked_json, marked_markdown, write_together
 from freqdoor.lock import alone
-from freqdoor.measure.examine import measured_there
+from freqdoor.measure.examine import measured_there, opened_once
 from freqdoor.measure.journal import Journal, fingerprint
 from freqdoor.measure.records import Condition, Note
 from freqdoor.measure.report import GOALS, Effect, Goal, Means, drop_db, effect_of, goal_of, means, select
@@ -109,7 +109,7 @@ def reproduce_survival(
     with ExitStack() as stack:
         pool = stack.enter_context(workers(jobs, runner)) if jobs > 1 or runner != "local" else None
         for name, source in encoders(Path(runs)).items():
-            planted = load_planted(source)
+            planted = opened_once(source, None, None)
             asked = conditions(planted)
             identity = fingerprint(planted, list(planted.triggers), repr(asked), dataset_hash(paths))
             journals.append(Journal(out / JOURNAL.format(name), identity, note))
