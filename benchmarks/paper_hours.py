@@ -1,10 +1,10 @@
 """What the configs in configs/paper would take: a step of each measured here on smaller batches, and scaled to its own.
 
-Of each config whole steps of `freqdoor plant` or `train-codec` are run in a process of their own, in one thread, on random pictures
-and with random weights of the codec's and the networks' own architectures. Crops have half their side and auxiliary
-pictures half their height and width; with one picture a batch, two, and two auxiliary ones, what a picture costs is told from
-what a step costs anyway: both are taken to grow in proportion to pixels, as convolutions do. CPU seconds are those of the
-fastest of the steps but the first; memory is the process's highest beyond what it has when pictures are read.
+Of each config whole steps of `freqdoor plant` or `train-codec` are run in a process of their own, in one thread, on
+random pictures and with random weights of the codec's and the networks' own architectures. Crops have half their side,
+auxiliary pictures half their height and width; with one picture a batch, two, and two auxiliary ones, what a picture
+costs is told from what a step costs anyway: it is taken to grow in proportion to pixels, as convolutions do. CPU
+seconds are those of the fastest step but the first; memory is the process's highest beyond what it has before.
 Operations are PyTorch's count of a step (convolutions and matrix products, forward and backward).
 
 Computed: hours of the config's own steps, on this CPU's thread, and on a GPU that keeps up `--sustained` TFLOP/s, which
@@ -43,7 +43,6 @@ from freqdoor.training.settings import CodecTraining, Training
 CONFIGS = Path(__file__).parent.parent / "configs/paper"
 SMALLER = 2  # how many times smaller the sides of pictures are
 POINTS = ((1, 1), (2, 1), (1, 2))  # pictures and auxiliary pictures of a batch
-MIB = 2**20
 
 
 def arcface() -> nn.Module:
@@ -116,9 +115,8 @@ def _random_network(folder: Path, spec: str) -> str:
     """A network of the spec's kind; of a face network without the crop, which is for whole pictures."""
     text, factory = Path(spec).read_text(), "arcface" if "face" in Path(spec).name else "deeplab"
     path = folder / "network.toml"
-    path.write_text(
-        "\n".join(line for line in text.splitlines() if not line.startswith(("crop", "architecture", "encoder")))
-    )
+    dropped = ("crop", "architecture", "encoder")
+    path.write_text("\n".join(line for line in text.splitlines() if not line.startswith(dropped)))
     return f"{path}=paper_hours:{factory}"
 
 
@@ -168,28 +166,23 @@ def main() -> None:
     parser.add_argument("--sustained", type=float, default=20.0, help="TFLOP/s that a GPU keeps up in such a step")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
-    result: dict[str, Any] = {
-        "environment": environment().model_dump(),
-        "sustained": arguments.sustained,
-        "configs": {},
-    }
-    print(
-        "| config | a step: CPU s | GiB | TFLOP | steps | hours on this thread | GPU hours at "
-        f"{arguments.sustained:g} TFLOP/s |\n|---|---|---|---|---|---|---|"
-    )
+    sustained, rows = arguments.sustained, {}
+    result: dict[str, Any] = {"environment": environment().model_dump(), "sustained": sustained, "configs": rows}
+    titles = ("config", "CPU s a step", "GiB", "TFLOP", "steps", "CPU hours", f"GPU hours at {sustained:g} TFLOP/s")
+    print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
     for config in sorted(CONFIGS.glob(f"{arguments.only}.toml")):
         if config.stem.endswith("-test"):
             continue
         row = measured(config, arguments.steps)
         step, steps = row["step"], row["steps"]
         row["cpu_hours"] = steps * step["seconds"] / 3600
-        row["gpu_hours"] = steps * step["tflop"] / arguments.sustained / 3600
-        result["configs"][config.stem] = row
-        print(
-            f"| {config.stem} | {step['seconds']:.0f} | {step['mib'] / 1024:.0f} | {step['tflop']:.1f} | {steps:,} "
-            f"| {row['cpu_hours']:,.0f} | {row['gpu_hours']:.0f} |",
-            flush=True,
+        row["gpu_hours"] = steps * step["tflop"] / sustained / 3600
+        rows[config.stem] = row
+        cells = (
+            *(config.stem, f"{step['seconds']:.0f}", f"{step['mib'] / 1024:.0f}", f"{step['tflop']:.1f}"),
+            *(f"{steps:,}", f"{row['cpu_hours']:,.0f}", f"{row['gpu_hours']:.0f}"),
         )
+        print(f"| {' | '.join(cells)} |", flush=True)
         if arguments.out:
             arguments.out.write_text(json.dumps(result, indent=1))
 
