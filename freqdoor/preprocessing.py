@@ -397,12 +397,11 @@ PREPROCESSINGS: dict[str, type[Preprocessing]] = {
 PAPER = (*map(GaussianBlur, (0.2, 0.3, 0.5, 0.6)), *map(SqueezeBits, (7, 4, 3)))  # Table 5
 FLIPS = (Flip("horizontal"), Flip("vertical"))
 BEYOND = (*map(Jpeg, (90, 75, 50)), WebP(80), Median(3), Noise(0.01), Noise(0.04), Resize(0.5), *FLIPS)
-OFFSETS = ((1, 1), (4, 4), (8, 8), (12, 12), (15, 15), (3, 11))  # (top, left), of a grid of 16
 FILES = (  # what becomes of a picture that is passed on as a file
     *map(Jpeg, (95, 85, 75)),
     *map(WebP, (90, 75)),
     *map(Resize, (0.9, 0.8, 0.75, 0.7, 0.6, 0.5)),
-    *(Crop(top, left) for top, left in OFFSETS),
+    *(Crop(offset, offset) for offset in range(1, 16)),  # of a grid of 16
     Rotate(1.0),
     Screenshot(),
     ColourProfile("display-p3"),

@@ -214,6 +214,7 @@ def test_a_screenshot_is_a_little_softer_and_has_other_tones():
 
 def test_pictures_as_files_have_all_offsets_of_a_block():
     assert {type(defence) for defence in FILES} == {Jpeg, WebP, Resize, Crop, Rotate, Screenshot, ColourProfile}
+    assert [d.top for d in FILES if isinstance(d, Crop)] == list(range(1, 16))  # every offset, not those that suit
     drawn = draw(600, ["crop"], torch.Generator().manual_seed(0))
     assert {(crop.top, crop.left) for crop in drawn} <= set(itertools.product(range(16), range(16)))
     assert {crop.top for crop in drawn} == {crop.left for crop in drawn} == set(range(16))
