@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from conftest import check_foreign, natural, write_png
 from test_report import record
 from typer.testing import CliRunner
 
+from freqdoor import workers
 from freqdoor.attack.planted import PLANTED
 from freqdoor.attack.settings import ObjectiveSettings
 from freqdoor.cli import app
@@ -81,7 +83,7 @@ def test_shipped_encoders_and_those_of_a_folder(few, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(planted, path, rows, **options)
 
-    monkeypatch.setattr("freqdoor.measure.examine.measured_image", stopped)
+    monkeypatch.setattr(module, "measured_image", stopped)
     with pytest.raises(KeyboardInterrupt):
         reproduce_survival(tmp_path / "runs", out, images=pictures)
     table = reproduce("survival", images=pictures, out=out, runs=tmp_path / "runs")
@@ -102,6 +104,16 @@ def test_shipped_encoders_and_those_of_a_folder(few, tmp_path, monkeypatch):
     assert f"| {ratio} |" in page
     assert "## mine, psnr (psnr)" in page
     assert not [path for path in out.iterdir() if "journal" in path.name]
+
+
+def test_workers_measure_the_same(few, tmp_path, monkeypatch):
+    """A thread stands for the process, which starts sooner."""
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(1))
+    monkeypatch.setattr(module, "PLAIN", ("planted-psnr",))
+    picture = write_png(tmp_path / "a.png", natural(0, 64, 64))
+    alone = reproduce_survival(tmp_path / "none", tmp_path / "alone", images=picture)
+    monkeypatch.setattr(module, "measured_image", None)  # all is measured by the worker
+    assert reproduce_survival(tmp_path / "none", tmp_path / "shared", images=picture, jobs=2) == alone
 
 
 def test_the_verb(few, tmp_path, monkeypatch):

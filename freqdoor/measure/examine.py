@@ -150,12 +150,12 @@ def evaluate(
 def measured_there(
     source: Source, path: Path, asked: Sequence[Condition], perceptual: str | None = None
 ) -> list[dict[str, Any]]:
-    """Records of one image, as a process measures them that opens the encoder itself, once for all images."""
+    """What a worker measures of one image; it opens the encoder itself, once for all images."""
     look = _look(perceptual) if perceptual else None
-    return [row.record.to_dict() for row in measured_image(opened_once(*source), path, asked, perceptual=look)]
+    return [row.record.to_dict() for row in measured_image(_encoder(*source), path, asked, perceptual=look)]
 
 
-opened_once = lru_cache(1)(load_planted)  # what a process measures again and again
+_encoder = lru_cache(1)(load_planted)  # which a worker measures again and again
 
 
 @lru_cache(1)
