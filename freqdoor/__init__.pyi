@@ -83,7 +83,10 @@ from .paper.defence_recipe import reproduce_defence as reproduce_defence
 from .paper.reproduce import reproduce as reproduce
 from .paper.settings import recipe_names as recipe_names
 from .paper.settings import recipe_settings as recipe_settings
+from .paper.survival_recipe import reproduce_survival as reproduce_survival
+from .preprocessing import ColourProfile as ColourProfile
 from .preprocessing import Compose as Compose
+from .preprocessing import Crop as Crop
 from .preprocessing import Flip as Flip
 from .preprocessing import GaussianBlur as GaussianBlur
 from .preprocessing import Jpeg as Jpeg
@@ -91,6 +94,8 @@ from .preprocessing import Median as Median
 from .preprocessing import Noise as Noise
 from .preprocessing import Preprocessing as Preprocessing
 from .preprocessing import Resize as Resize
+from .preprocessing import Rotate as Rotate
+from .preprocessing import Screenshot as Screenshot
 from .preprocessing import SqueezeBits as SqueezeBits
 from .preprocessing import WebP as WebP
 from .preprocessing import parse_defence as parse_defence

@@ -10,6 +10,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
@@ -62,6 +63,9 @@ DAMAGE = (  # what Pillow's parsers raise on a damaged file
 TAG_BYTES = {3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}  # of a TIFF tag's values
 TAGS_LEAST = 1024  # bytes that a table of tags counts, however short it is
 TAGS_SHARE = 4  # times the file's bytes that its tags may claim together: those of honest files share next to nothing
+CITYSCAPES_IMAGES, CITYSCAPES_LABELS = "_leftImg8bit", "_gtFine_labelIds.png"  # how their names end
+CITYSCAPES_CLASSES = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)  # label id by train id
+VOID = 255  # train id of all others
 FRAMES = "only the first frame is read"
 PROFILE = "the colour profile is ignored, colours are taken as sRGB"
 TRANSPARENCY = "the transparent colour is ignored"
@@ -111,6 +115,16 @@ def list_training_images(place: Path | str) -> list[Picture]:
     if not packed:
         raise FreqdoorError(f"{place}: expected images ({', '.join(PICTURES)}) in these shards, found none")
     return packed
+
+
+def listed_images(files: Path | str, folder: Path | str) -> list[Picture]:
+    """The pictures that a list names, in its order; of a line that names a folder, such as Vimeo90K's, all in it.
+
+    Args:
+        folder: what the lines are relative to.
+    """
+    places = [Path(folder) / line for line in read_list(files, folder=folder)]
+    return [picture for place in places for picture in (list_images(place) if os.path.isdir(place) else [place])]
 
 
 def image_paths(images: Path | str | Sequence[Path | str]) -> list[Path]:
@@ -277,6 +291,7 @@ def load_labels(path: Path | str, size: Size | None = None, image_size: Size | N
     Raises:
         FreqdoorError: no such file, more than one channel or 8 bits, too many pixels, or another size than the image's.
     """
+    path = Path(path)
     height, width, mode, _ = _header(path, "the label image of a picture of this name")
     if mode not in ("L", "P"):
         raise FreqdoorError(f"{path}: expected labels in one channel of 8 bits, found {MODES.get(mode, mode)}")
@@ -285,18 +300,37 @@ def load_labels(path: Path | str, size: Size | None = None, image_size: Size | N
             f"{path}: labels of {width}x{height} pixels for an image of {image_size[1]}x{image_size[0]}; "
             "expected the same size"
         )
-    return _decode(path, size, Image.Resampling.NEAREST)[None]
+    labels = _decode(path, size, Image.Resampling.NEAREST)[None]
+    return _train_ids()[labels.long()] if path.name.endswith(CITYSCAPES_LABELS) else labels
 
 
 def label_paths(images: Sequence[Picture], folder: Path | str) -> list[Path]:
-    """The label image of every image: the PNG file of the same name in `folder`; raises if any is missing."""
-    paths = [Path(folder) / f"{image.stem}.png" for image in images]
+    """The label image of every image: the PNG file of the same name in `folder`; raises if any is missing.
+
+    Of Cityscapes' images, CITY_..._leftImg8bit.png, it is CITY/CITY_..._gtFine_labelIds.png, whose ids `load_labels`
+    turns into train ids: 0 to 18, and 255 for what is not a class.
+    """
+    paths = [Path(folder) / _label_name(image.stem) for image in images]
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
         raise FreqdoorError(
             f"{folder}: expected one label image a picture, {len(missing)} are missing, first {missing[0]}"
         )
     return paths
+
+
+def _label_name(stem: str) -> str:
+    """What the label image of a picture is called, with its folder."""
+    scene = stem.removesuffix(CITYSCAPES_IMAGES)
+    return f"{stem}.png" if scene == stem else f"{scene.partition('_')[0]}/{scene}{CITYSCAPES_LABELS}"
+
+
+@cache
+def _train_ids() -> Tensor:
+    """Cityscapes' train id of every label id, (256,), uint8."""
+    table = torch.full((256,), VOID, dtype=torch.uint8)
+    table[list(CITYSCAPES_CLASSES)] = torch.arange(len(CITYSCAPES_CLASSES), dtype=torch.uint8)
+    return table
 
 
 def _decode(path: Picture | str, size: Size | None, how: Image.Resampling) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import io
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
@@ -35,6 +36,11 @@ if TYPE_CHECKING:
 
     from freqdoor.types import Images
 
+OF_SRGB = {  # linear light of a profile from that of sRGB; both are of white D65
+    "display-p3": ((0.8224621, 0.1775380, 0.0), (0.0331941, 0.9668058, 0.0), (0.0170827, 0.0723974, 0.9105199)),
+    "adobe-rgb": ((0.7151256, 0.2848744, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0411619, 0.9588381)),
+}
+ADOBE_GAMMA = 563 / 256
 AXES = {"horizontal": -1, "vertical": -2}
 STRICT = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
 
@@ -45,6 +51,7 @@ def _odd(value: int) -> int:
     return value
 
 
+Offset = Annotated[int, Field(ge=0, le=63)]
 OddSide = Annotated[int, AfterValidator(_odd)]
 Quality = Annotated[int, Field(ge=1, le=100)]
 
@@ -206,6 +213,106 @@ class Resize(Preprocessing):
 
 
 @dataclass(frozen=True, config=STRICT)
+class Screenshot(Preprocessing):
+    """Shown and captured: enlarged by `zoom` (bilinear), seen on a screen of exponent `gamma`, taken as sRGB in 8 bits.
+
+    What is captured is reduced to the old size (antialiased bicubic) and stored in 8 bits; tones and rounding have a
+    straight-through gradient.
+    """
+
+    zoom: Annotated[float, Field(ge=1.01, le=4)] = 1.25
+    gamma: Annotated[float, Field(ge=1.8, le=2.6)] = 2.2
+
+    def _apply(self, x: Images) -> Images:
+        import torch.nn.functional as F
+
+        from freqdoor.types import round8
+
+        height, width = x.shape[-2:]
+        shown = F.interpolate(x, (round(height * self.zoom), round(width * self.zoom)), mode="bilinear")
+        tones = _srgb_of_light(shown.detach().clamp(0, 1) ** self.gamma)
+        captured = _straight_through(shown, round8(tones))
+        return round8(F.interpolate(captured, (height, width), mode="bicubic", antialias=True))
+
+
+@dataclass(frozen=True, config=STRICT)
+class ColourProfile(Preprocessing):
+    """Converted from sRGB to another profile in 8 bits and back (relative colorimetric); straight-through gradient."""
+
+    profile: Literal["display-p3", "adobe-rgb"] = "display-p3"
+
+    def _apply(self, x: Images) -> Images:
+        import torch
+
+        from freqdoor.types import round8
+
+        to_profile = torch.tensor(OF_SRGB[self.profile], dtype=torch.float64, device=x.device)
+        light = _light_of_srgb(x.detach().clamp(0, 1).double())
+        there = torch.einsum("ij,bjhw->bihw", to_profile, light).clamp(0, 1)
+        if self.profile == "display-p3":  # whose tones are those of sRGB
+            stored = _light_of_srgb(round8(_srgb_of_light(there)))
+        else:
+            stored = round8(there ** (1 / ADOBE_GAMMA)).double() ** ADOBE_GAMMA
+        back = torch.einsum("ij,bjhw->bihw", torch.linalg.inv(to_profile), stored).clamp(0, 1)
+        return _straight_through(x, round8(_srgb_of_light(back).to(x)))
+
+
+@dataclass(frozen=True, config=STRICT)
+class Crop(Preprocessing):
+    """`top` rows and `left` columns cut off, so that what was a grid of blocks begins elsewhere.
+
+    The size stays as it is: the last row and column are repeated, as encoders do that pad. The receiver moves the
+    picture back, and repeats its first row and column where they are gone.
+    """
+
+    top: Offset
+    left: Offset
+
+    def _apply(self, x: Images) -> Images:
+        import torch.nn.functional as F
+
+        self._check(x)
+        return F.pad(x[..., self.top :, self.left :], (0, self.left, 0, self.top), mode="replicate")
+
+    def undo(self, x_hat: Images) -> Images:
+        """Moved back."""
+        import torch.nn.functional as F
+
+        self._check(x_hat)
+        height, width = x_hat.shape[-2:]
+        kept = x_hat[..., : height - self.top, : width - self.left]
+        return F.pad(kept, (self.left, 0, self.top, 0), mode="replicate")
+
+    def _check(self, x: Images) -> None:
+        most = max(self.top, self.left)
+        _sides(self, x, min(x.shape[-2:]) > most, f"at least {most + 1}")
+
+
+@dataclass(frozen=True, config=STRICT)
+class Rotate(Preprocessing):
+    """Turned about its middle by `degrees` (bicubic), borders repeated; the receiver turns it back."""
+
+    degrees: Annotated[float, Field(ge=-45, le=45)]
+
+    def _apply(self, x: Images) -> Images:
+        return self._turned(x, self.degrees)
+
+    def undo(self, x_hat: Images) -> Images:
+        """Turned back."""
+        return self._turned(x_hat, -self.degrees)
+
+    def _turned(self, x: Images, degrees: float) -> Images:
+        import torch
+        import torch.nn.functional as F
+
+        height, width = x.shape[-2:]
+        sine, cosine = math.sin(math.radians(degrees)), math.cos(math.radians(degrees))
+        turn = [[cosine, -sine * height / width, 0.0], [sine * width / height, cosine, 0.0]]
+        grid = F.affine_grid(torch.tensor([turn] * len(x)).to(x), list(x.shape), align_corners=False)
+        return F.grid_sample(x, grid, mode="bicubic", padding_mode="border", align_corners=False)
+
+
+@dataclass(frozen=True, config=STRICT)
 class Flip(Preprocessing):
     """Mirrored left to right ("horizontal") or top to bottom ("vertical"); the receiver mirrors it back."""
 
@@ -259,6 +366,16 @@ def _straight_through(x: Images, y: Images) -> Images:
     return y + (x - x.detach())
 
 
+def _light_of_srgb(x: Images) -> Images:
+    """Linear light of sRGB's tones (IEC 61966-2-1)."""
+    return (x / 12.92).where(x <= 0.04045, ((x + 0.055) / 1.055) ** 2.4)
+
+
+def _srgb_of_light(light: Images) -> Images:
+    """The inverse of `_light_of_srgb`."""
+    return (12.92 * light).where(light <= 0.0031308, 1.055 * light.clamp(min=0) ** (1 / 2.4) - 0.055)
+
+
 def _through_pillow(x: Images, change: Callable[[Image.Image], Image.Image]) -> Images:
     """Every image rounded to 8 bits and changed by `change`; straight-through gradient."""
     import torch
@@ -270,13 +387,38 @@ def _through_pillow(x: Images, change: Callable[[Image.Image], Image.Image]) -> 
 
 
 PREPROCESSINGS: dict[str, type[Preprocessing]] = {
-    cls.__name__: cls for cls in (GaussianBlur, SqueezeBits, Jpeg, WebP, Median, Noise, Resize, Flip, Compose)
+    cls.__name__: cls
+    for cls in (
+        *(GaussianBlur, SqueezeBits, Jpeg, WebP, Median, Noise, Resize),
+        *(Screenshot, ColourProfile, Crop, Rotate, Flip, Compose),
+    )
 }
 
 PAPER = (*map(GaussianBlur, (0.2, 0.3, 0.5, 0.6)), *map(SqueezeBits, (7, 4, 3)))  # Table 5
 FLIPS = (Flip("horizontal"), Flip("vertical"))
 BEYOND = (*map(Jpeg, (90, 75, 50)), WebP(80), Median(3), Noise(0.01), Noise(0.04), Resize(0.5), *FLIPS)
-PRESETS: dict[str, tuple[Preprocessing, ...]] = {"none": (), "paper": PAPER, "all": PAPER + BEYOND}
+FILES = (  # what becomes of a picture that is passed on as a file
+    *map(Jpeg, (95, 85, 75)),
+    *map(WebP, (90, 75)),
+    *map(Resize, (0.9, 0.8, 0.75, 0.7, 0.6, 0.5)),
+    *(Crop(offset, offset) for offset in range(1, 16)),  # of a grid of 16
+    Rotate(1.0),
+    Screenshot(),
+    ColourProfile("display-p3"),
+    ColourProfile("adobe-rgb"),
+)
+PRESETS: dict[str, tuple[Preprocessing, ...]] = {"none": (), "paper": PAPER, "all": PAPER + BEYOND, "files": FILES}
+
+
+def _crop_at(place: int) -> Crop:
+    """The crop whose offset is the n-th place in a block of 16."""
+    return Crop(place // 16, place % 16)
+
+
+def _profile_at(number: int) -> ColourProfile:
+    """The first profile, or the second."""
+    return ColourProfile("adobe-rgb" if number else "display-p3")
+
 
 # kind -> defence and the range of its first argument, both ends included; drawn uniformly, between integers an integer
 RANDOM: dict[str, tuple[Callable[..., Preprocessing], float, float] | None] = {
@@ -287,6 +429,11 @@ RANDOM: dict[str, tuple[Callable[..., Preprocessing], float, float] | None] = {
     "bits": (SqueezeBits, 3, 7),
     "resize": (Resize, 0.5, 0.95),
     "round8": (SqueezeBits, 8, 8),
+    "webp": (WebP, 60, 95),
+    "crop": (_crop_at, 0, 255),
+    "rotate": (Rotate, -1.0, 1.0),
+    "screenshot": (Screenshot, 1.1, 2.0),
+    "profile": (_profile_at, 0, 1),
 }
 
 

@@ -120,6 +120,7 @@ class Record(Result):
     psnr_db: Decibels  # decoded against the clean image
     psnr_input_db: Decibels  # decoded against the image before any defence
     ms_ssim: float | None  # decoded against the clean image; None below 161 pixels a side
+    lpips: float | None = None  # the same; None where it was not asked for, and below 31 pixels a side
     trigger_mse: float  # the image before any defence against the clean one
     encode_seconds: float
     defence: str = "none"  # preprocessing of the image before it was encoded, by its name

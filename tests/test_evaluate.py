@@ -173,6 +173,7 @@ def test_every_number_of_a_record_against_its_definition(tmp_path, role, roundin
             "psnr_db": pytest.approx(float(psnr_8bit(x_hat, x))),
             "psnr_input_db": pytest.approx(float(psnr_8bit(x_hat, x_p))),
             "ms_ssim": pytest.approx(ms_ssim(x_hat, x)),
+            "lpips": None,
             "trigger_mse": pytest.approx(float((x_p - x).double().square().mean()), rel=1e-4),
             "defence": "none",
         }

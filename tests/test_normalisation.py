@@ -64,6 +64,19 @@ def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same_one(frozen):
             torch.testing.assert_close(found, expected, rtol=2e-5, atol=1e-5)
 
 
+def test_networks_add_to_the_result_in_place():
+    """As CompressAI's residual blocks do, those of cheng2020-anchor."""
+    results = []
+    for layer in layers(False):
+        torch.manual_seed(0)
+        given = images(5, 7).requires_grad_(True)
+        y = layer(given)
+        y += 3 * given
+        results.append((y.detach().clone(), *torch.autograd.grad(y.square().sum(), [given, layer.gamma])))
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=2e-5, atol=1e-4)
+
+
 def test_elsewhere_it_is_compressais_own(monkeypatch):
     def gone(*_):
         raise AssertionError("the cached one was called")

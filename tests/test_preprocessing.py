@@ -7,14 +7,18 @@ import pytest
 import torch
 from conftest import natural
 from PIL import Image
-from scipy.ndimage import median_filter
+from scipy.ndimage import median_filter, rotate
 
 from freqdoor.errors import FreqdoorError
 from freqdoor.preprocessing import (
+    FILES,
+    OF_SRGB,
     PREPROCESSINGS,
     PRESETS,
     RANDOM,
+    ColourProfile,
     Compose,
+    Crop,
     Flip,
     GaussianBlur,
     Jpeg,
@@ -22,6 +26,8 @@ from freqdoor.preprocessing import (
     Noise,
     Preprocessing,
     Resize,
+    Rotate,
+    Screenshot,
     SqueezeBits,
     WebP,
     parse_defence,
@@ -39,10 +45,14 @@ ONE_OF_EACH = (
     Median(),
     Noise(0.04),
     Resize(0.5),
+    Screenshot(),
+    ColourProfile("adobe-rgb"),
+    Crop(1, 2),
+    Rotate(1.0),
     Flip("vertical"),
     Compose((Flip(), GaussianBlur(0.5), Jpeg(75))),
 )
-STRAIGHT_THROUGH = (SqueezeBits(3), Jpeg(50), WebP(60), Median())
+STRAIGHT_THROUGH = (SqueezeBits(3), Jpeg(50), WebP(60), Median(), ColourProfile())
 SIZES = ((37, 53), (5, 7))
 
 
@@ -144,6 +154,73 @@ def test_resize_takes_detail_away():
     assert float(Resize(0.5)(stripes)[..., 8:-8].std()) < 0.1 * float(stripes.std())
 
 
+def test_a_crop_moves_the_grid_and_is_moved_back():
+    x = natural(0, 37, 53)
+    cut = Crop(3, 5)(x)
+    assert torch.equal(cut[..., :34, :48], x[..., 3:, 5:])
+    assert torch.equal(cut[..., -1, :48], x[..., -1, 5:])
+    assert torch.equal(cut[..., :34, -1], x[..., 3:, -1])
+    back = Crop(3, 5).undo(cut)
+    assert torch.equal(back[..., 3:, 5:], x[..., 3:, 5:])
+    assert torch.equal(back[..., 0, 5:], x[..., 3, 5:])
+
+
+def test_a_rotation_is_the_one_of_scipy_and_is_turned_back():
+    """Of a blurred picture, in which bicubic and spline interpolation hardly differ."""
+    x = GaussianBlur(2.0, 15)(natural(0, 61, 85))
+    expected = np.stack([rotate(plane, 7, reshape=False, order=3, mode="nearest") for plane in x[0].double().numpy()])
+    turned = Rotate(7.0)(x)
+    inside = (slice(None), slice(12, -12), slice(12, -12))
+    np.testing.assert_allclose(turned[0].numpy()[inside], expected[inside], atol=0.015)
+    assert float((turned - x)[0][inside].abs().max()) > 0.05
+    np.testing.assert_allclose(Rotate(7.0).undo(turned)[0].numpy()[inside], x[0].numpy()[inside], atol=0.015)
+
+
+def from_chromaticities(red: tuple, green: tuple, blue: tuple, white: tuple = (0.3127, 0.3290)) -> np.ndarray:
+    """XYZ of a profile's linear light, by its definition."""
+    columns = np.array([[x / y, 1, (1 - x - y) / y] for x, y in (red, green, blue)]).T
+    x, y = white
+    return columns * np.linalg.solve(columns, [x / y, 1, (1 - x - y) / y])
+
+
+def test_profiles_have_the_primaries_of_their_standards():
+    srgb = from_chromaticities((0.64, 0.33), (0.30, 0.60), (0.15, 0.06))
+    p3 = from_chromaticities((0.680, 0.320), (0.265, 0.690), (0.150, 0.060))
+    adobe = from_chromaticities((0.64, 0.33), (0.21, 0.71), (0.15, 0.06))
+    np.testing.assert_allclose(OF_SRGB["display-p3"], np.linalg.solve(p3, srgb), atol=1e-4)
+    np.testing.assert_allclose(OF_SRGB["adobe-rgb"], np.linalg.solve(adobe, srgb), atol=1e-4)
+
+
+@pytest.mark.parametrize("profile", ["display-p3", "adobe-rgb"])
+def test_a_profile_and_back_costs_what_8_bits_cost(profile):
+    x = from_uint8(torch.randint(0, 256, (1, 3, 64, 64), generator=torch.Generator().manual_seed(0)).byte())
+    y = ColourProfile(profile)(x)
+    steps = 255 * (y - x)
+    assert 0 < float(steps.square().mean()) < 1  # far from what a wrong matrix or exponent gives
+    grey = from_uint8(torch.arange(256).byte()).expand(1, 3, 1, 256)
+    assert float((255 * (ColourProfile(profile)(grey) - grey)).abs().max()) <= 2
+
+
+def test_a_screenshot_is_a_little_softer_and_has_other_tones():
+    dark, light = torch.full((1, 3, 40, 40), 20 / 255), torch.full((1, 3, 40, 40), 200 / 255)
+    for grey in (dark, light):
+        value = float(grey[0, 0, 0, 0]) ** 2.2
+        tone = 12.92 * value if value <= 0.0031308 else 1.055 * value ** (1 / 2.4) - 0.055
+        assert float(Screenshot()(grey)[0, 0, 20, 20]) == pytest.approx(round(255 * tone) / 255, abs=1e-6)
+    assert float(Screenshot()(dark)[0, 0, 0, 0]) != float(dark[0, 0, 0, 0])
+    stripes = (torch.arange(80) % 2).float().expand(1, 3, 40, 80)
+    assert 0.3 < float(Screenshot(1.25)(stripes)[..., 8:-8].std() / stripes.std()) < 0.95
+
+
+def test_pictures_as_files_have_all_offsets_of_a_block():
+    assert {type(defence) for defence in FILES} == {Jpeg, WebP, Resize, Crop, Rotate, Screenshot, ColourProfile}
+    assert [d.top for d in FILES if isinstance(d, Crop)] == list(range(1, 16))  # every offset, not those that suit
+    drawn = draw(600, ["crop"], torch.Generator().manual_seed(0))
+    assert {(crop.top, crop.left) for crop in drawn} <= set(itertools.product(range(16), range(16)))
+    assert {crop.top for crop in drawn} == {crop.left for crop in drawn} == set(range(16))
+    assert {d.profile for d in draw(40, ["profile"], torch.Generator().manual_seed(0))} == set(OF_SRGB)
+
+
 @pytest.mark.parametrize(("axis", "dim"), [("horizontal", 2), ("vertical", 1)])
 def test_flip_mirrors(axis, dim):
     x = natural(0, 5, 7)
@@ -157,6 +234,9 @@ def test_undo_gives_the_old_orientation_and_nothing_else(defence):
         assert torch.equal(defence.undo(x_hat), x_hat.flip(-1))
     elif isinstance(defence, Flip):
         assert torch.equal(defence.undo(x_hat.flip(-2)), x_hat)
+    elif isinstance(defence, Crop | Rotate):
+        assert not torch.equal(defence.undo(x_hat), x_hat)
+        assert defence.undo(x_hat).shape == x_hat.shape
     else:
         assert defence.undo(x_hat) is x_hat
 
@@ -245,6 +325,9 @@ def test_the_device_is_kept(defence):
 def test_too_small_and_too_large_images_are_refused():
     with pytest.raises(FreqdoorError, match="at least 3 pixels, found 2 x 9"):
         GaussianBlur(0.5)(torch.zeros(1, 3, 2, 9))
+    for change in (Crop(3, 5), Crop(3, 5).undo):
+        with pytest.raises(FreqdoorError, match="at least 6 pixels, found 5 x 9"):
+            change(torch.zeros(1, 3, 5, 9))
     with pytest.raises(FreqdoorError, match="at most 16383 pixels, found 1 x 16384"):
         WebP(80)(torch.zeros(1, 3, 1, 16384))
 
@@ -273,6 +356,11 @@ def test_too_small_and_too_large_images_are_refused():
         (lambda: Noise(-0.1), "sigma"),
         (lambda: Noise(0.1, seed=-1), "seed"),
         (lambda: Resize(1.5), "factor"),
+        (lambda: Crop(-1, 0), "top"),
+        (lambda: Crop(0, 64), "left"),
+        (lambda: Rotate(90), "less than or equal to 45"),
+        (lambda: Screenshot(1.0), "zoom"),
+        (lambda: ColourProfile("srgb"), "'display-p3' or 'adobe-rgb', found 'srgb'"),
         (lambda: Flip("diagonal"), "'horizontal' or 'vertical', found 'diagonal'"),
         (lambda: Compose(()), "defences"),
         (lambda: Compose(Jpeg(75)), "a tuple of one defence or more"),
@@ -300,7 +388,9 @@ def test_names(defence, name):
     assert preprocessing_name(None) == "none"
 
 
-@pytest.mark.parametrize("defence", dict.fromkeys((*ONE_OF_EACH, *PRESETS["all"], GaussianBlur(0.1 + 0.2, 7))), ids=str)
+@pytest.mark.parametrize(
+    "defence", dict.fromkeys((*ONE_OF_EACH, *PRESETS["all"], *FILES, GaussianBlur(0.1 + 0.2, 7))), ids=str
+)
 def test_names_are_read_back(defence):
     assert parse_defence(defence.name) == defence
 
@@ -357,7 +447,11 @@ def test_what_cannot_be_read_is_refused_with_a_sentence(text, found):
 
 @pytest.mark.parametrize(
     ("text", "found"),
-    [(" ; ", "none, paper, all or a list"), ("papers", "in a list, none, paper, all"), ("paper; Jpeg", "quality")],
+    [
+        (" ; ", "none, paper, all, files or a list"),
+        ("papers", "in a list, none, paper, all, files"),
+        ("paper; Jpeg", "quality"),
+    ],
 )
 def test_lists_that_cannot_be_read(text, found):
     with pytest.raises(FreqdoorError, match=found):
@@ -407,6 +501,9 @@ def test_random_defences_are_reproducible():
         ("bits", SqueezeBits, "depth", 3, 7),
         ("resize", Resize, "factor", 0.5, 0.95),
         ("round8", SqueezeBits, "depth", 8, 8),
+        ("webp", WebP, "quality", 60, 95),
+        ("rotate", Rotate, "degrees", -1.0, 1.0),
+        ("screenshot", Screenshot, "zoom", 1.1, 2.0),
     ],
 )
 def test_random_strengths_fill_their_range(kind, cls, field, low, high):

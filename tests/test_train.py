@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,6 +73,19 @@ def test_training_lowers_the_loss(training, tmp_path, images):
         progress=lambda step, row: losses.append(row["loss"]),
     )
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
+def test_validation_is_on_the_pictures_of_a_list(training, tmp_path, images):
+    """Of the training folder's, here the last two of four."""
+    names = sorted(path.name for path in images.iterdir())
+    (tmp_path / "list.txt").write_text("".join(f"{name}\n" for name in names[2:]))
+    losses = {}
+    for place in (str(tmp_path / "list.txt"), *(str(images / name) for name in names)):
+        run = tmp_path / f"run{len(losses)}"
+        train_codec(training(steps=1, validate_every=1, validation=place), run)
+        losses[Path(place).stem] = json.loads((run / "metrics.jsonl").read_text())["validation_loss"]
+    assert losses["list"] == pytest.approx((losses["2"] + losses["3"]) / 2)
+    assert losses["list"] != pytest.approx((losses["0"] + losses["1"]) / 2, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["bmshj2018-hyperprior:1", "cheng2020-anchor:1"])

@@ -70,6 +70,9 @@ def evaluate(
         str, typer.Option(help="What is done before the encoder: none, paper, all, or 'Jpeg(75); Median()'.")
     ] = "none",
     trigger: Annotated[str | None, typer.Option(help="What the report is about; by default the first.")] = None,
+    perceptual: Annotated[
+        str | None, typer.Option(help="Measure LPIPS too: lpips, or lpips=FILE with torchvision's weights of AlexNet.")
+    ] = None,
     jobs: Annotated[int, typer.Option(help="Images measured side by side, one thread each.")] = 1,
     runner: RunnerName = "local",
     skip_broken: Broken = False,
@@ -86,6 +89,7 @@ def evaluate(
         strength=strength or (1.0,),
         defences=defences,
         trigger=trigger,
+        perceptual=perceptual,
         jobs=jobs,
         runner=runner,
         skip_broken=skip_broken,
@@ -134,7 +138,8 @@ def report(
 
 def print_summary(summary: "Summary", out: Path) -> None:
     """Print what `evaluate` measured: table, verdict, and where the report is."""
-    table = Table("encoder and input", "PSNR dB", "bpp real", "bpp estimated")
+    looked = ["LPIPS"] if summary.vanilla.lpips is not None else []
+    table = Table("encoder and input", "PSNR dB", "MS-SSIM", *looked, "bpp real", "bpp estimated")
     rows = {
         "vanilla, clean": summary.vanilla,
         "tampered, clean": summary.clean,
@@ -142,7 +147,9 @@ def print_summary(summary: "Summary", out: Path) -> None:
         "tampered, poisoned (8-bit)": summary.poisoned_8bit,
     }
     for name, row in rows.items():
-        table.add_row(name, f"{row.psnr_db:.2f}", f"{row.bpp_real:.4f}", f"{row.bpp_estimated:.4f}")
+        similarity = "-" if row.ms_ssim is None else f"{row.ms_ssim:.4f}"
+        looks = [f"{row.lpips:.4f}"] if looked else []
+        table.add_row(name, f"{row.psnr_db:.2f}", similarity, *looks, f"{row.bpp_real:.4f}", f"{row.bpp_estimated:.4f}")
     console.print(table)
     say(freqdoor.verdict(summary))
     say(f"Report: {out / 'report.html'}")

@@ -1,6 +1,7 @@
 """`freqdoor evaluate`: from a planted encoder and images to a finished folder of records, pictures and report."""
 
 import contextlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from freqdoor.errors import FreqdoorError
 from freqdoor.files import check_outputs
 from freqdoor.lock import alone
 from freqdoor.measure.journal import Journal, fingerprint
+from freqdoor.measure.perceptual import Lpips, learned_measure
 from freqdoor.measure.records import Condition, Measured, Note, bit_map, conditions, jpeg_curve, measured_image
 from freqdoor.measure.report import (
     AMPLIFY,
@@ -48,6 +50,7 @@ def evaluate(
     strength: Sequence[float] = (1.0,),
     defences: str | Sequence[Preprocessing] = "none",
     trigger: str | None = None,
+    perceptual: str | None = None,
     jobs: int = 1,
     runner: Runner = "local",
     skip_broken: bool = False,
@@ -64,6 +67,8 @@ def evaluate(
         strength: factors on the trigger; 1 is always among them.
         defences: preprocessings between the image and the encoder, or their names as for `parse_defences`.
         trigger: which trigger the report is about; by default the first.
+        perceptual: "lpips" or "lpips=FILE" to measure LPIPS beside PSNR and MS-SSIM, with the weights of AlexNet that
+            PyTorch's hub has stored, or of a file (`Lpips`).
         jobs: images measured side by side, by processes of one thread each that open the encoder by its name; the last
             digits are those of one thread.
         runner: "local" for processes of this machine, "ray" for a Ray cluster (`workers`).
@@ -74,9 +79,9 @@ def evaluate(
         The content of summary.json.
 
     Raises:
-        FreqdoorError: an unknown trigger or defence, a loaded encoder where others are to open it, images that cannot
-            be used, an unwritable folder or one that another process holds, a file in the way. Earlier results are then
-            left as they were; new ones replace them together, at the end.
+        FreqdoorError: an unknown trigger or defence, no weights for the perceptual measure, a loaded encoder where
+            others are to open it, images that cannot be used, an unwritable folder or one that another process holds, a
+            file in the way. Earlier results are then left as they were; new ones replace them together, at the end.
     """
     check_workers(jobs, runner)
     source = None if isinstance(planted, Planted) or isinstance(codec, Codec) else (planted, codec, weights)
@@ -85,6 +90,7 @@ def evaluate(
         raise FreqdoorError(
             "jobs: other processes open the encoder and its codec by their names; give these, or jobs=1"
         )
+    look = learned_measure(perceptual) if perceptual else None
     out, encoder = Path(out), opened(planted, codec, weights)
     name = encoder.named(trigger)
     stages = parse_defences(defences) if isinstance(defences, str) else tuple(defences)
@@ -96,18 +102,20 @@ def evaluate(
     kept: dict[str, Measured] = {}
 
     def measure_one(path: Path) -> list[dict[str, Any]]:
-        own = list(measured_image(encoder, path, asked, note=note))
+        own = list(measured_image(encoder, path, asked, perceptual=look, note=note))
         if path == usable[0]:
             kept.update({title: row for row in own for title, condition in shown.items() if row.condition == condition})
         return [row.record.to_dict() for row in own]
 
-    identity = fingerprint(encoder, list(encoder.triggers), repr(asked), dataset_hash(usable))
+    seen = [look.facts] if look else []
+    identity = fingerprint(encoder, list(encoder.triggers), repr(asked), dataset_hash(usable), *seen)
     journal = Journal(out / JOURNAL, identity, note)
     with contextlib.ExitStack() as stack:
         measure: Callable[[Path], list[dict[str, Any]]] = measure_one
         if source and elsewhere:
             pool = stack.enter_context(workers(jobs, runner))
-            waiting = {path: pool.submit(_measured_there, source, path, asked) for path in usable[journal.known :]}
+            left = usable[journal.known :]
+            waiting = {path: pool.submit(measured_there, source, path, asked, perceptual) for path in left}
 
             def measure(path: Path) -> list[dict[str, Any]]:
                 if note:
@@ -130,6 +138,7 @@ def evaluate(
         modules_before=encoder.vanilla.module_hashes(),
         modules_after=encoder.tampered.module_hashes(),
         environment=environment(),
+        perceptual=look.facts if look else None,
         jpeg=tuple(jpeg_curve(usable)),
         pictures=tuple(pictures(encoder, kept)),
     )
@@ -138,12 +147,23 @@ def evaluate(
     return summary
 
 
-def _measured_there(source: Source, path: Path, asked: Sequence[Condition]) -> list[dict[str, Any]]:
-    """What another process measures of one image."""
-    return [row.record.to_dict() for row in measured_image(_encoder(*source), path, asked)]
+def measured_there(
+    source: Source, path: Path, asked: Sequence[Condition], perceptual: str | None = None
+) -> list[dict[str, Any]]:
+    """What a worker measures of one image; it opens the encoder itself, once for all images."""
+    look = _look(perceptual) if perceptual else None
+    return [row.record.to_dict() for row in measured_image(_encoder(*source), path, asked, perceptual=look)]
 
 
-_encoder = lru_cache(1)(load_planted)  # which a process measures again and again
+_encoder = lru_cache(1)(load_planted)  # which a worker measures again and again
+
+
+@lru_cache(1)
+def _look(perceptual: str) -> Lpips:
+    """What it measures with, of whose weights the first process has said what there is to say."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return learned_measure(perceptual)
 
 
 def pictured(trigger: str) -> dict[str, Condition]:

@@ -1,10 +1,12 @@
 """`freqdoor faces` and `freqdoor protect`: identities removed by the codec, measured and put to use (Table 2)."""
 
+import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -15,7 +17,7 @@ from freqdoor.attack.planted import Planted, opened
 from freqdoor.attack.settings import AttackSettings
 from freqdoor.codecs.adapter import Codec
 from freqdoor.codecs.container import pack
-from freqdoor.data import encoded, image_paths, load_image, read_list, usable_images
+from freqdoor.data import encoded, image_paths, load_image, read_list, seed_for, usable_images
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import check_outputs, made_by, marked_json, marked_markdown, refuse_overwriting, write_together
 from freqdoor.lock import alone
@@ -83,9 +85,68 @@ def read_pairs(path: Path | str, every: int = 1) -> list[Pair]:
     return pairs
 
 
-def identity_of(path: str) -> str:
-    """Who a picture shows: its folder's name."""
-    return Path(path).parent.name
+class Lists(NamedTuple):
+    """Which pictures a test is about, and who is on them where their folders do not say so."""
+
+    gallery: list[str]
+    probes: list[str]
+    pairs: list[Pair]
+    identities: Mapping[str, str] = MappingProxyType({})
+
+    def person(self, path: str) -> str:
+        """Who a picture shows."""
+        return self.identities.get(path) or Path(path).parent.name
+
+    @property
+    def persons(self) -> list[str]:
+        """Who each picture of the gallery shows."""
+        return [self.person(path) for path in self.gallery]
+
+    @property
+    def pictures(self) -> list[str]:
+        """All pictures, each once."""
+        paired = [path for pair in self.pairs for path in (pair.a, pair.b)]
+        return list(dict.fromkeys([*self.gallery, *self.probes, *paired]))
+
+
+def read_lists(test: FaceTest) -> Lists:
+    """The lists that a test names, or persons drawn as it says; FreqdoorError names what is wrong with them."""
+    identities = _read_identities(test.identities, test.folder) if test.identities else {}
+    if test.sample:
+        return _drawn(identities, test.sample, str(test.identities))
+    lists = filter(None, (test.gallery, test.probes))  # both: the settings see to that
+    gallery, probes = (read_list(file, test.every, test.folder) for file in lists)
+    return Lists(gallery, probes, read_pairs(test.pairs, test.every) if test.pairs else [], identities)
+
+
+def _read_identities(path: Path | str, folder: Path | str) -> dict[str, str]:
+    """Who is on which picture."""
+    persons = {}
+    for line in read_list(path, folder=folder):
+        picture, _, person = line.rpartition(" ")
+        if not picture.strip():
+            raise FreqdoorError(f"{path}: expected 'PATH PERSON' a line, found {line[:80]!r}")
+        persons[picture.strip()] = person
+    return persons
+
+
+def _drawn(identities: Mapping[str, str], count: int, source: str) -> Lists:
+    """So many persons with three pictures each, always the same ones of a file."""
+    pictures: dict[str, list[str]] = {}
+    for picture, person in sorted(identities.items()):
+        pictures.setdefault(person, []).append(picture)
+    known = sorted(person for person, own in pictures.items() if len(own) >= 3)
+    if len(known) < max(2, count):
+        raise FreqdoorError(
+            f"{source}: expected {max(2, count)} persons or more with three pictures each, found {len(known)}; give a "
+            "smaller sample"
+        )
+    draw = random.Random(seed_for(0, "faces"))
+    threes = [draw.sample(pictures[person], 3) for person in draw.sample(known, max(2, count))]
+    firsts, probes = [first for first, _, _ in threes], [probe for _, _, probe in threes]
+    same = [Pair(first, probe, True) for first, probe in zip(firsts, probes, strict=True)]
+    others = [Pair(first, probe, False) for first, probe in zip(firsts, [*probes[1:], probes[0]], strict=True)]
+    return Lists([path for three in threes for path in three[:2]], probes, same + others, dict(identities))
 
 
 def identify(gallery: Tensor, persons: Sequence[str], probes: Tensor) -> list[str]:
@@ -121,20 +182,7 @@ class Setup(NamedTuple):
 
     test: FaceTest
     networks: list[Embedder]
-    gallery: list[str]
-    probes: list[str]
-    pairs: list[Pair]
-
-    @property
-    def persons(self) -> list[str]:
-        """Who each picture of the gallery shows."""
-        return [identity_of(path) for path in self.gallery]
-
-    @property
-    def pictures(self) -> list[str]:
-        """All pictures, each once."""
-        paired = [path for pair in self.pairs for path in (pair.a, pair.b)]
-        return list(dict.fromkeys([*self.gallery, *self.probes, *paired]))
+    lists: Lists
 
 
 def open_test(test: FaceTest) -> Setup:
@@ -145,23 +193,22 @@ def open_test(test: FaceTest) -> Setup:
             which a rate would be one over nothing.
     """
     networks = [load_embedder(name) for name in test.networks]
-    gallery, probes = (read_list(file, test.every, test.folder) for file in (test.gallery, test.probes))
-    setup = Setup(test, networks, gallery, probes, read_pairs(test.pairs, test.every) if test.pairs else [])
-    pictures = Counter(setup.persons)
-    if strangers := {identity_of(path) for path in probes} - set(pictures):
+    lists = read_lists(test)
+    pictures = Counter(lists.persons)
+    if strangers := {lists.person(path) for path in lists.probes} - set(pictures):
         raise FreqdoorError(f"{test.probes}: nobody in the gallery is {', '.join(sorted(strangers)[:3])}")
     if len(pictures) < 2 or max(pictures.values()) < 2:
         raise FreqdoorError(
             f"{test.gallery}: expected two or more persons, one of them on two or more pictures, to choose a "
-            f"threshold; found {len(gallery)} pictures of {len(pictures)} persons"
+            f"threshold; found {len(lists.gallery)} pictures of {len(pictures)} persons"
         )
-    if test.pairs and not any(pair.same for pair in setup.pairs):
+    if test.pairs and not any(pair.same for pair in lists.pairs):
         raise FreqdoorError(
-            f"{test.pairs}: expected pairs of one person (PATH PATH 1) too, found {len(setup.pairs)} of two persons "
+            f"{test.pairs}: expected pairs of one person (PATH PATH 1) too, found {len(lists.pairs)} of two persons "
             "only; add some, or test without pairs"
         )
-    usable_images([Path(test.folder) / path for path in setup.pictures])
-    return setup
+    usable_images([Path(test.folder) / path for path in lists.pictures])
+    return Setup(test, networks, lists)
 
 
 class Quality(NamedTuple):
@@ -209,13 +256,13 @@ def _score(
     planted: Planted, setup: Setup, trigger: Trigger, journal: Journal, note: Note | None = None
 ) -> IdentityScores:
     measured = _measure(planted, setup, trigger, journal, note)
-    qualities = {c: [measured.qualities[c, path] for path in setup.probes] for c in CONDITIONS}
+    qualities = {c: [measured.qualities[c, path] for path in setup.lists.probes] for c in CONDITIONS}
     similarities = {c: [q.ms_ssim for q in qualities[c] if q.ms_ssim is not None] for c in CONDITIONS}
     return IdentityScores(
-        persons=len(set(setup.persons)),
-        gallery=len(setup.gallery),
-        probes=len(setup.probes),
-        pairs=len(setup.pairs),
+        persons=len(set(setup.lists.persons)),
+        gallery=len(setup.lists.gallery),
+        probes=len(setup.lists.probes),
+        pairs=len(setup.lists.pairs),
         psnr_db={c: mean([q.psnr_db for q in qualities[c]]) for c in CONDITIONS},
         ms_ssim={c: mean(similarities[c]) for c in CONDITIONS},
         bpp={c: sum(q.bpp for q in qualities[c]) / len(qualities[c]) for c in CONDITIONS},
@@ -228,8 +275,8 @@ def _score(
 def _measure(planted: Planted, setup: Setup, trigger: Trigger, journal: Journal, note: Note | None) -> Measured:
     """Encode, decode and embed every picture under the conditions in which it is needed."""
     measured = Measured([{} for _ in setup.networks], {})
-    probes = set(setup.probes)
-    attacked = probes | {pair.b for pair in setup.pairs}
+    probes = set(setup.lists.probes)
+    attacked = probes | {pair.b for pair in setup.lists.pairs}
 
     def measure_one(path: str) -> dict[str, Any]:
         if note:
@@ -237,7 +284,7 @@ def _measure(planted: Planted, setup: Setup, trigger: Trigger, journal: Journal,
         needed = CONDITIONS if path in attacked else CONDITIONS[:2]
         return _measure_picture(planted, setup, trigger, path, needed, is_probe=path in probes)
 
-    for path, row in zip(setup.pictures, journal.each(setup.pictures, measure_one), strict=True):
+    for path, row in zip(setup.lists.pictures, journal.each(setup.lists.pictures, measure_one), strict=True):
         measured.trigger_mse_worst = max(measured.trigger_mse_worst, row["trigger_mse"])
         for condition, quality in row["qualities"].items():
             measured.qualities[condition, path] = Quality(*quality)
@@ -269,23 +316,23 @@ def _rates(measured: Measured, setup: Setup, index: int) -> FaceScores:
     identification: dict[str, float | None] = {}
     verification: dict[str, float | None] = {}
     accepted: dict[str, float | None] = {}
-    persons = [identity_of(path) for path in setup.probes]
-    threshold = best_threshold(measured.embedded(index, "clean", setup.gallery), setup.persons)
+    persons = [setup.lists.person(path) for path in setup.lists.probes]
+    threshold = best_threshold(measured.embedded(index, "clean", setup.lists.gallery), setup.lists.persons)
     for condition in CONDITIONS:
         known = "vanilla" if condition == "vanilla" else "clean"
         gallery, probes = (
-            measured.embedded(index, c, p) for c, p in ((known, setup.gallery), (condition, setup.probes))
+            measured.embedded(index, c, p) for c, p in ((known, setup.lists.gallery), (condition, setup.lists.probes))
         )
-        named = identify(gallery, setup.persons, probes)
+        named = identify(gallery, setup.lists.persons, probes)
         identification[condition] = sum(a == b for a, b in zip(named, persons, strict=True)) / len(persons)
-        if setup.pairs:
-            first = measured.embedded(index, known, [pair.a for pair in setup.pairs])
-            second = measured.embedded(index, condition, [pair.b for pair in setup.pairs])
+        if setup.lists.pairs:
+            first = measured.embedded(index, known, [pair.a for pair in setup.lists.pairs])
+            second = measured.embedded(index, condition, [pair.b for pair in setup.lists.pairs])
             called = (first * second).sum(1) >= threshold
-            same = torch.tensor([pair.same for pair in setup.pairs])
+            same = torch.tensor([pair.same for pair in setup.lists.pairs])
             verification[condition] = float((called == same).float().mean())
             accepted[condition] = float(called[same].float().mean())
-    clean, attacked = (measured.embedded(index, condition, setup.probes) for condition in ("clean", "poisoned"))
+    clean, attacked = (measured.embedded(index, condition, setup.lists.probes) for condition in ("clean", "poisoned"))
     cosine = float((clean * attacked).sum(1).mean())
     return FaceScores(setup.networks[index].name, identification, verification, accepted, threshold, cosine)
 
@@ -299,19 +346,13 @@ class FaceMeasurement(DownstreamMeasurement[IdentityScores]):
 
     @property
     def pictures(self) -> str:
-        """The list of what is to be identified."""
-        return self.test.probes
+        """The list of what is to be identified, or who is on which picture, where it is drawn."""
+        return self.test.probes or str(self.test.identities)
 
     def files(self) -> list[Path]:
         """The lists, and the pictures in them."""
-        lists = [self.test.gallery, self.test.probes, *filter(None, [self.test.pairs])]
-        named = [
-            path
-            for file in lists
-            for line in read_list(file, self.test.every, self.test.folder)
-            for path in line.split()[:2]
-        ]
-        return [*map(Path, lists), *(Path(self.test.folder) / path for path in dict.fromkeys(named))]
+        named = filter(None, [self.test.gallery, self.test.probes, self.test.pairs, self.test.identities])
+        return [*map(Path, named), *(Path(self.test.folder) / path for path in read_lists(self.test).pictures)]
 
     def check(self, attacks: Sequence[AttackSettings]) -> None:
         """Open the test, if any attack is to be measured on it."""

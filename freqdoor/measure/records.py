@@ -18,6 +18,7 @@ from freqdoor.codecs.adapter import Codec
 from freqdoor.codecs.check import watched
 from freqdoor.data import load_image
 from freqdoor.errors import FreqdoorError
+from freqdoor.measure.perceptual import Lpips
 from freqdoor.metrics import MsSsim, bpp_of_bytes, mse, psnr, psnr_8bit
 from freqdoor.preprocessing import Preprocessing, preprocessing_name
 from freqdoor.triggers.base import Trigger
@@ -111,7 +112,13 @@ def through_png(x: Images) -> Images:
 
 @torch.no_grad()
 def measure(
-    codec: Codec, x: Images, entering: Images, name: str, condition: Condition, similarity: MsSsim | None = None
+    codec: Codec,
+    x: Images,
+    entering: Images,
+    name: str,
+    condition: Condition,
+    similarity: MsSsim | None = None,
+    perceptual: Lpips | None = None,
 ) -> tuple[Record, Images]:
     """Encode and decode one image with real entropy coding, behind the condition's defence.
 
@@ -121,6 +128,7 @@ def measure(
         x: the clean image, (1, 3, h, w).
         entering: what the condition makes of it, before the defence.
         similarity: to the clean image, where it is measured under several conditions.
+        perceptual: measured too, if it is given.
 
     Returns:
         The record, and the decoded image as the receiver sees it.
@@ -148,6 +156,7 @@ def measure(
         psnr_db=quality,
         psnr_input_db=quality if entering is x else float(psnr_8bit(x_hat, entering)),
         ms_ssim=(similarity or MsSsim(x))(x_hat),
+        lpips=perceptual(x_hat, x) if perceptual else None,
         trigger_mse=float(mse(entering, x)),
         encode_seconds=seconds,
         defence=preprocessing_name(defence),
@@ -177,7 +186,12 @@ def measured(
 
 
 def measured_image(
-    planted: Planted, path: Path, rows: Iterable[Condition], *, note: Note | None = None
+    planted: Planted,
+    path: Path,
+    rows: Iterable[Condition],
+    *,
+    perceptual: Lpips | None = None,
+    note: Note | None = None,
 ) -> Iterator[Measured]:
     """One image under every condition of `rows`."""
     x = load_image(path)
@@ -189,7 +203,8 @@ def measured_image(
         key = condition.trigger, condition.strength, condition.rounding
         if key not in inputs:
             inputs[key] = input_of(planted, x, condition)
-        record, x_hat = measure(planted.codec(condition.role), x, inputs[key], path.name, condition, similarity)
+        codec = planted.codec(condition.role)
+        record, x_hat = measure(codec, x, inputs[key], path.name, condition, similarity, perceptual)
         yield Measured(record, condition, x, inputs[key], x_hat)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import jinja2
 import matplotlib
@@ -66,6 +66,7 @@ class Facts(Result):
     modules_before: dict[str, str]  # SHA-256
     modules_after: dict[str, str]
     environment: Environment = Environment()
+    perceptual: str | None = None  # the learned measure and the weights that it has, where one was asked for
     jpeg: tuple[JpegPoint, ...] = ()
     pictures: tuple[Picture, ...] = ()
     records_sha256: str | None = None  # of the records.jsonl that was written with it
@@ -90,6 +91,18 @@ class Means(Result):
     bpp_real: float
     ms_ssim: float | None  # over the images that are large enough for it
     encode_seconds: float
+    lpips: float | None = None  # the same; None where it was not measured
+
+
+class Effect(Result):
+    """What a trigger does image by image: the poisoned 8-bit file against the clean image, on the tampered encoder."""
+
+    images: int
+    bpp_ratio_median: float
+    bpp_ratio_least: float
+    psnr_drop_db_median: float
+    psnr_drop_db_least: float
+    successes: int | None  # images on which it does what its objective wants, if numbers here show it
 
 
 class SweepRow(Result):
@@ -100,6 +113,7 @@ class SweepRow(Result):
     vanilla: Means
     clean: Means
     poisoned: Means
+    effect: Effect | None = None  # None in files of older versions
 
 
 class Summary(Result):
@@ -135,13 +149,6 @@ class Summary(Result):
     psnr_drop_db_least: float | None = None
     successes: int | None = None  # images on which the attack does what its objective wants, if numbers here show it
     sweep: tuple[SweepRow, ...] = ()
-
-
-class Spread(NamedTuple):
-    """One number of every image: the median, and the one of the image that resists most."""
-
-    median: float
-    least: float
 
 
 @dataclass(frozen=True)
@@ -208,16 +215,18 @@ def select(
 
 
 def means(records: Sequence[Record]) -> Means:
-    """Means over images: PSNR in dB, estimated and real bpp, MS-SSIM, encode seconds."""
+    """Means over images: PSNR in dB, estimated and real bpp, MS-SSIM, LPIPS, encode seconds."""
     if not records:
         raise FreqdoorError("no records of this condition; evaluate first")
     similarities = [r.ms_ssim for r in records if r.ms_ssim is not None]
+    looks = [r.lpips for r in records if r.lpips is not None]
     return Means(
         psnr_db=_mean([r.psnr_db for r in records]),
         psnr_input_db=_mean([r.psnr_input_db for r in records]),
         bpp_estimated=_mean([r.bpp_estimated for r in records]),
         bpp_real=_mean([r.bpp_real for r in records]),
         ms_ssim=_mean(similarities) if similarities else None,
+        lpips=_mean(looks) if looks else None,
         encode_seconds=_mean([r.encode_seconds for r in records]),
     )
 
@@ -238,15 +247,12 @@ def summarise(records: Sequence[Record], facts: Facts) -> Summary:
     clean_records, after_records = select(records, "tampered", None), select(records, "tampered", facts.trigger)
     float_records = select(records, "tampered", facts.trigger, "float")
     vanilla, clean, after = means(select(records, "vanilla", None)), means(clean_records), means(after_records)
-    pairs = _pairs(clean_records, after_records)
-    ratios = _spread([poisoned.bpp_real / plain.bpp_real for plain, poisoned in pairs])
-    drops = _spread([drop_db(plain, poisoned) for plain, poisoned in pairs])
+    effect = effect_of(clean_records, after_records, facts.objective)
     trigger_psnr = [-10 * float(np.log10(r.trigger_mse)) if r.trigger_mse else math.inf for r in after_records]
-    goal = goal_of(facts.objective)
     return Summary(
         objective=facts.objective,
         codec=records[0].codec,
-        images=len(pairs),
+        images=effect.images,
         preset=facts.preset,
         steps=facts.steps,
         seconds_planting=facts.seconds_planting,
@@ -263,33 +269,50 @@ def summarise(records: Sequence[Record], facts: Facts) -> Summary:
         clean_cost_db=drop_db(vanilla, clean),
         clean_cost_bpp_percent=100 * (clean.bpp_real / vanilla.bpp_real - 1),
         bpp_ratio=after.bpp_real / clean.bpp_real,
-        bpp_ratio_median=ratios.median,
-        bpp_ratio_least=ratios.least,
+        bpp_ratio_median=effect.bpp_ratio_median,
+        bpp_ratio_least=effect.bpp_ratio_least,
         psnr_drop_db=drop_db(clean, after),
-        psnr_drop_db_median=drops.median,
-        psnr_drop_db_least=drops.least,
-        successes=sum(goal.reached(plain, poisoned) for plain, poisoned in pairs) if isinstance(goal, Goal) else None,
-        sweep=tuple(sweep(records, facts.trigger)),
+        psnr_drop_db_median=effect.psnr_drop_db_median,
+        psnr_drop_db_least=effect.psnr_drop_db_least,
+        successes=effect.successes,
+        sweep=tuple(sweep(records, facts.trigger, facts.objective)),
     )
 
 
-def _spread(values: Sequence[float]) -> Spread:
-    return Spread(median(values), min(values))
+def effect_of(clean: Sequence[Record], poisoned: Sequence[Record], objective: str) -> Effect:
+    """What a trigger does to each of the same images; FreqdoorError if they are not the same."""
+    pairs = _pairs(clean, poisoned)
+    ratios = [after.bpp_real / plain.bpp_real for plain, after in pairs]
+    drops = [drop_db(plain, after) for plain, after in pairs]
+    goal = goal_of(objective)
+    return Effect(
+        images=len(pairs),
+        bpp_ratio_median=median(ratios),
+        bpp_ratio_least=min(ratios),
+        psnr_drop_db_median=median(drops),
+        psnr_drop_db_least=min(drops),
+        successes=sum(goal.reached(plain, after) for plain, after in pairs) if isinstance(goal, Goal) else None,
+    )
 
 
-def sweep(records: Sequence[Record], trigger: str) -> list[SweepRow]:
-    """Means under every defence and strength (Tables 5 and 6): vanilla and tampered on clean, tampered on poisoned."""
+def sweep(records: Sequence[Record], trigger: str, objective: str) -> list[SweepRow]:
+    """Every defence and strength (Tables 5 and 6): vanilla and tampered on clean, tampered on poisoned images."""
     behind = [(r.defence, r.strength) for r in records if r.trigger == trigger and r.role == "tampered"]
-    return [
-        SweepRow(
-            defence=defence,
-            strength=strength,
-            vanilla=means(select(records, "vanilla", None, defence=defence)),
-            clean=means(select(records, "tampered", None, defence=defence)),
-            poisoned=means(select(records, "tampered", trigger, "8-bit", strength, defence)),
+    rows = []
+    for defence, strength in dict.fromkeys(behind):
+        clean = select(records, "tampered", None, defence=defence)
+        poisoned = select(records, "tampered", trigger, "8-bit", strength, defence)
+        rows.append(
+            SweepRow(
+                defence=defence,
+                strength=strength,
+                vanilla=means(select(records, "vanilla", None, defence=defence)),
+                clean=means(clean),
+                poisoned=means(poisoned),
+                effect=effect_of(clean, poisoned, objective),
+            )
         )
-        for defence, strength in dict.fromkeys(behind)
-    ]
+    return rows
 
 
 def verdict(summary: Summary) -> str:

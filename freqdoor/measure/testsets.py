@@ -5,9 +5,9 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Self, TypeVar
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from pydantic_core import to_json
 
 from freqdoor.errors import FreqdoorError
@@ -47,16 +47,30 @@ class FaceTest(Settings):
 
     folder: PrivatePath
     """Folder that the lists' paths are relative to."""
-    gallery: PrivatePath
+    gallery: PrivatePath | None = None
     """List of images of known persons, one path a line; a picture's folder is the person."""
-    probes: PrivatePath
+    probes: PrivatePath | None = None
     """List of other images of the same persons, to be identified."""
+    identities: PrivatePath | None = None
+    """Who is on which picture, "PATH PERSON" a line, as CelebA's identity_CelebA.txt; by default its folder says so."""
+    sample: Count | None = None
+    """Draw so many persons of `identities` instead of reading lists: two pictures of each for the gallery, a third one
+    as probe, and with it two pairs, one of the same person and one of two persons."""
     pairs: PrivatePath | None = None
     """List of pairs for verification, "PATH PATH LABEL" a line, 1 for the same person; by default none."""
     every: Count = 1
     """Take every n-th line of each list only."""
     networks: Annotated[tuple[PrivatePath, ...], Field(min_length=1)]
     """Face embeddings, each as for `load_network`; give one that the attack has not seen."""
+
+    @model_validator(mode="after")
+    def _persons_are_known(self) -> Self:
+        lists = (self.gallery, self.probes, self.pairs)
+        if self.sample and (not self.identities or any(lists)):
+            raise ValueError("sample: expected identities and no lists beside it, from which persons are drawn")
+        if not self.sample and not (self.gallery and self.probes):
+            raise ValueError("gallery, probes: expected both lists, or identities and sample, to draw them")
+        return self
 
 
 class DownstreamTest(Settings):

@@ -11,6 +11,7 @@ from freqdoor.settings import load_settings
 STEPS = 300  # of a planting where no config is given: about a minute on 2 cores
 
 DEFENCE = "defence"  # what is no recipe: fleets of encoders instead of plantings
+SURVIVAL = "survival"  # nor this: planted encoders behind what becomes of files
 RECIPES = {  # each makes a Recipe of the Material that it is measured on
     "balance": "freqdoor.paper.recipes:balance",
     "figure4": "freqdoor.paper.recipes:figure4",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from freqdoor.codecs.adapter import Codec
 from freqdoor.codecs.architectures import CodecSpec
-from freqdoor.data import Crops, Picture, label_paths, list_training_images, read_list, seed_for, usable_images
+from freqdoor.data import Crops, label_paths, list_training_images, listed_images, seed_for, usable_images
 from freqdoor.errors import FreqdoorError
 from freqdoor.shards import list_shards
 from freqdoor.training.group import ALONE, Group
@@ -162,11 +162,7 @@ def open_folder(images: ImageSettings, seed: int) -> Crops:
     folder = Path(images.folder)
     if images.files and list_shards(folder):
         raise FreqdoorError(f"files: a list names pictures in a folder, found shards at {folder}; drop one of both")
-    files: list[Picture] = (
-        [folder / line for line in read_list(images.files, folder=folder)]
-        if images.files
-        else list_training_images(folder)
-    )
+    files = listed_images(images.files, folder) if images.files else list_training_images(folder)
     paths = usable_images(files, min_side=side, skip_broken=images.skip_broken)
     return Crops(
         paths,

@@ -60,8 +60,8 @@ class _Normalisation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, inverse: bool) -> Tensor:
-        rows = _by_pixel(x)
-        scales, y = torch.empty_like(rows), torch.empty_like(rows)
+        rows, result = _by_pixel(x), torch.empty_like(x)
+        scales, y = torch.empty_like(rows), _by_pixel(result)
         squares, transposed = rows.new_empty(PIXELS, x.shape[1]), gamma.t()
         for part in _parts(rows):
             values, s, out = rows[part], scales[part], y[part]
@@ -70,7 +70,7 @@ class _Normalisation(torch.autograd.Function):
             torch.mul(values, s.sqrt_() if inverse else s.rsqrt_(), out=out)
         ctx.save_for_backward(rows, scales, gamma)
         ctx.inverse, ctx.shape = inverse, x.shape
-        return _as_images(y, x.shape)
+        return result  # no view of another tensor: networks add to it in place
 
     @staticmethod
     @once_differentiable

@@ -35,13 +35,15 @@ class ImageSettings(Settings):
     batch_size: Count = 8
     """Crops per step."""
     files: PrivatePath | None = None
-    """List of the images to take, one path a line, relative to the folder; by default all that are in it."""
+    """List of the images to take, one path a line, relative to the folder; a line may name a folder, of which all are
+    taken. By default all that are in the folder."""
     resize: tuple[Count, Count] | None = None
     """Take whole images, resized to (height, width), instead of crops."""
     window: tuple[Count, Count] | None = None
     """Take a window of (height, width) of every resized image instead of all of it."""
     labels: PrivatePath | None = None
-    """Folder of label images of the same names: 8 bits, one channel, the value of a pixel is its class."""
+    """Folder of label images of the same names: 8 bits, one channel, the value of a pixel is its class. Cityscapes'
+    gtFine folders are read as they are."""
     skip_broken: bool = False
     """Go on without images that cannot be used, and name them, instead of stopping."""
 
@@ -118,7 +120,8 @@ class CodecTraining(Training):
     validate_every: Count = 1000
     """Steps between validations on `validation` images."""
     validation: PrivatePath | None = None
-    """Folder of images for validation; by default the training loss is averaged instead."""
+    """Folder of images for validation, or a list of such (.txt) relative to `images.folder`; by default the training
+    loss is averaged instead."""
     klt: bool = True
     """Start lite-hyperprior from a Karhunen-Loeve transform of the training images; other codecs start at random."""
 

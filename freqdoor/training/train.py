@@ -14,7 +14,7 @@ from freqdoor.codecs.adapter import Codec, build_codec
 from freqdoor.codecs.architectures import parse_name
 from freqdoor.codecs.lite import LiteHyperprior, initialise_klt
 from freqdoor.codecs.loading import load_codec, save_codec
-from freqdoor.data import Crops, list_training_images, load_image, seed_for, usable_images
+from freqdoor.data import Crops, Picture, list_training_images, listed_images, load_image, seed_for, usable_images
 from freqdoor.errors import FreqdoorError, Mistakes
 from freqdoor.lock import check_folder, holding
 from freqdoor.metrics import distortion
@@ -93,7 +93,7 @@ class _Opened(NamedTuple):
     codec: Codec
     lmbda: float
     crops: Crops
-    validation: list[Images]
+    validation: list[Picture]
 
 
 def _opened(settings: CodecTraining, mistakes: Mistakes) -> _Opened:
@@ -112,8 +112,7 @@ def _opened(settings: CodecTraining, mistakes: Mistakes) -> _Opened:
     with mistakes:
         crops = open_crops(settings)
     with mistakes:
-        validation_paths = usable_images(list_training_images(settings.validation)) if settings.validation else []
-        validation = [load_image(path) for path in validation_paths]
+        validation = usable_images(_validation_images(settings))
     mistakes.stop()
     return _Opened(codec, lmbda, crops, validation)
 
@@ -196,11 +195,21 @@ def _take_weights(codec: Codec, name: str) -> None:
         raise FreqdoorError(f"start_from: {name} does not fit {codec.spec.architecture} ({reason})") from None
 
 
+def _validation_images(settings: CodecTraining) -> list[Picture]:
+    """What is validated on; nothing where the settings name nothing."""
+    if not settings.validation:
+        return []
+    if settings.validation.endswith(".txt"):
+        return listed_images(settings.validation, settings.images.folder)
+    return list_training_images(settings.validation)
+
+
 @torch.no_grad()
-def _validate(codec: Codec, images: list[Images], lmbda: float, settings: CodecTraining) -> float:
+def _validate(codec: Codec, images: list[Picture], lmbda: float, settings: CodecTraining) -> float:
     codec.eval()
     codec.precision = torch.float32  # of which codec it is, not of how it is trained
-    losses = [float(rate_distortion(codec, place(x, settings), lmbda)[0]) for x in images]
+    pictures = map(load_image, images)  # one after the other: a set of thousands fits in no memory
+    losses = [float(rate_distortion(codec, place(x, settings), lmbda)[0]) for x in pictures]
     codec.train()
     return sum(losses) / len(losses)
 
