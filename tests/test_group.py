@@ -100,6 +100,7 @@ def other_process(images: Path):
     return share
 
 
+@pytest.mark.long
 def test_one_process_equals_two_and_one_that_is_killed_ends_both(images):
     """The batch has three pictures: the shares differ in size."""
     alone = states(images, ALONE)

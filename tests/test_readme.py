@@ -116,6 +116,7 @@ def test_commands_that_train_a_codec(tmp_path, command):
         command(line, {"train-codec": ["--set", "steps=2"]})
 
 
+@pytest.mark.long
 def test_commands_beyond_the_tour(tmp_path, command):
     """The block "more", the same way; what would be planted for a table is only listed."""
     put_photo(tmp_path)
@@ -145,6 +146,7 @@ def test_the_page_is_served(tmp_path, command, monkeypatch):
     assert [type(app).__name__ for app in served] == ["Gate"]
 
 
+@pytest.mark.long
 def test_commands_of_many_processes(tmp_path, command, monkeypatch):
     """The block "many": two processes plant; images are measured by a thread, which starts sooner."""
     monkeypatch.setattr(workers, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(1))
@@ -186,6 +188,7 @@ def test_commands_on_a_cluster(tmp_path, command):
     assert len((tmp_path / "results-ray/records.jsonl").read_text().splitlines()) == 6
 
 
+@pytest.mark.long
 def test_commands_of_downstream_attacks(tmp_path, command):
     """The block "downstream", with small networks in the place of the real ones and few images."""
     for folder in ("camvid/train", "camvid/trainannot", "camvid/test", "camvid/testannot", "faces/a", "faces/b"):
@@ -238,7 +241,7 @@ def test_configs_load():
     tests = {"camvid-test": SegmentationTest, "faces-test": FaceTest, "downstream-test": DownstreamTest}
     kinds = {"train": CodecTraining, "plant": PlantSettings, "fleet": FleetSettings}
     for path in sorted((ROOT / "configs").glob("*/*.toml")):
-        if path.parent.name != "networks":
+        if path.parent.name not in ("networks", "paper"):  # the paper's are tried in test_datasets.py
             load_settings(tests[path.stem] if path.parent.name == "test" else kinds[path.parent.name], path)
     for path in sorted((ROOT / "configs/networks").glob("*.toml")):
         load_settings(NetworkSpec, path)
