@@ -18,6 +18,7 @@ from freqdoor.codecs.architectures import CodecSpec
 from freqdoor.data import Crops, label_paths, list_training_images, listed_images, seed_for, usable_images
 from freqdoor.errors import FreqdoorError
 from freqdoor.shards import list_shards
+from freqdoor.training.convolutions import keep_contiguous
 from freqdoor.training.group import ALONE, Group
 from freqdoor.training.normalisation import cache_normalisation
 from freqdoor.training.run import Run
@@ -212,9 +213,10 @@ def place(x: Images, settings: Training) -> Images:
 
 
 def place_codec(codec: Codec, settings: Training) -> None:
-    """Put a codec that is to be trained where `place` puts its batches, and let its GDN stay in the cache."""
+    """Put a codec that is to be trained where `place` puts its batches; its GDN stays in the cache."""
     codec.to(settings.device).train().to(memory_format=layout(settings))
     cache_normalisation(codec)
+    keep_contiguous(codec)
 
 
 def layout(settings: Training) -> torch.memory_format:
