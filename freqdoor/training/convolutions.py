@@ -16,7 +16,8 @@ class ContiguousConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """(b, c, h, w) -> (b, m, h / stride, w / stride)."""
         weight = self.weight.flatten(1)[..., None, None]  # `contiguous` leaves a 1x1 kernel's strides as they are
-        return self._conv_forward(input.contiguous(), weight, self.bias)
+        y: Tensor = self._conv_forward(input.contiguous(), weight, self.bias)
+        return y
 
 
 def keep_contiguous(net: nn.Module) -> None:
