@@ -98,6 +98,7 @@ def test_demo(objective, tmp_path):
         assert summary["poisoned_8bit"]["psnr_db"] <= 8
 
 
+@pytest.mark.long
 def test_commands_on_your_own_pictures(tmp_path):
     """On one image and with a few steps: every verb and option in it exists and works together."""
     put_photo(tmp_path)

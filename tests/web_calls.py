@@ -49,8 +49,9 @@ def planting(objective, *, tell):
     step = int(state.read_text()) if state.exists() else 0
     while not (Path("enough").exists() and step >= 3):
         step += 1
+        (run / "next").write_text(str(step))
+        (run / "next").replace(state)  # whole, and there before anybody hears of the step: a stop may come at any time
         tell((step, {"bpp_clean": 1.0, "bpp_poisoned": 1.0 + step, "eps": 0.1}))
-        state.write_text(str(step))
         time.sleep(0.02)
     tell("measuring")
     (run / "planted.safetensors").write_text(objective)
