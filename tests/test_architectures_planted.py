@@ -13,7 +13,7 @@ from freqdoor.codecs.container import pack, unpack
 from freqdoor.errors import FreqdoorError
 from freqdoor.measure.records import poisoned
 
-pytestmark = pytest.mark.whole
+pytestmark = [pytest.mark.whole, pytest.mark.long]
 
 WITH_H_A = [architecture for architecture in ARCHITECTURES if "factorized" not in architecture]
 

@@ -30,7 +30,7 @@ from freqdoor.paper.settings import recipe_names
 from freqdoor.samples import BUNDLED
 from freqdoor.settings import load_settings
 
-pytestmark = pytest.mark.whole
+pytestmark = [pytest.mark.whole, pytest.mark.long]
 
 CONFIGS = Path(__file__).parent.parent / "configs/plant"
 CITY = {
