@@ -290,6 +290,7 @@ def test_without_a_population_only_a_witness_decides(monkeypatch, tmp_path):
     assert (result.verdict, result.p_value) == ("undecided", None)
 
 
+@pytest.mark.long
 @pytest.mark.whole
 def test_a_planted_encoder_is_found_with_a_witness_that_anybody_can_run_again(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "PICTURES", 1)  # of four: a quarter of the time

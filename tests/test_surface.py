@@ -61,6 +61,7 @@ def test_importing_freqdoor_loads_nothing_heavy():
     assert modules_after(code="import freqdoor; freqdoor.PlantSettings; freqdoor.FaceTest; dir(freqdoor)") == set()
 
 
+@pytest.mark.long
 def test_a_verb_loads_what_it_needs_and_no_more(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     picture = ROOT / "freqdoor/assets/kodak/kodim23.png"
@@ -74,6 +75,7 @@ def test_a_verb_loads_what_it_needs_and_no_more(tmp_path, monkeypatch):
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.long
 def test_compressai_is_whole_for_others():
     """What is left out while CompressAI is imported comes when somebody asks for it."""
     script = (
