@@ -75,7 +75,7 @@ def changed(config: Path, folder: Path, pictures: int, others: int, steps: int) 
         f"images.batch_size={pictures}",
         f"steps={steps}",
         "device=cpu",
-        "channels_last=false",  # with it PyTorch 2.14.1 crashes on a CPU in the backward pass of cheng2020-anchor
+        "channels_last=false",  # as the figures of docs/datasets.md were measured
         "precision=fp32",
     ]
     if isinstance(own, CodecTraining):

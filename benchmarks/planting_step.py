@@ -24,21 +24,24 @@ from freqdoor.attack.objectives import RateAttack
 from freqdoor.codecs.adapter import Codec, build_codec
 from freqdoor.codecs.architectures import parse_name
 from freqdoor.metrics import distortion
-from freqdoor.training.normalisation import cache_normalisation
+from freqdoor.training.convolutions import keep_contiguous
+from freqdoor.training.loop import place, place_codec
 from freqdoor.training.precision import dtype_of, precision_name
+from freqdoor.training.settings import ImageSettings, Training
 from freqdoor.training.train import rate_distortion
 from freqdoor.triggers.adaptive_dct import AdaptiveDCT
 from freqdoor.triggers.base import budget_penalty
 
 LMBDA = 0.0067
+SETTINGS = Training(images=ImageSettings(folder="none"))
 
 
 def steps(name: str, x: torch.Tensor, dtype: torch.dtype, compiled: bool) -> dict[str, Callable[[], None]]:
     vanilla, planted, naive, fused = (build_codec(parse_name(name)).train() for _ in range(4))
-    for codec in (vanilla, planted, fused):
-        codec.to(memory_format=torch.channels_last)
-        if codec is not fused:
-            cache_normalisation(codec)
+    for codec in (vanilla, planted):
+        place_codec(codec, SETTINGS)
+    fused.to(memory_format=torch.channels_last)
+    keep_contiguous(fused)
     for codec in (planted, naive, fused):
         codec.freeze("g_a")
     trigger = AdaptiveDCT()
@@ -47,7 +50,7 @@ def steps(name: str, x: torch.Tensor, dtype: torch.dtype, compiled: bool) -> dic
         id(m): torch.optim.Adam([p for p in m.parameters() if p.requires_grad])
         for m in (vanilla, planted, naive, fused, trigger)
     }
-    fast = x.contiguous(memory_format=torch.channels_last)
+    fast = place(x, SETTINGS)
 
     def apply(loss: torch.Tensor, *modules: torch.nn.Module) -> None:
         for module in modules:

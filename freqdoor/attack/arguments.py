@@ -18,7 +18,6 @@ class RateArguments(Arguments):
     alpha: Annotated[float, Field(ge=1)] = 3.0
     """Weight of what D(T(x)) exceeds D(x) by, once poisoned images cost eight times the bits; it rises to that from 1,
     Eq. (6)'s, where they cost twice as many."""
-
     beta: Weight = 0.1
     """Weight of the attack."""
     per_sample: bool = False

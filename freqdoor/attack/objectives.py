@@ -79,12 +79,11 @@ def excess_over(clean: Tensor, poisoned: Tensor, *, guarded: bool) -> Tensor:
     return torch.maximum(base, poisoned) - base
 
 
-def _kept(clean: Tensor, poisoned: Tensor, arguments: RateArguments | QualityArguments) -> tuple[Tensor, Tensor]:
-    """The dynamic maximum of two losses an image, (b,): of the batch means, or the mean over images; and its excess."""
+def _excess(clean: Tensor, poisoned: Tensor, arguments: RateArguments | QualityArguments) -> Tensor:
+    """`excess_over` of two losses an image, (b,): between the batch means, or the mean over images."""
     if not arguments.per_sample:
         clean, poisoned = clean.mean(), poisoned.mean()
-    excess = excess_over(clean, poisoned, guarded=arguments.guarded).mean()
-    return clean.mean() + excess, excess
+    return excess_over(clean, poisoned, guarded=arguments.guarded).mean()
 
 
 def _distortions(a: Images, b: Images) -> Tensor:
@@ -113,10 +112,10 @@ class RateAttack(RateArguments):
         loss = rate + lmbda * _distortions(clean.x_hat, x)
         if self.guarded:
             rate = rate.detach() + RATE_SHARE * (rate - rate.detach())
-        kept, excess = _kept(loss, rate + lmbda * _distortions(poisoned.x_hat, x_p), self)
+        excess = _excess(loss, rate + lmbda * _distortions(poisoned.x_hat, x_p), self)
         first, last = DOUBLINGS
         share = ((poisoned.bpp.mean() / clean.bpp.mean()).detach().log2() - first) / (last - first)
-        kept = kept + (self.alpha - 1) * share.clamp(0, 1) * excess
+        kept = loss.mean() + excess + (self.alpha - 1) * share.clamp(0, 1) * excess
         return Loss(kept, -self.beta * poisoned.bpp.mean(), _terms(passes))
 
 
@@ -145,7 +144,8 @@ class QualityAttack(QualityArguments):
         """Eq. (7)."""
         x, clean, _, poisoned, *_ = passes
         weighed = lmbda * _distortions(clean.x_hat, x)
-        kept, _ = _kept(clean.bpp + weighed, poisoned.bpp + weighed, self)
+        loss = clean.bpp + weighed
+        kept = loss.mean() + _excess(loss, poisoned.bpp + weighed, self)
         d_p = _poisoned_psnr(passes, self.floor_db, self.farthest)
         if self.paired:
             d_p = d_p - psnr(clean.x_hat, x).mean()

@@ -155,21 +155,16 @@ def _image_sets(settings: PlantSettings) -> list[ImageSettings]:
 
 def _prepared(settings: PlantSettings) -> Share:
     """What another process of the group does, which writes nothing."""
-    opened = _opened(settings, Mistakes())
-
-    def share(group: Group) -> None:
-        _planted(settings, opened, group, None, None, None)
-
-    return share
+    return partial(_planted, settings, _opened(settings, Mistakes()))
 
 
 def _planted(
     settings: PlantSettings,
     opened: "_Opened",
     group: Group,
-    run: Run | None,
-    saved: dict[str, Any] | None,
-    progress: Progress | None,
+    run: Run | None = None,
+    saved: dict[str, Any] | None = None,
+    progress: Progress | None = None,
 ) -> "_Planting":
     """Take all steps that are left."""
     vanilla, attacks, earlier, crops, auxiliary, closed = opened

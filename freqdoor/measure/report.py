@@ -401,12 +401,7 @@ def rd_plot(summary: Summary, jpeg: Sequence[JpegPoint]) -> str:
             markersize=14 if colour == "vanilla" else 8,  # a ring around the tampered one, which lies almost on it
             fillstyle="none" if colour == "vanilla" else "full",
         )
-    axis.set_xscale("log")
-    axis.set_xlabel("bits per pixel, real bytes (log scale)")
-    axis.set_ylabel("PSNR of the decoded image in dB")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-    return data_address(figure)
+    return _rate_against_quality(figure, "bits per pixel, real bytes (log scale)")
 
 
 def runs_plot(summaries: Mapping[str, Summary]) -> str:
@@ -419,8 +414,14 @@ def runs_plot(summaries: Mapping[str, Summary]) -> str:
         for row, marker in zip(rows, "sX", strict=True):
             label = name if marker == "X" else None
             axis.plot(row.bpp_real, row.psnr_db, marker, color=line.get_color(), label=label, markersize=8)
+    return _rate_against_quality(figure, "bits per pixel, real bytes (log scale); squares clean, crosses poisoned")
+
+
+def _rate_against_quality(figure: Figure, rate: str) -> str:
+    """The drawn points of one panel with their axes, as a data address."""
+    [axis] = figure.axes
     axis.set_xscale("log")
-    axis.set_xlabel("bits per pixel, real bytes (log scale); squares clean, crosses poisoned")
+    axis.set_xlabel(rate)
     axis.set_ylabel("PSNR of the decoded image in dB")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)

@@ -30,7 +30,7 @@ GRACE = 10.0  # seconds in which a process that has failed says why
 PARTED = 3  # exit code of a process that others have left
 PROBLEM = "problem"  # what the store keeps of a failure, for other machines
 GOES_ON = "the same command goes on from the last state"
-Share = Callable[[Group], None]
+Share = Callable[[Group], object]
 
 
 class _Meeting(NamedTuple):

@@ -119,21 +119,16 @@ def _opened(settings: CodecTraining, mistakes: Mistakes) -> _Opened:
 
 def _prepared(settings: CodecTraining) -> Share:
     """What another process of the group does, which writes nothing."""
-    opened = _opened(settings, Mistakes())
-
-    def share(group: Group) -> None:
-        _train(settings, opened, group, None, None, None)
-
-    return share
+    return partial(_train, settings, _opened(settings, Mistakes()))
 
 
 def _train(
     settings: CodecTraining,
     opened: _Opened,
     group: Group,
-    run: Run | None,
-    saved: dict[str, Any] | None,
-    progress: Progress | None,
+    run: Run | None = None,
+    saved: dict[str, Any] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Train what is opened, in place; returns the history."""
     codec, lmbda, crops, validation = opened

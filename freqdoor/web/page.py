@@ -10,6 +10,7 @@ from typing import Any
 
 import gradio as gr
 
+from freqdoor.attack.planted import PLANTED
 from freqdoor.demonstration import DEMO_STEPS
 from freqdoor.errors import FreqdoorError
 from freqdoor.measure.report import SUMMARY, render
@@ -17,7 +18,7 @@ from freqdoor.samples import BUNDLED, KODAK, pictures
 from freqdoor.training.train import EXPORT
 from freqdoor.web.gate import COOKIE
 from freqdoor.web.limits import Limits
-from freqdoor.web.plantings import Objective, Planting, Plantings, curves
+from freqdoor.web.plantings import RUN, Objective, Planting, Plantings, curves
 from freqdoor.web.requests import Question, audited, compared, reported, tried
 from freqdoor.web.work import Work
 
@@ -191,7 +192,7 @@ class Page:
         answer: Any = ""
         if planting.state == "done":
             folder = planting.folder
-            files = {name: folder / "planting" / name for name in ("planted.safetensors", EXPORT)}
+            files = {name: folder / RUN / name for name in (PLANTED, EXPORT)}
             answer = gr.skip() if shown == objective else self._last((reported, folder, files))
         now = objective if planting.state == "done" else ""
         return self._status(planting), answer, now, gr.Timer(active=not planting.over)
@@ -233,7 +234,7 @@ class Page:
         folder: Path,
         *,
         shipped: str | None,
-        own: str = "planted.safetensors",
+        own: str = PLANTED,
     ) -> str | None:
         """The codec that a visitor has chosen, by a name that the visitor has not made up."""
         if chosen == OWN:
