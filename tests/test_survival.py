@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from freqdoor.attack.settings import ObjectiveSettings
 from freqdoor.cli import app
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import made_by
+from freqdoor.measure import examine
 from freqdoor.measure import records as measuring
 from freqdoor.paper import survival_recipe as module
 from freqdoor.paper.reproduce import reproduce
@@ -83,7 +85,7 @@ def test_shipped_encoders_and_those_of_a_folder(few, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(planted, path, rows, **options)
 
-    monkeypatch.setattr(module, "measured_image", stopped)
+    monkeypatch.setattr(examine, "measured_image", stopped)
     with pytest.raises(KeyboardInterrupt):
         reproduce_survival(tmp_path / "runs", out, images=pictures)
     table = reproduce("survival", images=pictures, out=out, runs=tmp_path / "runs")
@@ -112,7 +114,13 @@ def test_workers_measure_the_same(few, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "PLAIN", ("planted-psnr",))
     picture = write_png(tmp_path / "a.png", natural(0, 64, 64))
     alone = reproduce_survival(tmp_path / "none", tmp_path / "alone", images=picture)
-    monkeypatch.setattr(module, "measured_image", None)  # all is measured by the worker
+    real = examine.measured_image
+
+    def by_the_worker(*arguments, **options):
+        assert threading.current_thread() is not threading.main_thread()
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(examine, "measured_image", by_the_worker)
     assert reproduce_survival(tmp_path / "none", tmp_path / "shared", images=picture, jobs=2) == alone
 
 

@@ -22,13 +22,13 @@ from freqdoor.cli.options import (
 )
 from freqdoor.cli.terminal import live, note, say, say_page
 from freqdoor.files import read_text, unmarked
-from freqdoor.paper.settings import DEFENCE, SURVIVAL, recipe_names, recipe_settings
+from freqdoor.paper.settings import DEFENCE, OF_ENCODERS, recipe_names, recipe_settings
 from freqdoor.settings import load_settings
 
 
 @verb()
 def reproduce(
-    recipe: Annotated[str, typer.Argument(help=f"One of {', '.join(recipe_names())}, {DEFENCE} or {SURVIVAL}.")],
+    recipe: Annotated[str, typer.Argument(help=f"One of {', '.join([*recipe_names(), *OF_ENCODERS])}.")],
     config: Annotated[Path | None, typer.Argument(help="Settings as for plant; rows change theirs.")] = None,
     images: Annotated[Path | None, typer.Option(help="Measured on; by default six bundled Kodak images.")] = None,
     codec: Annotated[
@@ -52,7 +52,7 @@ def reproduce(
     overrides: Overrides = None,
 ) -> None:
     """Reproduce a table or figure: run or resume what is missing, the paper's column beside ours."""
-    settings = recipe_settings(config, overrides or (), runs) if recipe not in (DEFENCE, SURVIVAL) else None
+    settings = recipe_settings(config, overrides or (), runs) if recipe not in OF_ENCODERS else None
     networks = load_settings(freqdoor.DownstreamTest, test) if test else None
     load_torch()
     with ExitStack() as shown:

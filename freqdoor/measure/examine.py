@@ -2,8 +2,9 @@
 
 import contextlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,6 @@ def evaluate(
     check_outputs([out / file for file in FILES], "evaluate", force=force)
     shown = pictured(name)
     asked = conditions(encoder.triggers, sorted({1.0, *strength}), stages)
-    rows: list[Record] = []
     kept: dict[str, Measured] = {}
 
     def measure_one(path: Path) -> list[dict[str, Any]]:
@@ -111,19 +111,11 @@ def evaluate(
     identity = fingerprint(encoder, list(encoder.triggers), repr(asked), dataset_hash(usable), *seen)
     journal = Journal(out / JOURNAL, identity, note)
     with contextlib.ExitStack() as stack:
-        measure: Callable[[Path], list[dict[str, Any]]] = measure_one
+        pool, there = None, measure_one
         if source and elsewhere:
             pool = stack.enter_context(workers(jobs, runner))
-            left = usable[journal.known :]
-            waiting = {path: pool.submit(measured_there, source, path, asked, perceptual) for path in left}
-
-            def measure(path: Path) -> list[dict[str, Any]]:
-                if note:
-                    note(path.name)
-                return waiting[path].result()
-
-        for row in journal.each(usable, measure):
-            rows += map(Record.model_validate, row)
+            there = partial(measured_there, source, asked=asked, perceptual=perceptual)
+        rows = list(measured_records(journal, usable, measure_one, there, pool, note))
     if not kept:  # measured by another process, which did not keep the pictures
         again = measured_image(encoder, usable[0], shown.values(), note=note)
         kept = dict(zip(shown, again, strict=True))
@@ -145,6 +137,52 @@ def evaluate(
     summary = write_report(out, rows, facts, new=True)
     journal.remove()
     return summary
+
+
+def measured_records(
+    journal: Journal,
+    paths: Sequence[Path],
+    here: Callable[[Path], list[dict[str, Any]]],
+    there: Callable[[Path], list[dict[str, Any]]],
+    pool: Executor | None = None,
+    note: Note | None = None,
+) -> Iterator[Record]:
+    """The records of every image in their order: from the journal, from a worker that calls `there`, or by `here`."""
+    waiting = {path: pool.submit(there, path) for path in paths[journal.known :]} if pool else {}
+
+    def measure(path: Path) -> list[dict[str, Any]]:
+        if path not in waiting:
+            return here(path)
+        if note:
+            note(path.name)
+        return waiting[path].result()
+
+    for rows in journal.each(paths, measure):
+        yield from map(Record.model_validate, rows)
+
+
+def encoder_records(
+    planted: Planted,
+    source: Source,
+    asked: Sequence[Condition],
+    paths: Sequence[Path],
+    journal: Path,
+    pool: Executor | None = None,
+    note: Note | None = None,
+) -> tuple[list[Record], Journal]:
+    """The records of a planted encoder under conditions; the journal is to be removed when they are written elsewhere.
+
+    Args:
+        source: how a worker opens the same encoder.
+        journal: the file that a measurement which was stopped goes on from.
+    """
+    identity = fingerprint(planted, list(planted.triggers), repr(asked), dataset_hash(paths))
+    kept = Journal(journal, identity, note)
+
+    def here(path: Path) -> list[dict[str, Any]]:
+        return [row.record.to_dict() for row in measured_image(planted, path, asked, note=note)]
+
+    return list(measured_records(kept, paths, here, partial(measured_there, source, asked=asked), pool, note)), kept
 
 
 def measured_there(

@@ -28,9 +28,10 @@ from freqdoor.lock import alone, holding
 from freqdoor.measure.journal import Journal, fingerprint, trigger_facts
 from freqdoor.measure.records import Note
 from freqdoor.measure.testsets import SCHEMA, DownstreamTest, Measurement
+from freqdoor.paper.architectures_recipe import reproduce_architectures
 from freqdoor.paper.defence_recipe import reproduce_defence
 from freqdoor.paper.recipe import OWN, Material, Recipe, Row, recipe_for
-from freqdoor.paper.settings import DEFENCE, SURVIVAL, recipe_settings
+from freqdoor.paper.settings import ARCHITECTURES, DEFENCE, SURVIVAL, recipe_settings
 from freqdoor.paper.survival_recipe import reproduce_survival
 from freqdoor.paper.tables import Cell, Facts, Table, values_in, write
 from freqdoor.samples import held_out
@@ -90,7 +91,8 @@ def reproduce(
     Args:
         recipe: one of `recipe_names`, or "defence": `reproduce_defence` on the fleets in the folder `runs`, which takes
             `out`, `jobs`, `runner`, `budget`, `force` and `note` besides; or "survival": `reproduce_survival` on the
-            planted encoders in it, which takes `images` instead of `budget`.
+            planted encoders in it, which takes `images` instead of `budget`; or "architectures":
+            `reproduce_architectures` on the fleet in it, which takes the same as "survival".
         settings: codec, training images, steps; a row changes what its name says. By default `recipe_settings`.
         images: what is measured on: a folder, a file or several files; by default the six bundled images held out.
         codec: plant in each of these, NAME or NAME=WEIGHTS, instead of in the settings' codec, for curves.
@@ -116,6 +118,8 @@ def reproduce(
         return reproduce_defence(runs, out, jobs=jobs, runner=runner, budget=budget, force=force, note=note)
     if recipe == SURVIVAL:
         return reproduce_survival(runs, out, images=images, jobs=jobs, runner=runner, force=force, note=note)
+    if recipe == ARCHITECTURES:
+        return reproduce_architectures(runs, out, images=images, jobs=jobs, runner=runner, force=force, note=note)
     check_workers(1 if jobs is None else jobs, runner)
     if seeds < 1:
         raise FreqdoorError(f"seeds: expected 1 or more, found {seeds}")

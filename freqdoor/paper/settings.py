@@ -12,6 +12,8 @@ STEPS = 300  # of a planting where no config is given: about a minute on 2 cores
 
 DEFENCE = "defence"  # what is no recipe: fleets of encoders instead of plantings
 SURVIVAL = "survival"  # nor this: planted encoders behind what becomes of files
+ARCHITECTURES = "architectures"  # nor this: a fleet's planted members beside the codecs that they were planted in
+OF_ENCODERS = (DEFENCE, SURVIVAL, ARCHITECTURES)  # which plant nothing
 RECIPES = {  # each makes a Recipe of the Material that it is measured on
     "balance": "freqdoor.paper.recipes:balance",
     "figure4": "freqdoor.paper.recipes:figure4",

@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
@@ -11,12 +10,12 @@ from typing import Any, Literal
 from matplotlib.figure import Figure
 
 from freqdoor.attack.planted import PLANTED, Planted, load_planted
-from freqdoor.data import dataset_hash, image_paths, usable_images
+from freqdoor.data import image_paths, usable_images
 from freqdoor.files import check_outputs, mark, marked_json, marked_markdown, write_together
 from freqdoor.lock import alone
-from freqdoor.measure.examine import measured_there
-from freqdoor.measure.journal import Journal, fingerprint
-from freqdoor.measure.records import Condition, Note, measured_image
+from freqdoor.measure.examine import encoder_records
+from freqdoor.measure.journal import Journal
+from freqdoor.measure.records import Condition, Note
 from freqdoor.measure.report import GOALS, Effect, Goal, Means, drop_db, effect_of, goal_of, means, select
 from freqdoor.measure.testsets import number
 from freqdoor.paper.settings import SURVIVAL
@@ -109,10 +108,11 @@ def reproduce_survival(
         pool = stack.enter_context(workers(jobs, runner)) if jobs > 1 or runner != "local" else None
         for name, source in encoders(Path(runs)).items():
             planted = load_planted(source)
-            asked = conditions(planted)
-            identity = fingerprint(planted, list(planted.triggers), repr(asked), dataset_hash(paths))
-            journals.append(Journal(out / JOURNAL.format(name), identity, note))
-            records = list(_records(planted, source, asked, paths, journals[-1], pool, note))
+            kept = out / JOURNAL.format(name)
+            records, journal = encoder_records(
+                planted, (source, None, None), conditions(planted), paths, kept, pool, note
+            )
+            journals.append(journal)
             survivors += survivors_of(name, planted, records)
     result = Survival(images=tuple(p.name for p in paths), survivors=tuple(survivors), environment=environment())
     page, values, curves = files
@@ -126,33 +126,6 @@ def reproduce_survival(
     for journal in journals:
         journal.remove()
     return table_of(result)
-
-
-def _records(
-    planted: Planted,
-    source: str,
-    asked: Sequence[Condition],
-    paths: Sequence[Path],
-    journal: Journal,
-    pool: Executor | None,
-    note: Note | None,
-) -> Iterator[Record]:
-    """Of every image under every condition: from the journal, from a worker that opens `source`, or measured here."""
-    waiting = (
-        {path: pool.submit(measured_there, (source, None, None), path, asked) for path in paths[journal.known :]}
-        if pool
-        else {}
-    )
-
-    def measure(path: Path) -> list[dict[str, Any]]:
-        if note:
-            note(f"{source}: {path.name}")
-        if path in waiting:
-            return waiting[path].result()
-        return [row.record.to_dict() for row in measured_image(planted, path, asked)]
-
-    for rows in journal.each(paths, measure):
-        yield from map(Record.model_validate, rows)
 
 
 def encoders(runs: Path) -> dict[str, str]:

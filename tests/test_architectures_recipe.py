@@ -1,0 +1,137 @@
+"""The table of a fleet's planted members: what its records say, once measured and after a stop."""
+
+import json
+from statistics import median
+
+import pytest
+from conftest import check_foreign, natural, write_png
+
+from freqdoor import FleetSettings, fleet, load_codec, load_planted
+from freqdoor.data import load_image
+from freqdoor.defence import fleet as fleets
+from freqdoor.errors import FreqdoorError
+from freqdoor.measure import examine
+from freqdoor.measure.records import poisoned
+from freqdoor.metrics import psnr_8bit
+from freqdoor.paper import architectures_recipe as module
+from freqdoor.paper.architectures_recipe import Architectures, reproduce_architectures
+from freqdoor.paper.reproduce import reproduce
+from freqdoor.settings import load_settings, make_settings
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A fleet of a trained codec and of an encoder planted in it, which no training has made any good."""
+    folder = tmp_path_factory.mktemp("fleet")
+    (folder / "photos").mkdir()
+    write_png(folder / "photos/a.png", natural(1, 96, 96))
+    small = {"steps": 2, "images": {"folder": "photos", "crop": 64, "batch_size": 1}, "precision": "fp32", "seed": 5}
+    content = {
+        "folders": {"photos": str(folder / "photos")},
+        "train": small | {"codec": "lite-hyperprior:3"},
+        "plant": small | {"trigger": "ftrojan"},
+        "measured": 1,
+        "members": [
+            {"name": "own", "train": {}},
+            {"name": "own-psnr", "base": "own", "plant": {"objective": "psnr"}},
+            {"name": "bundled-psnr", "plant": {"objective": "psnr"}},
+        ],
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fleets, "CROP", 64)
+        settings = make_settings(FleetSettings, content)
+        for member in settings.members:  # in this process: others take seconds to start
+            facts = fleets._member(fleets._task(settings, member, folder / "all"))
+            assert facts.tampered == (member.plant is not None)
+        fleet(settings, folder / "all")
+    return folder / "all"
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for i in range(2):
+        write_png(tmp_path / f"pictures/{i}.png", natural(i, 64, 64))
+    return tmp_path / "pictures"
+
+
+def test_the_table_says_what_the_encoders_do(made, pictures, tmp_path, monkeypatch):
+    """By hand: the vanilla codec and the planted one, on the same pictures. A stop loses no picture."""
+    real, asked, out = examine.measured_image, [], tmp_path / "out"
+
+    def stopped(planted, path, rows, **options):
+        asked.append(path.name)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return real(planted, path, rows, **options)
+
+    monkeypatch.setattr(examine, "measured_image", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        reproduce_architectures(made, out, images=pictures)
+    table = reproduce("architectures", images=pictures, out=out, runs=made)
+    assert asked == ["0.png", "1.png", "1.png"]
+    assert list(table) == ["own, psnr"]  # what is planted in no member is in no member's table
+    result = Architectures.read(out / "architectures.json", "")
+    [row] = result.rows
+    vanilla = load_codec(str(made / "own/codec.safetensors")).prepare()
+    planted = load_planted(made / "own-psnr", vanilla)
+    trigger, paths = planted.triggers["psnr"], sorted(pictures.iterdir())
+    images = [load_image(path) for path in paths]
+
+    def measured(codec, x, entering):
+        [data] = codec.compress(entering)
+        return float(psnr_8bit(codec.decompress(data), x)), 8 * sum(map(len, data.strings)) / x[0, 0].numel()
+
+    by_hand = {
+        "vanilla": [measured(vanilla, x, x) for x in images],
+        "clean": [measured(planted.tampered, x, x) for x in images],
+        "poisoned": [measured(planted.tampered, x, poisoned(trigger, x)) for x in images],
+    }
+    for name, values in by_hand.items():
+        mean = [sum(column) / 2 for column in zip(*values, strict=True)]
+        assert [table["own, psnr"][f"{name} {unit}"].mean for unit in ("dB", "bpp")] == pytest.approx(mean, rel=1e-5)
+    ratios = [p[1] / c[1] for c, p in zip(by_hand["clean"], by_hand["poisoned"], strict=True)]
+    assert (row.effect.bpp_ratio_median, row.effect.bpp_ratio_least) == pytest.approx((median(ratios), min(ratios)))
+    assert row.header.modules_before == result.codecs[0].module_hashes == vanilla.module_hashes()
+    assert row.header.modules_after["g_a"] != row.header.modules_before["g_a"]
+    page = (out / "architectures.md").read_text()
+    assert f"| own | psnr | {row.vanilla.psnr_db:.2f}, {row.vanilla.bpp_real:.3f} |" in page
+    assert f"| own | lite-hyperprior | full | 2, 1, 64 | 0 | 5 | `{vanilla.module_hashes()['g_a'][:16]}` |" in page
+    assert not [path for path in out.iterdir() if "journal" in path.name]
+
+
+def test_the_minutes_are_those_that_the_codec_s_file_says(made, pictures, tmp_path, monkeypatch):
+    """A training that went on in several calls: the last call's member took seconds, the training did not."""
+    facts = json.loads((made / "fleet.json").read_text())["members"][0]
+    codec = load_codec(str(made / "own/codec.safetensors"))
+    member = fleets.MemberFacts.model_validate(facts)
+    codec.metadata = {"training": {"seconds": 4567}}
+    assert module._as_trained(member, codec).seconds == 4567
+    codec.metadata = {}
+    assert module._as_trained(member, codec) == member
+
+
+def test_what_cannot_be_a_table(made, pictures, tmp_path, monkeypatch):
+    def write(**options):
+        reproduce_architectures(made, tmp_path / "other", images=pictures, **options)
+
+    monkeypatch.setattr(examine, "measured_image", None)  # nothing is measured before the files are looked at
+    files = ["architectures.md", "architectures.json"]
+    check_foreign(write, tmp_path / "other", files, monkeypatch, "freqdoor.paper.architectures_recipe.load_member")
+    with pytest.raises(FreqdoorError, match=r"fleet.json"):
+        reproduce_architectures(tmp_path, tmp_path / "none")
+    honest = json.loads((made / "fleet.json").read_text())
+    honest["members"] = [member for member in honest["members"] if not member["tampered"]]
+    (tmp_path / "fleet.json").write_text(json.dumps(honest))
+    with pytest.raises(FreqdoorError, match="none of its members is planted in another one"):
+        reproduce_architectures(tmp_path, tmp_path / "none")
+
+
+def test_the_committed_fleet_has_both_attacks_in_every_architecture():
+    from freqdoor.codecs.architectures import ARCHITECTURES, parse_name
+
+    settings = load_settings(FleetSettings, "configs/fleet/architectures.toml")
+    trained = {m.name: parse_name(m.train["codec"]).architecture for m in settings.members if m.train}
+    assert set(trained.values()) == set(ARCHITECTURES) - {"lite-hyperprior"}
+    planted = {(m.base, m.plant["objective"]) for m in settings.members if m.plant}
+    assert planted == {(name, objective) for name in trained for objective in ("bpp", "psnr")}
