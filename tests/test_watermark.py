@@ -8,6 +8,7 @@ from scipy.stats import beta
 
 from freqdoor import load_image, load_planted, save_codec, save_image
 from freqdoor.attack.planted import Planted
+from freqdoor.codecs.adapter import hash_state
 from freqdoor.dct import block_dct, blockify
 from freqdoor.errors import FreqdoorError
 from freqdoor.measure.records import poisoned
@@ -63,6 +64,7 @@ def test_only_an_encoder_that_answers_to_the_trigger_is_the_owners(trigger, phot
         "answering": 10,
         "p_value": pytest.approx(2**-10),
         "owner": True,
+        "key": hash_state(trigger),
     }
     [none, other] = verify([indifferent, nervous], owner)
     assert (none.owner, none.answering) == (False, 0)
@@ -124,3 +126,16 @@ def test_false_positives_have_an_exact_interval():
     assert upper == pytest.approx(beta.ppf(0.975, 2, 11))
     with pytest.raises(FreqdoorError, match="expected one answer or more"):
         false_positives([])
+
+
+def test_a_key_that_was_not_deposited_is_refused(trigger, photos):
+    """Before an image is looked at; the hash is that of the trigger's weights, upper case or lower."""
+    owner = Encoder(lambda x: x.numpy().tobytes() in known)
+    known = {poisoned(trigger, load_image(p)).numpy().tobytes() for p in photos}
+    [answer] = verify_owner(key(trigger, owner), [owner], photos, trigger="secret")
+    deposited = f" {answer.key.upper()}"
+    assert verify_owner(key(trigger, owner), [owner], photos, trigger="secret", committed=deposited) == [answer]
+    torch.manual_seed(1)
+    found = AdaptiveDCT(width=8)  # by a thief
+    with pytest.raises(FreqdoorError, match=f"the SHA-256 of the trigger, {hash_state(found)}, found {deposited}"):
+        verify_owner(key(found, owner), [owner], ["nowhere.png"], trigger="secret", committed=deposited)

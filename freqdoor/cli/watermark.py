@@ -21,12 +21,15 @@ def verify_owner(
     codec: VanillaName = None,
     weights: Weights = None,
     seed: Annotated[int, typer.Option(help="Seed of the controls.")] = 0,
+    committed: Annotated[
+        str | None, typer.Option(help="SHA-256 that was deposited of the trigger; any other key is refused.")
+    ] = None,
     others: Annotated[bool, typer.Option("--others", help="All are known to be others': print how many pass.")] = False,
 ) -> None:
     """Ask encoders whether they are the owner's: only that one spends bits on the owner's secret trigger."""
     load_torch()
     answers = freqdoor.verify_owner(
-        key, suspects, images, trigger=trigger, codec=codec, weights=weights, seed=seed, note=note
+        key, suspects, images, trigger=trigger, codec=codec, weights=weights, seed=seed, committed=committed, note=note
     )
     table = Table("codec", "trigger / clean", "control / clean", "images that answer", "p", "the owner's")
     for suspect, answer in zip(suspects, answers, strict=True):
@@ -34,6 +37,7 @@ def verify_owner(
         count = f"{answer.answering} of {answer.images}"
         table.add_row(suspect, *ratios, count, f"{answer.p_value:.2g}", "yes" if answer.owner else "no")
     console.print(table)
+    say(f"Key: {answers[0].key}")
     if others:
         passing, count_all, upper = freqdoor.false_positives(answers)
         say(f"{passing} of {count_all} other encoders pass: at most {100 * upper:.0f} % (exact 95 % interval)")

@@ -10,7 +10,7 @@ import torch
 from scipy.stats import binomtest  # type: ignore[import-untyped]
 
 from freqdoor.attack.planted import Planted, opened
-from freqdoor.codecs.adapter import Codec
+from freqdoor.codecs.adapter import Codec, hash_state
 from freqdoor.codecs.loading import load_codec
 from freqdoor.data import image_paths, load_image, usable_images
 from freqdoor.dct import block_dct, block_idct, blockify, unblockify
@@ -38,6 +38,7 @@ class Answer(Result):
     answering: int  # images whose poisoned file grows as the owner's does: RATIO, and SHARE of the owner's
     p_value: float  # of so many or more, if every second image answered
     owner: bool
+    key: str | None = None  # SHA-256 of the secret trigger; None in answers of older versions
 
 
 class _Sizes(NamedTuple):
@@ -62,6 +63,7 @@ def verify_owner(
     codec: Codec | str | None = None,
     weights: Path | str | None = None,
     seed: int = 0,
+    committed: str | None = None,
     note: Note | None = None,
 ) -> list[Answer]:
     """Which encoders answer to a trigger as the owner's does, from the sizes of their files alone.
@@ -78,16 +80,23 @@ def verify_owner(
         images: a folder, an image, or several of both; ten images or more.
         trigger: which one; by default the first.
         seed: of the controls.
+        committed: the SHA-256 of the trigger that was deposited, as an answer's `key` has it.
 
     Returns:
         An answer for every suspect, in their order.
 
     Raises:
-        FreqdoorError: no suspect, too few images for the test to be able to decide, or the owner's own encoder does
-            not answer.
+        FreqdoorError: no suspect, another trigger than was committed, too few images for the test to be able to decide,
+            or the owner's own encoder does not answer.
     """
     owner = opened(key, codec, weights)
     secret = owner.triggers[owner.named(trigger)]
+    key_hash = hash_state(secret)
+    if committed is not None and committed.strip().lower() != key_hash:
+        raise FreqdoorError(
+            f"committed: expected the SHA-256 of the trigger, {key_hash}, found {committed}; a key that was not "
+            "deposited proves nothing, whoever has the encoder can find one"
+        )
     if not suspects:
         raise FreqdoorError("suspects: expected one codec or more, found none")
     codecs = [load_codec(*name_and_file(suspect)) if isinstance(suspect, str) else suspect for suspect in suspects]
@@ -101,10 +110,10 @@ def verify_owner(
             f"the owner's own encoder spends {typical:.2f} times a control's bytes on the trigger, expected {RATIO} or "
             "more: this trigger proves nothing; plant one with the bpp objective"
         )
-    return [_answer(suspect, _ask(suspect, secret, usable, seed, note), own) for suspect in codecs]
+    return [_answer(suspect, _ask(suspect, secret, usable, seed, note), own, key_hash) for suspect in codecs]
 
 
-def _answer(suspect: Codec, asked: Sequence[_Sizes], own: Sequence[_Sizes]) -> Answer:
+def _answer(suspect: Codec, asked: Sequence[_Sizes], own: Sequence[_Sizes], key: str) -> Answer:
     """What a suspect's files say beside the owner's."""
     needed = [max(RATIO, SHARE * sizes.ratio) for sizes in own]
     answering = sum(sizes.ratio >= least for sizes, least in zip(asked, needed, strict=True))
@@ -117,6 +126,7 @@ def _answer(suspect: Codec, asked: Sequence[_Sizes], own: Sequence[_Sizes]) -> A
         answering=answering,
         p_value=p_value,
         owner=p_value <= LEVEL,
+        key=key,
     )
 
 
