@@ -1,3 +1,10 @@
+from .answers import Comparisons as Comparisons
+from .answers import Compressed as Compressed
+from .answers import FalsePositives as FalsePositives
+from .answers import Ownership as Ownership
+from .answers import Protection as Protection
+from .answers import Reproduced as Reproduced
+from .answers import Written as Written
 from .attack.networks import Embedder as Embedder
 from .attack.networks import NetworkSpec as NetworkSpec
 from .attack.networks import Segmenter as Segmenter
@@ -55,6 +62,7 @@ from .demonstration import DEMO_STEPS as DEMO_STEPS
 from .demonstration import demo as demo
 from .errors import FreqdoorError as FreqdoorError
 from .limits import max_memory as max_memory
+from .listing import names as names
 from .measure.analysis import Analysis as Analysis
 from .measure.analysis import analyse as analyse
 from .measure.examine import evaluate as evaluate

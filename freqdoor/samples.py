@@ -5,6 +5,7 @@ from pathlib import Path
 from freqdoor.errors import FreqdoorError
 
 ASSETS = Path(__file__).parent / "assets"
+SHIPPED = ("planted-bpp", "planted-psnr", "planted-face")  # planted encoders by name
 BUNDLED = "lite-hyperprior:3"  # the codec that comes with the package
 KODAK = ASSETS / "kodak"
 HELD_OUT_EVERY = 4  # kodim04, 08, ... 24 are measured on, the other 18 are planted on

@@ -18,7 +18,8 @@ RANKS: list[set[str]] = [  # what is in a row may import from the rows above it
     {"measure"},
     {"defence"},
     {"paper"},
-    {"demonstration"},
+    {"demonstration", "listing"},
+    {"answers"},
     {"web"},
     {"cli"},
 ]

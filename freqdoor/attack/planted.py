@@ -18,7 +18,7 @@ from freqdoor.codecs.loading import check_weights, load_codec, read_tensors, sav
 from freqdoor.codecs.sizes import check_shapes, outline
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import write_text
-from freqdoor.samples import ASSETS
+from freqdoor.samples import ASSETS, SHIPPED
 from freqdoor.settings import public
 from freqdoor.triggers.base import Trigger
 from freqdoor.triggers.build import build_trigger
@@ -27,7 +27,6 @@ from freqdoor.types import Result, Role, check_choice, problem_of
 PLANTED = "planted.safetensors"
 MANIFEST = "manifest.json"
 KIND = "planted encoder"  # what the file says that it holds
-SHIPPED = ("planted-bpp", "planted-psnr", "planted-face")
 Scope = Literal["g_a", "g_a+h_a"]
 LONGEST = 2**40  # seconds and steps that a header may claim
 MOST_ATTACKS = 64

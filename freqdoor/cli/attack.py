@@ -10,6 +10,7 @@ import freqdoor
 from freqdoor.cli.options import (
     Broken,
     Config,
+    Defences,
     Devices,
     Force,
     Nodes,
@@ -36,19 +37,20 @@ def demo(
     out: Annotated[Path | None, typer.Option(help="Folder to write into; by default demo-bpp or demo-psnr.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Use the planted encoder that is shipped.")] = False,
     force: Force = False,
-) -> None:
+) -> object:
     """Plant a backdoor in the bundled codec on 18 Kodak images, measure it on 6 others, write the report."""
     load_torch()
     out = out or Path(f"demo-{objective}")
     with live(0 if quick else freqdoor.DEMO_STEPS, f"planting ({objective})") as progress:
         summary = freqdoor.demo(objective, out, quick=quick, force=force, progress=progress, note=note)
     print_summary(summary, out)
+    return summary
 
 
 @verb()
 def plant(
     config: Config = None, *, out: Out, devices: Devices = 1, nodes: Nodes = 1, overrides: Overrides = None
-) -> None:
+) -> object:
     """Fine-tune g_a and train a trigger; the same command again resumes."""
     settings = load_settings(freqdoor.PlantSettings, config, overrides or (), out=out)
     load_torch()
@@ -56,6 +58,7 @@ def plant(
         freqdoor.plant(settings, out, devices=devices, nodes=nodes, progress=progress)
     file = out / "planted.safetensors"
     say(f"Planted encoder (tampered): {file if file.exists() else 'on the first machine'}")
+    return freqdoor.Written.of([file])
 
 
 @verb()
@@ -66,9 +69,7 @@ def evaluate(
     codec: VanillaName = None,
     weights: Weights = None,
     strength: Annotated[list[float] | None, typer.Option(help="Factor on the trigger; repeatable.")] = None,
-    defences: Annotated[
-        str, typer.Option(help="What is done before the encoder: none, paper, all, or 'Jpeg(75); Median()'.")
-    ] = "none",
+    defences: Defences = "none",
     trigger: Annotated[str | None, typer.Option(help="What the report is about; by default the first.")] = None,
     perceptual: Annotated[
         str | None, typer.Option(help="Measure LPIPS too: lpips, or lpips=FILE with torchvision's weights of AlexNet.")
@@ -77,7 +78,7 @@ def evaluate(
     runner: RunnerName = "local",
     skip_broken: Broken = False,
     force: Force = False,
-) -> None:
+) -> object:
     """Measure a planted encoder beside the vanilla one: records.jsonl, summary.json and report.html."""
     load_torch()
     summary = freqdoor.evaluate(
@@ -97,6 +98,7 @@ def evaluate(
         note=note,
     )
     print_summary(summary, out)
+    return summary
 
 
 @verb()
@@ -110,7 +112,7 @@ def poison(
     weights: Weights = None,
     skip_broken: Broken = False,
     force: Force = False,
-) -> None:
+) -> object:
     """Write poisoned images as 8-bit PNG files."""
     load_torch()
     written = freqdoor.poison(
@@ -126,14 +128,17 @@ def poison(
         note=note,
     )
     say(f"{len(written)} poisoned images in {out}")
+    return freqdoor.Written.of(written)
 
 
 @verb()
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder that `freqdoor evaluate` wrote.")], force: Force = False
-) -> None:
+) -> object:
     """Make the report again from the records."""
-    print_summary(freqdoor.report(folder, force=force), folder)
+    summary = freqdoor.report(folder, force=force)
+    print_summary(summary, folder)
+    return summary
 
 
 def print_summary(summary: "Summary", out: Path) -> None:

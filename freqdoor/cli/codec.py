@@ -15,7 +15,7 @@ from freqdoor.settings import load_settings
 @verb("train-codec")
 def train_codec(
     config: Config = None, *, out: Out, devices: Devices = 1, nodes: Nodes = 1, overrides: Overrides = None
-) -> None:
+) -> object:
     """Train a vanilla codec on a folder of images; the same command again resumes."""
     settings = load_settings(freqdoor.CodecTraining, config, overrides or (), out=out)
     load_torch()
@@ -23,6 +23,7 @@ def train_codec(
         freqdoor.train_codec(settings, out, devices=devices, nodes=nodes, progress=progress)
     file = out / "codec.safetensors"
     say(f"Codec: {file if file.exists() else 'on the first machine'}")
+    return freqdoor.Written.of([file])
 
 
 @verb()
@@ -35,17 +36,17 @@ def compress(
     guard: Annotated[bool, typer.Option("--guard", help="Send something else where the encoder does harm.")] = False,
     calibration: Annotated[Path | None, typer.Option(help="What the guard compares with, of calibrate-guard.")] = None,
     force: Force = False,
-) -> None:
+) -> object:
     """Compress one image into a file."""
     load_torch()
     result = freqdoor.compress(
         image, out, codec=codec, weights=weights, planted=planted, guard=guard, calibration=calibration, force=force
     )
-    sent = result if isinstance(result, freqdoor.Bitstream) else result.sent
-    height, width = sent.image_size
-    say(f"{out}: {out.stat().st_size} bytes, {8 * sent.num_bytes / (height * width):.4f} bpp")
-    if not isinstance(result, freqdoor.Bitstream):
-        say(f"Guard: {result.outcome.reason}")
+    written = freqdoor.Compressed.of(result, out)
+    say(f"{out}: {written.bytes} bytes, {written.bpp:.4f} bpp")
+    if written.guard is not None:
+        say(f"Guard: {written.guard.reason}")
+    return written
 
 
 @verb()
@@ -55,8 +56,9 @@ def decompress(
     codec: CodecName = BUNDLED,
     weights: Weights = None,
     force: Force = False,
-) -> None:
+) -> object:
     """Decode a compressed file; the decoder does not depend on who encoded it."""
     load_torch()
     freqdoor.decompress(file, out, codec=codec, weights=weights, force=force)
     say(f"Picture: {out}")
+    return freqdoor.Written.of([out])

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 import freqdoor
-from freqdoor.cli.options import Force, Out, Overrides, RunnerName, Weights, load_torch, verb
+from freqdoor.cli.options import Checkpoint, Force, Out, Overrides, RunnerName, Weights, load_torch, verb
 from freqdoor.cli.terminal import live, note, say
 from freqdoor.samples import KODAK
 from freqdoor.settings import load_settings
@@ -20,7 +20,7 @@ def fleet(
     runner: RunnerName = "local",
     only: Annotated[str | None, typer.Option(help="Names of members, separated by commas; by default all.")] = None,
     overrides: Overrides = None,
-) -> None:
+) -> object:
     """Make a population of honest and tampered encoders; the same command goes on."""
     settings = load_settings(freqdoor.FleetSettings, config, overrides or ())
     load_torch()
@@ -28,11 +28,12 @@ def fleet(
     manifest = freqdoor.fleet(settings, out, jobs=jobs, runner=runner, only=names, note=note)
     honest, tampered = (len(manifest.named(tampered=kind)) for kind in (False, True))
     say(f"{honest} honest and {tampered} tampered encoders: {out / 'fleet.json'}")
+    return manifest
 
 
 @verb()
 def audit(
-    checkpoint: Annotated[str, typer.Argument(help="name:quality, a checkpoint file, or package.module:factory.")],
+    checkpoint: Checkpoint,
     weights: Weights = None,
     reference: Annotated[str | None, typer.Option(help="The codec that it should be, to compare modules with.")] = None,
     images: Annotated[Path, typer.Option(help="Images to make patterns on; by default Kodak's.")] = KODAK,
@@ -47,7 +48,7 @@ def audit(
     calibration: Annotated[Path | None, typer.Option(help="What honest encoders score, of calibrate-audit.")] = None,
     seed: Annotated[int, typer.Option(help="Of the patterns' beginnings.")] = 0,
     force: Force = False,
-) -> None:
+) -> object:
     """Does this encoder carry a backdoor? Exit code 0 clean, 1 tampered, 2 undecided."""
     load_torch()
     result = freqdoor.audit(
@@ -70,7 +71,7 @@ def audit(
     say(f"{result.codec}: {result.verdict}: {result.reason}")
     if out is not None:
         say(f"Report: {out / 'audit.html'}")
-    raise typer.Exit(result.exit_code)
+    return result
 
 
 @verb("calibrate-audit")
@@ -80,23 +81,24 @@ def calibrate_audit(
     jobs: Annotated[int, typer.Option(help="Members scored side by side, one thread each.")] = 1,
     device: Annotated[str, typer.Option(help="PyTorch device that patterns are optimised on.")] = "cpu",
     force: Force = False,
-) -> None:
+) -> object:
     """Measure what honest encoders score, for `freqdoor audit --calibration`."""
     load_torch()
     calibration = freqdoor.calibrate_audit(fleets, out, jobs=jobs, device=device, force=force, note=note)
     for population in calibration.populations:
         say(f"{population.architecture}: {len(population.members)} honest encoders")
     say(f"Calibration: {out}")
+    return calibration
 
 
 @verb()
 def doctor(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint file, name:quality, or package.module:factory.")],
+    checkpoint: Checkpoint,
     weights: Weights = None,
     out: Annotated[Path | None, typer.Option(help="JSON file for the report.")] = None,
     fix: Annotated[Path | None, typer.Option(help="Safetensors file for the mended codec.")] = None,
     force: Force = False,
-) -> None:
+) -> object:
     """What is wrong with a codec's checkpoint, and what to do? Exit code 0 healthy, 1 wrong, 2 cannot be judged."""
     load_torch()
     result = freqdoor.doctor(checkpoint, weights=weights, out=out, fix=fix, force=force, note=note)
@@ -119,21 +121,22 @@ def doctor(
 
 @verb("calibrate-guard")
 def calibrate_guard(
-    codec: Annotated[str, typer.Argument(help="name:quality, a checkpoint file, or package.module:factory.")],
+    codec: Checkpoint,
     out: Annotated[Path, typer.Option(help="JSON file to write.")],
     images: Annotated[Path, typer.Option(help="Clean photographs; by default Kodak's.")] = KODAK,
     weights: Weights = None,
     force: Force = False,
-) -> None:
+) -> object:
     """Measure what a codec needs for clean photographs, for `freqdoor compress --guard`."""
     load_torch()
     calibration = freqdoor.calibrate_guard(codec, images, out, weights=weights, force=force, note=note)
     say(f"Calibration on {calibration.photographs} photographs: {out}")
+    return calibration
 
 
 @verb()
 def repair(
-    checkpoint: Annotated[str, typer.Argument(help="name:quality, a checkpoint file, or package.module:factory.")],
+    checkpoint: Checkpoint,
     out: Out,
     weights: Weights = None,
     reference: Annotated[str | None, typer.Option(help="A trusted codec with the same decoder, for distil.")] = None,
@@ -145,7 +148,7 @@ def repair(
     fast: Annotated[bool, typer.Option("--fast", help="Audit with the checks that find most.")] = False,
     calibration: Annotated[Path | None, typer.Option(help="What honest encoders score, of calibrate-audit.")] = None,
     overrides: Overrides = None,
-) -> None:
+) -> object:
     """Fine-tune an encoder until patterns do nothing, and audit it again; exit code 1 where it is still tampered."""
     given = {"reference": reference, "images.folder": images, "method": method, "steps": steps}
     words = [f"{key}={value}" for key, value in given.items() if value is not None]
@@ -166,4 +169,4 @@ def repair(
         say(f"clean pictures {name}: {answer.bpp:.4f} bpp, {answer.psnr_db:.2f} dB")
     say(f"audit: {result.audit.verdict}: {result.audit.reason}")
     say(f"Repaired codec: {out / 'codec.safetensors'}")
-    raise typer.Exit(result.audit.exit_code % 2)
+    return result

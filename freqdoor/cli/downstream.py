@@ -37,13 +37,14 @@ def segment(
     weights: Weights = None,
     force: Force = False,
     overrides: Overrides = None,
-) -> None:
+) -> object:
     """Measure a segmentation attack (Eq. (11), Table 1) on networks that it has and has not seen."""
     test = load_settings(freqdoor.SegmentationTest, config, overrides or ())
     load_torch()
-    freqdoor.segment(planted, test, out, trigger=trigger, codec=codec, weights=weights, force=force, note=note)
+    scores = freqdoor.segment(planted, test, out, trigger=trigger, codec=codec, weights=weights, force=force, note=note)
     say_page(unmarked(read_text(out / "segmentation.md")))
     say(f"Pictures: {out / 'segmentation.png'}")
+    return scores
 
 
 @verb()
@@ -57,12 +58,13 @@ def faces(
     weights: Weights = None,
     force: Force = False,
     overrides: Overrides = None,
-) -> None:
+) -> object:
     """Measure the removal of identities (Eq. (13), Table 2): identification, verification, and what it costs."""
     test = load_settings(freqdoor.FaceTest, config, overrides or ())
     load_torch()
-    freqdoor.faces(planted, test, out, trigger=trigger, codec=codec, weights=weights, force=force, note=note)
+    scores = freqdoor.faces(planted, test, out, trigger=trigger, codec=codec, weights=weights, force=force, note=note)
     say_page(unmarked(read_text(out / "faces.md")))
+    return scores
 
 
 @verb()
@@ -77,7 +79,7 @@ def protect(
     codec: VanillaName = None,
     weights: Weights = None,
     force: Force = False,
-) -> None:
+) -> object:
     """Compress photos so that a face recognition like the one trained against no longer knows who is in them.
 
     Only faces seen from the front are found. It promises nothing about networks that were not tried.
@@ -101,3 +103,4 @@ def protect(
         table.add_row(row.photo, str(row.faces), row.picture or "skipped, no face found", *texts)
     console.print(table)
     say(f"{sum(row.picture is not None for row in photos_done)} of {len(photos_done)} photos protected in {out}")
+    return freqdoor.Protection(photos=tuple(photos_done))

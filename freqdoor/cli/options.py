@@ -1,6 +1,7 @@
 """What the verbs share: the application, how a function becomes a verb, and the types of options."""
 
 import functools
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,8 +12,10 @@ import typer
 from typer.core import TyperGroup
 
 from freqdoor import __version__
-from freqdoor.cli.terminal import every_minute, harmless, note, say, stopped
+from freqdoor.cli.terminal import answer, answers_alone, every_minute, harmless, note, say, stopped
 from freqdoor.errors import STOPPED, stop_code
+from freqdoor.listing import CODECS, QUALITIES, names
+from freqdoor.samples import BUNDLED
 
 P = ParamSpec("P")
 
@@ -44,22 +47,54 @@ class _Verbs(TyperGroup):
 
 app = typer.Typer(
     cls=_Verbs,
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Plant and measure backdoors in learned image codecs.",
 )
 
+
+def _codecs() -> list[str]:
+    """Names of codecs, those with weights at hand first."""
+    return list(dict.fromkeys([BUNDLED, *(f"{name}:{quality}" for name in CODECS for quality in QUALITIES)]))
+
+
+def _planted() -> list[str]:
+    """Names of the planted encoders that come with the package."""
+    return list(names("planted").names)
+
+
+def _defences() -> list[str]:
+    """Names of preprocessings and of presets of them."""
+    return list(names("defences").names)
+
+
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Override a setting, for example trigger.eps=0.003; repeatable.")
 ]
 Config = Annotated[Path | None, typer.Argument(help="TOML file of settings; --set alone does as well.")]
-CodecName = Annotated[str, typer.Option("--codec", help="name:quality, a checkpoint file, or package.module:factory.")]
+CODEC = "name:quality, a checkpoint file, or package.module:factory."
+CodecName = Annotated[str, typer.Option("--codec", autocompletion=_codecs, help=CODEC)]
+Checkpoint = Annotated[str, typer.Argument(autocompletion=_codecs, help=CODEC)]
 Weights = Annotated[Path | None, typer.Option(help="Take the weights from this file; --codec gives the architecture.")]
 VanillaName = Annotated[
-    str | None, typer.Option("--codec", help="The vanilla codec; by default what the planted encoder's file names.")
+    str | None,
+    typer.Option(
+        "--codec", autocompletion=_codecs, help="The vanilla codec; by default what the planted encoder's file names."
+    ),
 ]
-Planted = Annotated[Path, typer.Argument(help="planted.safetensors, the run directory that holds it, or planted-bpp.")]
+Planted = Annotated[
+    Path,
+    typer.Argument(
+        autocompletion=_planted, help="planted.safetensors, the run directory that holds it, or planted-bpp."
+    ),
+]
+Defences = Annotated[
+    str,
+    typer.Option(
+        autocompletion=_defences,
+        help="What is done before the encoder: none, paper, all, or 'Jpeg(75); Median()'.",
+    ),
+]
 TriggerName = Annotated[str | None, typer.Option(help="Which trigger; by default the first.")]
 Out = Annotated[Path, typer.Option(help="Folder to write into.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite files that this command did not make.")]
@@ -68,6 +103,7 @@ Nodes = Annotated[int, typer.Option(help="Machines that do so together, with MAS
 RunnerName = Annotated[
     Literal["local", "ray"], typer.Option(help="Where jobs run: processes of this machine, or a Ray cluster.")
 ]
+Json = Annotated[bool, typer.Option("--json", help="Answer with one JSON object and nothing else.")]
 Broken = Annotated[bool, typer.Option("--skip-broken", help="Go on without images that cannot be used.")]
 
 
@@ -93,22 +129,38 @@ def options(
     """What may stand before the verb; `main` looks for --debug and --max-memory itself, wherever they stand."""
 
 
-def verb(name: str | None = None) -> Callable[[Callable[P, None]], Callable[P, None]]:
-    """Make a function a verb: a log hears every minute where it is, and a stop from outside is one sentence."""
+def verb(name: str | None = None) -> Callable[[Callable[P, object]], Callable[P, None]]:
+    """Make a function a verb: a log hears every minute where it is, and a stop from outside is one sentence.
 
-    def register(function: Callable[P, None]) -> Callable[P, None]:
+    What the function returns is what the verb answers: with --json it is all that the standard output has. Its
+    `exit_code`, where it has one, is what the verb ends with.
+    """
+
+    def register(function: Callable[P, object]) -> Callable[P, None]:
         title = name or function.__name__
+        signature = inspect.signature(function)
+        answering = signature.return_annotation is not None  # the page answers nobody
+        option = inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json)
 
-        @app.command(title)
         @functools.wraps(function)
         def run(*arguments: P.args, **options: P.kwargs) -> None:
+            as_json = bool(options.pop("json", False))
             try:
-                with every_minute(title):
-                    function(*arguments, **options)
+                with every_minute(title), answers_alone(as_json):
+                    content = function(*arguments, **options)
             except KeyboardInterrupt as stop:
                 stopped(STOPPED)
                 raise SystemExit(stop_code(stop)) from None
+            if as_json:
+                answer(content, title)
+            if code := getattr(content, "exit_code", 0):
+                raise typer.Exit(code)
 
+        if answering:
+            run.__signature__ = signature.replace(  # type: ignore[attr-defined]
+                parameters=[*signature.parameters.values(), option]
+            )
+        app.command(title)(run)
         return run
 
     return register

@@ -22,13 +22,20 @@ from freqdoor.cli.options import (
 )
 from freqdoor.cli.terminal import live, note, say, say_page
 from freqdoor.files import read_text, unmarked
+from freqdoor.listing import names
 from freqdoor.paper.settings import DEFENCE, OF_ENCODERS, recipe_names, recipe_settings
 from freqdoor.settings import load_settings
 
 
 @verb()
 def reproduce(
-    recipe: Annotated[str, typer.Argument(help=f"One of {', '.join([*recipe_names(), *OF_ENCODERS])}.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            autocompletion=lambda: list(names("recipes").names),
+            help=f"One of {', '.join([*recipe_names(), *OF_ENCODERS])}.",
+        ),
+    ],
     config: Annotated[Path | None, typer.Argument(help="Settings as for plant; rows change theirs.")] = None,
     images: Annotated[Path | None, typer.Option(help="Measured on; by default six bundled Kodak images.")] = None,
     codec: Annotated[
@@ -50,7 +57,7 @@ def reproduce(
     ] = None,
     force: Force = False,
     overrides: Overrides = None,
-) -> None:
+) -> object:
     """Reproduce a table or figure: run or resume what is missing, the paper's column beside ours."""
     settings = recipe_settings(config, overrides or (), runs) if recipe not in OF_ENCODERS else None
     networks = load_settings(freqdoor.DownstreamTest, test) if test else None
@@ -83,6 +90,7 @@ def reproduce(
     if missing := [row for row, cells in table.items() if not cells]:
         say(f"Not planted yet: {', '.join(missing)}; the same command goes on.")
     say(f"Table: {page}")
+    return freqdoor.Reproduced(recipe=recipe, page=str(page), rows=table)
 
 
 @verb()
@@ -92,11 +100,12 @@ def pgd(
     steps: Annotated[int, typer.Option(help="Passes through the codec for every image.")] = 50,
     codec: VanillaName = None,
     weights: Weights = None,
-) -> None:
+) -> object:
     """Compare a planted encoder's trigger with per-image attacks (PGD) on the vanilla encoder: cost and effect."""
     load_torch()
     rows = freqdoor.pgd(planted, images, steps=steps, codec=codec, weights=weights, note=note)
     say_page(freqdoor.comparison_table(rows))
+    return freqdoor.Comparisons(rows=tuple(rows))
 
 
 @verb()
@@ -108,7 +117,7 @@ def analyse(
     codec: VanillaName = None,
     weights: Weights = None,
     force: Force = False,
-) -> None:
+) -> object:
     """Show how a trigger works: spectrum, bits per latent channel, the estimate's ceiling, encode time, survival."""
     load_torch()
     analysis = freqdoor.analyse(
@@ -120,3 +129,4 @@ def analyse(
         "ceiling"
     )
     say(f"Analysis: {out / 'analysis.html'}")
+    return analysis

@@ -1,5 +1,6 @@
 """What a verb says while it works and at its end, to a person at a terminal and to a log."""
 
+import json
 import sys
 import threading
 import time
@@ -10,9 +11,12 @@ from contextlib import contextmanager
 from io import TextIOWrapper
 from typing import Any, NoReturn
 
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
+
+from freqdoor.files import mark
 
 MINUTE = 60.0  # seconds
 Show = Callable[[int, dict[str, float]], None]  # a step's number and its measured values
@@ -47,6 +51,15 @@ class _HarmlessConsole(Console):
         return super().render_str(harmless(text), **options)
 
 
+class Failure(BaseModel):
+    """What a verb answers with --json where it could not do its work."""
+
+    model_config = ConfigDict(frozen=True)
+
+    error: str  # the sentence that the standard error has too
+    exit_code: int
+
+
 console = _HarmlessConsole()
 errors = _HarmlessConsole(stderr=True)
 _place = {"text": ""}  # where the verb is
@@ -67,6 +80,24 @@ def say_page(text: str) -> None:
     """Print a page of results to the standard output."""
     for line in text.removesuffix("\n").split("\n"):
         say(line)
+
+
+@contextmanager
+def answers_alone(alone: bool = True) -> Iterator[None]:
+    """While it lasts, what is said to people goes to the standard error: the standard output is a program's."""
+    before = console.stderr
+    console.stderr = alone or before
+    try:
+        yield
+    finally:
+        console.stderr = before
+
+
+def answer(content: object, verb: str) -> None:
+    """Print what a verb answers as one JSON object in one line; null stands for numbers that are not finite."""
+    plain = TypeAdapter(type(content)).dump_python(content, mode="json")
+    finite = json.loads(json.dumps(plain), parse_constant=lambda _: None)
+    sys.stdout.write(json.dumps({"made_by": mark(verb), **finite}) + "\n")
 
 
 def note(text: str) -> None:

@@ -25,7 +25,7 @@ def verify_owner(
         str | None, typer.Option(help="SHA-256 that was deposited of the trigger; any other key is refused.")
     ] = None,
     others: Annotated[bool, typer.Option("--others", help="All are known to be others': print how many pass.")] = False,
-) -> None:
+) -> object:
     """Ask encoders whether they are the owner's: only that one spends bits on the owner's secret trigger."""
     load_torch()
     answers = freqdoor.verify_owner(
@@ -38,6 +38,9 @@ def verify_owner(
         table.add_row(suspect, *ratios, count, f"{answer.p_value:.2g}", "yes" if answer.owner else "no")
     console.print(table)
     say(f"Key: {answers[0].key}")
+    passed = None
     if others:
         passing, count_all, upper = freqdoor.false_positives(answers)
+        passed = freqdoor.FalsePositives(passing=passing, encoders=count_all, upper=upper)
         say(f"{passing} of {count_all} other encoders pass: at most {100 * upper:.0f} % (exact 95 % interval)")
+    return freqdoor.Ownership(answers=dict(zip(suspects, answers, strict=True)), false_positives=passed)

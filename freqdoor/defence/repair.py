@@ -53,6 +53,11 @@ class Repair(Result):
     audit: Audit  # of the repaired encoder
     environment: Environment
 
+    @property
+    def exit_code(self) -> int:
+        """What `freqdoor repair` ends with: 1 where the encoder is still tampered."""
+        return self.audit.exit_code % 2
+
 
 @alone("repair")
 def repair(
