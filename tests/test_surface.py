@@ -49,6 +49,7 @@ def modules_after(*words: str, code: str = "from freqdoor.__main__ import main; 
         ("segment", "planted-bpp", "--out", "out"),
         ("faces", "planted-face", "--out", "out", "--set", "every=0"),
         ("reproduce", "table4", "--set", "steps=many"),
+        ("list", "codecs", "--json"),
     ],
     ids=" ".join,
 )

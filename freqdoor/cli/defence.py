@@ -11,6 +11,9 @@ from freqdoor.cli.terminal import live, note, say
 from freqdoor.samples import KODAK
 from freqdoor.settings import load_settings
 
+Sarif = Annotated[Path | None, typer.Option(help="SARIF 2.1.0 file to write, for code scanning.")]
+Junit = Annotated[Path | None, typer.Option(help="JUnit XML file to write, for a build's list of tests.")]
+
 
 @verb()
 def fleet(
@@ -46,6 +49,8 @@ def audit(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for audit.html, audit.json and the witnesses.")] = None,
     calibration: Annotated[Path | None, typer.Option(help="What honest encoders score, of calibrate-audit.")] = None,
+    sarif: Sarif = None,
+    junit: Junit = None,
     seed: Annotated[int, typer.Option(help="Of the patterns' beginnings.")] = 0,
     force: Force = False,
 ) -> object:
@@ -62,6 +67,8 @@ def audit(
         networks=networks or (),
         out=out,
         calibration=calibration,
+        sarif=sarif,
+        junit=junit,
         seed=seed,
         force=force,
         note=note,
@@ -97,11 +104,15 @@ def doctor(
     weights: Weights = None,
     out: Annotated[Path | None, typer.Option(help="JSON file for the report.")] = None,
     fix: Annotated[Path | None, typer.Option(help="Safetensors file for the mended codec.")] = None,
+    sarif: Sarif = None,
+    junit: Junit = None,
     force: Force = False,
 ) -> object:
     """What is wrong with a codec's checkpoint, and what to do? Exit code 0 healthy, 1 wrong, 2 cannot be judged."""
     load_torch()
-    result = freqdoor.doctor(checkpoint, weights=weights, out=out, fix=fix, force=force, note=note)
+    result = freqdoor.doctor(
+        checkpoint, weights=weights, out=out, fix=fix, sarif=sarif, junit=junit, force=force, note=note
+    )
     for row in result.symptoms:
         say(f"{row.severity}: {row.what}: {row.said}. What to do: {row.remedy}.")
     if (seen := result.behaviour) is not None:
@@ -116,7 +127,7 @@ def doctor(
         say(line)
     if out is not None:
         say(f"Report: {out}")
-    raise typer.Exit(result.exit_code)
+    return result
 
 
 @verb("calibrate-guard")

@@ -91,8 +91,7 @@ Planted = Annotated[
 Defences = Annotated[
     str,
     typer.Option(
-        autocompletion=_defences,
-        help="What is done before the encoder: none, paper, all, or 'Jpeg(75); Median()'.",
+        autocompletion=_defences, help="What is done before the encoder: none, paper, all, or 'Jpeg(75); Median()'."
     ),
 ]
 TriggerName = Annotated[str | None, typer.Option(help="Which trigger; by default the first.")]

@@ -7,7 +7,7 @@ from typing import Literal
 
 from freqdoor.attack.networks import load_network
 from freqdoor.codecs.adapter import Codec
-from freqdoor.codecs.loading import load_codec
+from freqdoor.codecs.loading import file_of, load_codec
 from freqdoor.data import encoded, image_paths, usable_images
 from freqdoor.defence.calibration import Calibration, read, shipped
 from freqdoor.defence.checks import (
@@ -28,7 +28,8 @@ from freqdoor.defence.checks import (
     strength,
 )
 from freqdoor.defence.judges import judged_by
-from freqdoor.files import check_outputs, marked_json, write_together
+from freqdoor.defence.pipelines import Level, Line, Looked, written
+from freqdoor.files import check_outputs, marked_json, refuse_overwriting, write_together
 from freqdoor.measure.records import Note
 from freqdoor.measure.report import photo, render
 from freqdoor.samples import KODAK
@@ -40,6 +41,7 @@ RESULT, PAGE = "audit.json", "audit.html"
 LEVEL = 0.01  # the false-alarm rate: below it an encoder without a witness is called tampered
 DOUBT = 0.05  # and below this one nothing is decided
 Verdict = Literal["clean", "tampered", "undecided"]
+LEVELS: dict[Verdict, Level] = {"clean": "none", "tampered": "error", "undecided": "warning"}
 EXIT_CODES: dict[Verdict, int] = {"clean": 0, "tampered": 1, "undecided": 2}
 
 
@@ -97,6 +99,8 @@ def audit(
     networks: Sequence[str] = (),
     out: Path | str | None = None,
     calibration: Calibration | Path | str | None = None,
+    sarif: Path | str | None = None,
+    junit: Path | str | None = None,
     seed: int = 0,
     force: bool = False,
     note: Note | None = None,
@@ -112,6 +116,7 @@ def audit(
         device: that patterns are optimised on.
         networks: what decoded pictures are for, as for `load_network`: one more check each, before the others.
         calibration: of honest encoders; by default the one that comes with the package.
+        sarif, junit: files to write in these formats, for build systems.
         force: overwrite files of these names that `audit` did not make.
 
     Raises:
@@ -121,8 +126,14 @@ def audit(
     codec = checkpoint if isinstance(checkpoint, Codec) else load_codec(checkpoint, weights)
     known = load_codec(reference) if isinstance(reference, str) else reference
     paths = usable_images(image_paths(images), min_side=SIDE)
-    if out is not None:
-        check_outputs([Path(out) / RESULT, Path(out) / PAGE], "audit", force=force)
+    name = codec.spec.name if isinstance(checkpoint, Codec) else checkpoint
+    file = Path(weights) if weights is not None else None if isinstance(checkpoint, Codec) else file_of(name)
+    pages = [] if out is None else [Path(out) / RESULT, Path(out) / PAGE]
+    targets = [*pages, *(Path(path) for path in (sarif, junit) if path is not None)]
+    for target in targets:
+        if file is not None:
+            refuse_overwriting(file, target)
+    check_outputs(targets, "audit", force=force)
     population = read(calibration) if isinstance(calibration, Path | str) else calibration or shipped()
     check_device(device)
     judges = [load_network(network) for network in networks]
@@ -146,9 +157,31 @@ def audit(
         if opens(name, finding.scores) and not exhaustive:
             break
     result, shown = _judged(subject, findings, population, time.monotonic() - started)
+    looked = Looked("audit", name, file, _lines(result, out), result.exit_code, result.verdict)
+    contents = written(looked, sarif, junit)
     if out is not None:
-        _write(Path(out), result, shown)
+        contents |= _pages(Path(out), result, shown)
+    write_together(contents)
     return result
+
+
+def _lines(result: Audit, out: Path | str | None) -> list[Line]:
+    """What was looked at: the checks, and where there is no witness the comparison with honest encoders."""
+    pictures = {
+        row.check: tuple(str(Path(out) / name) for name in (row.clean, row.patterned)) if out is not None else ()
+        for row in result.witnesses
+    }
+    lines = [
+        Line(
+            f"backdoor: {row.check}",
+            "error" if row.check in pictures else "none",
+            row.said,
+            seconds=row.seconds,
+            pictures=pictures.get(row.check, ()),
+        )
+        for row in result.checks
+    ]
+    return lines if pictures else [*lines, Line("backdoor", LEVELS[result.verdict], result.reason)]
 
 
 def _judged(
@@ -217,7 +250,8 @@ def verdict_of(witnessed: bool, p: float | None, calibrated: bool) -> tuple[Verd
     return "clean", f"it answers to patterns as honest encoders do (p = {p:.2g}){weaker}"
 
 
-def _write(out: Path, result: Audit, shown: Sequence[tuple[str, Witness]]) -> None:
+def _pages(out: Path, result: Audit, shown: Sequence[tuple[str, Witness]]) -> dict[Path, str | bytes]:
+    """The contents of audit.json, audit.html and the witnesses' pictures."""
     contents: dict[Path, str | bytes] = {}
     pictures = []
     for seen, (_, witness) in zip(result.witnesses, shown, strict=True):
@@ -226,4 +260,4 @@ def _write(out: Path, result: Audit, shown: Sequence[tuple[str, Witness]]) -> No
         pictures.append((seen, photo(witness.x), photo(witness.x_p)))
     contents[out / PAGE] = render("audit.html", result=result, pictures=pictures, probed=PROBED)
     contents[out / RESULT] = marked_json(result.model_dump_json(indent=1), "audit")
-    write_together(contents)
+    return contents

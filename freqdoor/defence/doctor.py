@@ -1,6 +1,7 @@
 """`freqdoor doctor`: what is wrong with a codec's checkpoint, in plain words, and what to do; all of it in one run."""
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -9,13 +10,15 @@ from freqdoor.codecs.architectures import ARCHITECTURES, parse_name
 from freqdoor.codecs.loading import file_of, named, save_codec
 from freqdoor.defence.behaviour import Behaviour, try_out
 from freqdoor.defence.checkpoint import Patient, looks, numbers, read_file, tables, with_weights
-from freqdoor.defence.symptoms import KINDS, Symptom
+from freqdoor.defence.pipelines import Level, Line, Looked, written
+from freqdoor.defence.symptoms import KINDS, Severity, Symptom
 from freqdoor.errors import FreqdoorError
-from freqdoor.files import check_outputs, mark, marked_json, refuse_overwriting, refuse_picture_name, write_text
+from freqdoor.files import check_outputs, mark, marked_json, refuse_overwriting, refuse_picture_name, write_together
 from freqdoor.measure.records import Note
 from freqdoor.training.run import Environment, environment
 from freqdoor.types import Result
 
+LEVELS: dict[Severity, Level] = {"fatal": "error", "wrong": "warning", "note": "note"}
 BLOCKING = ("not-finite", "absurd-tables", "protocol")  # what a codec cannot be run with
 
 
@@ -67,6 +70,8 @@ def doctor(
     *,
     out: Path | None = None,
     fix: Path | None = None,
+    sarif: Path | None = None,
+    junit: Path | None = None,
     force: bool = False,
     note: Note | None = None,
 ) -> Diagnosis:
@@ -80,6 +85,7 @@ def doctor(
         out: a JSON file to write.
         fix: a safetensors file to write the mended codec to, if everything that is wrong can be mended without
             training; see `Diagnosis.fix`.
+        sarif, junit: files to write in these formats, for build systems.
         force: overwrite files that this verb did not make.
 
     Raises:
@@ -87,7 +93,7 @@ def doctor(
     """
     name = checkpoint.spec.name if isinstance(checkpoint, Codec) else str(checkpoint)
     path = Path(weights) if weights is not None else None if isinstance(checkpoint, Codec) else file_of(name)
-    _check_files(path, out, fix, force=force)
+    _check_files(path, [out, fix, sarif, junit], force=force)
     if note:
         note("reading the file")
     patient = _patient(checkpoint if isinstance(checkpoint, Codec) else name, weights, path)
@@ -119,19 +125,31 @@ def doctor(
         fix=said,
         environment=environment(),
     )
+    looked = Looked("doctor", name, path, _lines(result), result.exit_code, result.verdict)
+    contents = written(looked, sarif, junit)
     if out is not None:
-        write_text(out, marked_json(result.model_dump_json(indent=1), "doctor"))
+        contents[out] = marked_json(result.model_dump_json(indent=1), "doctor")
+    write_together(contents)
     return result
 
 
-def _check_files(path: Path | None, out: Path | None, fix: Path | None, *, force: bool) -> None:
-    targets = [target for target in (out, fix) if target is not None]
+def _lines(result: Diagnosis) -> list[Line]:
+    """What is wrong and was not mended, and where nothing is, that."""
+    lines = [
+        Line(row.what, "note" if row.what in result.mended else LEVELS[row.severity], row.said, row.remedy, row.where)
+        for row in result.symptoms
+    ]
+    return [*lines, Line("codec", "none", result.verdict)] if result.healthy else lines
+
+
+def _check_files(path: Path | None, asked: Sequence[Path | None], *, force: bool) -> None:
+    targets = [target for target in asked if target is not None]
     for target in targets:
         refuse_picture_name(target)
         if path is not None:
             refuse_overwriting(path, target)
-    if out is not None and fix is not None and out.absolute() == fix.absolute():
-        raise FreqdoorError(f"{out}: expected two files, one for the report and one for the mended codec, found one")
+        if [other.absolute() for other in targets].count(target.absolute()) > 1:
+            raise FreqdoorError(f"{target}: expected two files for two things to write, found one; name another")
     check_outputs(targets, "doctor", force=force)
 
 
