@@ -34,8 +34,8 @@ from freqdoor.defence.checks import CHECKS
 from freqdoor.defence.pipelines import Line, Looked, as_junit, as_sarif
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import made_by
-from freqdoor.listing import CODECS, QUALITIES, names
-from freqdoor.paper.settings import RECIPES
+from freqdoor.listing import BEYOND, CODECS, QUALITIES, names
+from freqdoor.paper.settings import OF_ENCODERS, recipe_names
 from freqdoor.preprocessing import PREPROCESSINGS, PRESETS
 from freqdoor.triggers.arguments import TRIGGERS
 
@@ -60,7 +60,7 @@ def command(monkeypatch, capsys):
 
 @pytest.fixture
 def answer(command):
-    """Run a command line with --json: the one object of its standard output, which its schema describes, and the code."""
+    """Run a command line with --json: the one object of its standard output, as its schema says, and the code."""
 
     def call(*words: object, schema: str | None = None) -> tuple[dict, int]:
         code, out, _ = command(*words, "--json")
@@ -91,7 +91,9 @@ def test_what_is_listed_is_what_can_be_named():
     assert names("objectives").names.keys() == OBJECTIVES.keys()
     assert names("defences").names.keys() == PREPROCESSINGS.keys() | PRESETS.keys()
     assert names("checks").names.keys() == CHECKS.keys()
-    assert names("recipes").names.keys() == RECIPES.keys() | {"defence", "survival"}
+    recipes = names("recipes").names
+    assert list(recipes) == [*recipe_names(), *OF_ENCODERS]
+    assert all(name in BEYOND or re.fullmatch(r"(Table|Figure) \d of the paper", recipes[name]) for name in recipes)
     assert all(freqdoor.attack.planted.load_triggers(name) for name in names("planted").names)
     with pytest.raises(FreqdoorError, match="codecs, planted, triggers"):
         names("others")
@@ -100,7 +102,7 @@ def test_what_is_listed_is_what_can_be_named():
 def test_list_prints_names_and_a_few_words(command):
     code, out, err = command("list", "recipes")
     assert (code, err) == (0, "")
-    assert "table4    Table 4 of the paper" in out.splitlines()
+    assert re.search(r"^table4 +Table 4 of the paper$", out, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

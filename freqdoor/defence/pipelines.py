@@ -115,7 +115,8 @@ def as_junit(looked: Looked) -> bytes:
             _below(case, "failure", {"type": line.level, "message": line.said}, text)
         else:
             _below(case, "system-out", text=text)
-    return ElementTree.tostring(suites, "utf-8", xml_declaration=True)
+    content: bytes = ElementTree.tostring(suites, "utf-8", xml_declaration=True)
+    return content
 
 
 def _below(
