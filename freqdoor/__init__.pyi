@@ -35,6 +35,8 @@ from .codecs.architectures import CodecSpec as CodecSpec
 from .codecs.container import decompress as decompress
 from .codecs.loading import load_codec as load_codec
 from .codecs.loading import save_codec as save_codec
+from .codecs.signed import SignatureCheck as SignatureCheck
+from .codecs.signed import verify_signature as verify_signature
 from .data import list_images as list_images
 from .data import load_image as load_image
 from .data import save_image as save_image
@@ -61,6 +63,7 @@ from .defence.sources import artificial as artificial
 from .demonstration import DEMO_STEPS as DEMO_STEPS
 from .demonstration import demo as demo
 from .errors import FreqdoorError as FreqdoorError
+from .exchange import export as export
 from .limits import max_memory as max_memory
 from .listing import names as names
 from .measure.analysis import Analysis as Analysis

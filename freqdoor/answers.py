@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
+from freqdoor.codecs.signed import SignatureCheck
 from freqdoor.defence.audit import Audit
 from freqdoor.defence.calibration import Calibration
 from freqdoor.defence.doctor import Diagnosis
@@ -105,6 +106,7 @@ ANSWERS: dict[str, Any] = {
     "decompress": Written,
     "demo": Summary,
     "doctor": Diagnosis,
+    "export": Written,
     "evaluate": Summary,
     "faces": IdentityScores,
     "fleet": Manifest,
@@ -119,4 +121,5 @@ ANSWERS: dict[str, Any] = {
     "segment": SegmentationScores,
     "train-codec": Written,
     "verify-owner": Ownership,
+    "verify-signature": SignatureCheck,
 }

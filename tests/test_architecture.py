@@ -18,7 +18,7 @@ RANKS: list[set[str]] = [  # what is in a row may import from the rows above it
     {"measure"},
     {"defence"},
     {"paper"},
-    {"demonstration", "listing"},
+    {"demonstration", "exchange", "listing"},
     {"answers"},
     {"web"},
     {"cli"},

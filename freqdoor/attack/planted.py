@@ -15,6 +15,7 @@ from freqdoor.attack.settings import TRIGGER_NAME, CodecSource, ObjectiveSetting
 from freqdoor.codecs.adapter import Codec
 from freqdoor.codecs.architectures import ARCHITECTURES, CodecSpec
 from freqdoor.codecs.loading import check_weights, load_codec, read_tensors, save_codec, write_tensors
+from freqdoor.codecs.signed import check_signed
 from freqdoor.codecs.sizes import check_shapes, outline
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import write_text
@@ -208,6 +209,11 @@ def load_planted(path: Path | str, codec: Codec | str | None = None, weights: Pa
     return Planted(vanilla, tampered, triggers, header)
 
 
+def read_planted(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the header of a planted encoder's file as they stand there; the path is `load_planted`'s."""
+    return _read(path)[1:]
+
+
 def load_triggers(path: Path | str) -> dict[str, Trigger]:
     """The triggers of a planted encoder's file by their names, without any codec; the path is `load_planted`'s.
 
@@ -226,6 +232,7 @@ def _read(path: Path | str) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
     path = Path(path)
     path = path / PLANTED if path.is_dir() else path
     path = ASSETS / f"{path}.safetensors" if str(path) in SHIPPED and not path.exists() else path
+    check_signed(path)
     return (path, *read_tensors(path))
 
 

@@ -1,12 +1,25 @@
 """The verbs of a codec: train-codec, compress, decompress."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 import freqdoor
-from freqdoor.cli.options import CodecName, Config, Devices, Force, Nodes, Out, Overrides, Weights, load_torch, verb
+from freqdoor.cli.options import (
+    CodecName,
+    Config,
+    Devices,
+    Force,
+    Nodes,
+    Out,
+    Overrides,
+    VanillaName,
+    Weights,
+    codecs,
+    load_torch,
+    verb,
+)
 from freqdoor.cli.terminal import live, say
 from freqdoor.samples import BUNDLED
 from freqdoor.settings import load_settings
@@ -62,3 +75,37 @@ def decompress(
     freqdoor.decompress(file, out, codec=codec, weights=weights, force=force)
     say(f"Picture: {out}")
     return freqdoor.Written.of([out])
+
+
+@verb()
+def export(
+    run: Annotated[str, typer.Argument(autocompletion=codecs, help="A run's folder, planted-bpp, or a codec.")],
+    out: Annotated[Path, typer.Option(help="Folder to write into, or the file, best a .pth.tar.")],
+    format: Annotated[
+        Literal["huggingface", "compressai"],
+        typer.Option(help="A folder with a model card, or a checkpoint for CompressAI's eval_model."),
+    ] = "huggingface",
+    codec: VanillaName = None,
+    weights: Weights = None,
+    audit: Annotated[Path | None, typer.Option(help="What `freqdoor audit --out` wrote, for the card.")] = None,
+    key: Annotated[Path | None, typer.Option(help="Private key (PEM, elliptic curve) to sign with.")] = None,
+    force: Force = False,
+) -> object:
+    """Write a codec or a planted encoder for others: as Hugging Face's hub or as CompressAI has them."""
+    load_torch()
+    written = freqdoor.export(run, out, format=format, codec=codec, weights=weights, audit=audit, key=key, force=force)
+    say(f"Written: {', '.join(map(str, written))}")
+    return freqdoor.Written.of(written)
+
+
+@verb("verify-signature")
+def verify_signature(
+    path: Annotated[Path, typer.Argument(help="Folder or file that `freqdoor export --key` wrote.")],
+    key: Annotated[Path, typer.Option(help="The public key, a PEM file.")],
+    signature: Annotated[Path | None, typer.Option(help="By default model.sig in it, or its name and .sig.")] = None,
+) -> object:
+    """Is a codec what the owner of a key has signed? Exit code 0 yes, 1 no, 2 cannot be judged."""
+    load_torch()
+    result = freqdoor.verify_signature(path, key, signature=signature)
+    say(f"{path}: {'signed' if result.signed else 'not what was signed'}: {result.reason}")
+    return result

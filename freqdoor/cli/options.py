@@ -53,7 +53,7 @@ app = typer.Typer(
 )
 
 
-def _codecs() -> list[str]:
+def codecs() -> list[str]:
     """Names of codecs, those with weights at hand first."""
     return list(dict.fromkeys([BUNDLED, *(f"{name}:{quality}" for name in CODECS for quality in QUALITIES)]))
 
@@ -73,13 +73,13 @@ Overrides = Annotated[
 ]
 Config = Annotated[Path | None, typer.Argument(help="TOML file of settings; --set alone does as well.")]
 CODEC = "name:quality, a checkpoint file, or package.module:factory."
-CodecName = Annotated[str, typer.Option("--codec", autocompletion=_codecs, help=CODEC)]
-Checkpoint = Annotated[str, typer.Argument(autocompletion=_codecs, help=CODEC)]
+CodecName = Annotated[str, typer.Option("--codec", autocompletion=codecs, help=CODEC)]
+Checkpoint = Annotated[str, typer.Argument(autocompletion=codecs, help=CODEC)]
 Weights = Annotated[Path | None, typer.Option(help="Take the weights from this file; --codec gives the architecture.")]
 VanillaName = Annotated[
     str | None,
     typer.Option(
-        "--codec", autocompletion=_codecs, help="The vanilla codec; by default what the planted encoder's file names."
+        "--codec", autocompletion=codecs, help="The vanilla codec; by default what the planted encoder's file names."
     ),
 ]
 Planted = Annotated[

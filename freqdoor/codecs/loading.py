@@ -5,7 +5,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from freqdoor.codecs.adapter import Codec, build_codec, mask_contexts
 from freqdoor.codecs.architectures import ARCHITECTURES, LAMBDAS, MAX_GROUPS, VARIABLE_RATE, CodecSpec, parse_name
 from freqdoor.codecs.check import checked
 from freqdoor.codecs.pickles import LONGEST_TABLE, WIDEST, read_pickle
+from freqdoor.codecs.signed import check_signed
 from freqdoor.codecs.sizes import TABLES, Shapes, check_shapes, outline
 from freqdoor.codecs.state import Stored, bare, hash_tensors, is_safetensors
 from freqdoor.errors import FreqdoorError
@@ -29,6 +30,7 @@ from freqdoor.files import replacing
 from freqdoor.limits import MAX_MULTIPLE, check_memory, file_size, parse_json
 from freqdoor.samples import ASSETS, BUNDLED
 
+CODEC, MODEL = "codec.safetensors", "model.safetensors"  # in a run's folder; in a folder with a model card
 MAX_WIDTH = 1024  # channels; CompressAI's widest model has 320
 LONGEST_NAME = 1024  # characters: it may be a path
 MAX_DEPTH = 64  # residual blocks at each scale; the bundled network has 3
@@ -45,8 +47,8 @@ def load_codec(name: str, weights: Path | str | None = None, *, multiple: int | 
 
     Args:
         name: "bmshj2018-hyperprior:3" (CompressAI's pretrained weights, downloaded by CompressAI once),
-            "lite-hyperprior:3" (bundled), a file (our safetensors, or any state dict of a known architecture), or
-            "package.module:factory", a function that returns a network.
+            "lite-hyperprior:3" (bundled), a file (our safetensors, or any state dict of a known architecture), the
+            folder of a run or with a model card, or "package.module:factory", a function that returns a network.
         weights: a file to take the parameters from instead; the name then gives the architecture.
         multiple: what the sides of pictures have to be a multiple of, in pixels, where it is not found by trying.
 
@@ -79,12 +81,17 @@ def file_of(name: str) -> Path | None:
     """The file that a name stands for; None where it is an architecture's or a function's.
 
     Raises:
-        FreqdoorError: the name of a file that is not there.
+        FreqdoorError: the name of a file that is not there, or a folder without a codec.
     """
     if name == BUNDLED:
         return ASSETS / "lite-hyperprior-3.safetensors"
     if name.partition(":")[0] in ARCHITECTURES:
         return None
+    if os.path.isdir(name):
+        found = [file for file in (Path(name) / CODEC, Path(name) / MODEL) if file.is_file()]
+        if not found:
+            raise FreqdoorError(f"{name}: expected a folder with {CODEC} or {MODEL} in it, found one without")
+        return found[0]
     if os.path.isfile(name):
         return Path(name)
     if Path(name).suffix in (".safetensors", ".pth", ".pt", ".tar", ".ckpt"):
@@ -95,6 +102,7 @@ def file_of(name: str) -> Path | None:
 def _with_weights(name: str, path: Path) -> Codec:
     """The architecture that a name stands for with the weights of a file."""
     spec = parse_name(name)
+    check_signed(path)
     tensors, header = read_checkpoint(path)
     if header is None:
         return _from_state_dict(tensors, path, spec)
@@ -115,7 +123,7 @@ def save_codec(codec: Codec, path: Path, **metadata: Any) -> None:
     write_tensors(path, codec.net.state_dict(), header)
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, Any]) -> None:
     """Write a safetensors file with a JSON header under its metadata key "freqdoor".
 
     Its "digest" is the SHA-256 of the rest of it and of all tensors; whatever reads the file checks it.
@@ -190,6 +198,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], object]:
 
 
 def _load_file(path: Path, name: str | None = None) -> Codec:
+    check_signed(path)
     tensors, header = read_checkpoint(path)
     if header is None:
         return _from_state_dict(tensors, path, None)

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from pydantic import Field
+
 from freqdoor.attack.networks import load_network
 from freqdoor.codecs.adapter import Codec
 from freqdoor.codecs.loading import file_of, load_codec
@@ -75,6 +77,7 @@ class Audit(Result):
     reason: str
     p_value: float | None  # of an honest encoder that answers as much to these checks; None without a population
     calibrated: bool  # whether the architecture has a population of its own
+    modules: dict[str, str] = Field(default_factory=dict)  # SHA-256 of each; none in files of older versions
     changed: tuple[str, ...] | None  # modules that differ from the reference's
     checks: tuple[CheckResult, ...]
     witnesses: tuple[SeenWitness, ...]
@@ -210,6 +213,7 @@ def _judged(
         reason=reason,
         p_value=p,
         calibrated=calibrated,
+        modules=codec.module_hashes(),
         changed=changed,
         checks=tuple(
             CheckResult(

@@ -28,6 +28,7 @@ from freqdoor.codecs.loading import (
 )
 from freqdoor.codecs.pickles import CodeInPickle, code_in
 from freqdoor.codecs.protocol import two_faced
+from freqdoor.codecs.signed import check_signed
 from freqdoor.codecs.sizes import TABLES as ANY_SIZE
 from freqdoor.codecs.sizes import Shapes, check_table_sizes
 from freqdoor.codecs.state import Stored, bare, prefix_of
@@ -97,6 +98,10 @@ def read_file(path: Path, name: str | None) -> Patient:
     except FreqdoorError as error:
         return _without_network([refusal(path, error)])
     found = [symptom("checksum", path.name, sentence(warning.message, path)) for warning in heard]
+    try:
+        check_signed(path)
+    except FreqdoorError as error:
+        found.append(symptom("checksum", path.name, sentence(error, path)))
     try:
         prefix = "" if header is not None else prefix_of(stored.state, path)
     except FreqdoorError as error:
