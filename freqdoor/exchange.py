@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from compressai.zoo import image_models as EVALUATED  # by CompressAI's eval_model
 
 from freqdoor import __version__
 from freqdoor.attack.planted import PLANTED, Planted, load_planted, read_planted
 from freqdoor.codecs.adapter import Codec
+from freqdoor.codecs.architectures import ARCHITECTURES
 from freqdoor.codecs.loading import MODEL, load_codec, save_codec, write_tensors
 from freqdoor.codecs.signed import SIGNATURE, sign
 from freqdoor.defence.audit import RESULT, Audit
@@ -111,12 +111,14 @@ def _verdict(path: Path, codec: Codec) -> Audit:
 
 def _checkpoint(codec: Codec) -> bytes:
     """A PyTorch file as CompressAI's trainers write them, with our mark at its beginning."""
+    from compressai.zoo.image import model_architectures  # `freqdoor.codecs` has imported CompressAI, in its own way
+
     name = codec.spec.architecture
-    if name not in EVALUATED:
+    known = [other for other in model_architectures if other in ARCHITECTURES]
+    if name not in known:
         raise FreqdoorError(
-            f"{codec.spec.name}: expected an architecture that CompressAI's eval_model knows "
-            f"({', '.join(known for known in EVALUATED if not known.endswith('-vbr'))}), found {name}; export it with "
-            "--format huggingface"
+            f"{codec.spec.name}: expected an architecture that CompressAI's eval_model knows ({', '.join(known)}), "
+            f"found {name}; export it with --format huggingface"
         )
     facts = {"made_by": mark("export"), "spec": asdict(codec.spec), **codec.metadata}
     file = io.BytesIO()
