@@ -195,6 +195,7 @@ MARKS = (  # how a file says which verb wrote it, at its beginning or its end
     MARKDOWN_MARK,
     rb"\A\{\s*\"\$schema\": \"[^\"]*sarif[^\"]*\".{,80}\"automationDetails\": \{\s*\"id\": \"freqdoor ([a-z-]+)\"",
     rb"\APK\x03\x04.{,200}\"made_by\": \"freqdoor ([a-z-]+)\"",  # PyTorch
+    rb"\A\{\s*\"bomFormat\": .{,200}\"name\": \"made_by\",\s*\"value\": \"freqdoor ([a-z-]+)\"",
     rb"\A<\?xml [^>]*>\s*<testsuites name=\"freqdoor ([a-z-]+)\"",
 )
 FORMS = (  # files that carry no mark, those of earlier versions too: what they are known by, and the verb

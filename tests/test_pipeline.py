@@ -1,6 +1,7 @@
 """freqdoor in somebody's pipeline: names and completion, answers as JSON, exit codes, SARIF, JUnit."""
 
 import dataclasses
+import hashlib
 import importlib.resources
 import json
 import math
@@ -265,6 +266,26 @@ def test_an_audit_for_a_build(tmp_path, no_pictures, monkeypatch):
     assert len(sarif_of(Path("x.sarif"))["results"]) == 1
     with pytest.raises(FreqdoorError, match="would overwrite the original"):
         audit("a codec.safetensors", sarif="a codec.safetensors", force=True)
+
+
+def test_a_bill_of_materials_names_the_codec_and_the_verdict(tmp_path, no_pictures, monkeypatch):
+    validation = pytest.importorskip("cyclonedx.validation.json")
+    from cyclonedx.schema import SchemaVersion
+
+    codec, bom = tmp_path / "x.safetensors", tmp_path / "x.cdx.json"
+    save_codec(load_codec("lite-hyperprior:3"), codec)
+    for checks, verdict, backdoors in ((SOUND, "clean", 0), (DOOR, "tampered", 1)):
+        monkeypatch.setattr(audit_module, "CHECKS", checks)
+        modules = audit(str(codec), bom=bom).modules  # the second over the first
+        assert validation.JsonStrictValidator(SchemaVersion.V1_6).validate_str(bom.read_text()) is None
+        content = json.loads(bom.read_text())
+        [component] = content["components"]
+        assert component["hashes"] == [{"alg": "SHA-256", "content": hashlib.sha256(codec.read_bytes()).hexdigest()}]
+        facts = {row["name"]: row["value"] for row in component["properties"]}
+        assert (facts["freqdoor:verdict"], facts["freqdoor:sha256:g_a"]) == (verdict, modules["g_a"])
+        found = content.get("vulnerabilities", [])
+        assert len(found) == backdoors
+        assert all(row["affects"] == [{"ref": component["bom-ref"]}] for row in found)
 
 
 def test_what_is_not_decided_fails_a_build(tmp_path, no_pictures, monkeypatch):

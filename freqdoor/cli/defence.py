@@ -51,6 +51,7 @@ def audit(
     calibration: Annotated[Path | None, typer.Option(help="What honest encoders score, of calibrate-audit.")] = None,
     sarif: Sarif = None,
     junit: Junit = None,
+    bom: Annotated[Path | None, typer.Option(help="CycloneDX file to write: the codec, and the verdict on it.")] = None,
     seed: Annotated[int, typer.Option(help="Of the patterns' beginnings.")] = 0,
     force: Force = False,
 ) -> object:
@@ -69,6 +70,7 @@ def audit(
         calibration=calibration,
         sarif=sarif,
         junit=junit,
+        bom=bom,
         seed=seed,
         force=force,
         note=note,

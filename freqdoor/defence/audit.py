@@ -11,6 +11,7 @@ from freqdoor.attack.networks import load_network
 from freqdoor.codecs.adapter import Codec
 from freqdoor.codecs.loading import file_of, load_codec
 from freqdoor.data import encoded, image_paths, usable_images
+from freqdoor.defence.bom import as_bom
 from freqdoor.defence.calibration import Calibration, read, shipped
 from freqdoor.defence.checks import (
     CHECKS,
@@ -104,6 +105,7 @@ def audit(
     calibration: Calibration | Path | str | None = None,
     sarif: Path | str | None = None,
     junit: Path | str | None = None,
+    bom: Path | str | None = None,
     seed: int = 0,
     force: bool = False,
     note: Note | None = None,
@@ -120,6 +122,7 @@ def audit(
         networks: what decoded pictures are for, as for `load_network`: one more check each, before the others.
         calibration: of honest encoders; by default the one that comes with the package.
         sarif, junit: files to write in these formats, for build systems.
+        bom: a CycloneDX file to write, with the codec and the verdict on it.
         force: overwrite files of these names that `audit` did not make.
 
     Raises:
@@ -132,7 +135,7 @@ def audit(
     name = codec.spec.name if isinstance(checkpoint, Codec) else checkpoint
     file = Path(weights) if weights is not None else None if isinstance(checkpoint, Codec) else file_of(name)
     pages = [] if out is None else [Path(out) / RESULT, Path(out) / PAGE]
-    targets = [*pages, *(Path(path) for path in (sarif, junit) if path is not None)]
+    targets = [*pages, *(Path(path) for path in (sarif, junit, bom) if path is not None)]
     for target in targets:
         if file is not None:
             refuse_overwriting(file, target)
@@ -162,6 +165,8 @@ def audit(
     result, shown = _judged(subject, findings, population, time.monotonic() - started)
     looked = Looked("audit", name, file, _lines(result, out), result.exit_code, result.verdict)
     contents = written(looked, sarif, junit)
+    if bom is not None:
+        contents[Path(bom)] = as_bom(result, name, file)
     if out is not None:
         contents |= _pages(Path(out), result, shown)
     write_together(contents)
