@@ -21,6 +21,7 @@ from PIL.ImageFile import ImageFile
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from freqdoor.arrow import list_arrow, pictures_in
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import OTHER_PICTURES, PICTURES, mark, read_text, with_slashes, write_together
 from freqdoor.limits import MAX_PIXELS as MAX_PIXELS
@@ -103,15 +104,16 @@ def list_images(path: Path | str) -> list[Path]:
 
 
 def list_training_images(place: Path | str) -> list[Picture]:
-    """As `list_images`; and the pictures in the shards that the place names (`list_shards`).
+    """As `list_images`; and the pictures in shards (`list_shards`) or Arrow files (`list_arrow`) that the place names.
 
     Raises:
-        FreqdoorError: no pictures there, or a shard that cannot be read.
+        FreqdoorError: no pictures there, or a file that cannot be read.
     """
-    shards = list_shards(place)
-    if not shards:
+    shards, tables = list_shards(place), list_arrow(place)
+    if not shards and not tables:
         return list(list_images(place))
     packed: list[Picture] = [picture for shard in shards for picture in packed_in(shard)]
+    packed += [picture for table in tables for picture in pictures_in(table)]
     if not packed:
         raise FreqdoorError(f"{place}: expected images ({', '.join(PICTURES)}) in these shards, found none")
     return packed

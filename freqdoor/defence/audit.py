@@ -31,8 +31,8 @@ from freqdoor.defence.checks import (
     strength,
 )
 from freqdoor.defence.judges import judged_by
-from freqdoor.defence.pipelines import Level, Line, Looked, written
-from freqdoor.files import check_outputs, marked_json, refuse_overwriting, write_together
+from freqdoor.defence.pipelines import Level, Line, Looked, check_targets, written
+from freqdoor.files import marked_json, write_together
 from freqdoor.measure.records import Note
 from freqdoor.measure.report import photo, render
 from freqdoor.samples import KODAK
@@ -136,10 +136,7 @@ def audit(
     file = Path(weights) if weights is not None else None if isinstance(checkpoint, Codec) else file_of(name)
     pages = [] if out is None else [Path(out) / RESULT, Path(out) / PAGE]
     targets = [*pages, *(Path(path) for path in (sarif, junit, bom) if path is not None)]
-    for target in targets:
-        if file is not None:
-            refuse_overwriting(file, target)
-    check_outputs(targets, "audit", force=force)
+    check_targets(targets, file, "audit", force=force)
     population = read(calibration) if isinstance(calibration, Path | str) else calibration or shipped()
     check_device(device)
     judges = [load_network(network) for network in networks]

@@ -1,7 +1,6 @@
 """`freqdoor doctor`: what is wrong with a codec's checkpoint, in plain words, and what to do; all of it in one run."""
 
 import copy
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -10,10 +9,9 @@ from freqdoor.codecs.architectures import ARCHITECTURES, parse_name
 from freqdoor.codecs.loading import file_of, named, save_codec
 from freqdoor.defence.behaviour import Behaviour, try_out
 from freqdoor.defence.checkpoint import Patient, looks, numbers, read_file, tables, with_weights
-from freqdoor.defence.pipelines import Level, Line, Looked, written
+from freqdoor.defence.pipelines import Level, Line, Looked, check_targets, written
 from freqdoor.defence.symptoms import KINDS, Severity, Symptom
-from freqdoor.errors import FreqdoorError
-from freqdoor.files import check_outputs, mark, marked_json, refuse_overwriting, refuse_picture_name, write_together
+from freqdoor.files import mark, marked_json, write_together
 from freqdoor.measure.records import Note
 from freqdoor.training.run import Environment, environment
 from freqdoor.types import Result
@@ -93,7 +91,8 @@ def doctor(
     """
     name = checkpoint.spec.name if isinstance(checkpoint, Codec) else str(checkpoint)
     path = Path(weights) if weights is not None else None if isinstance(checkpoint, Codec) else file_of(name)
-    _check_files(path, [out, fix, sarif, junit], force=force)
+    targets = [target for target in (out, fix, sarif, junit) if target is not None]
+    check_targets(targets, path, "doctor", force=force)
     if note:
         note("reading the file")
     patient = _patient(checkpoint if isinstance(checkpoint, Codec) else name, weights, path)
@@ -140,17 +139,6 @@ def _lines(result: Diagnosis) -> list[Line]:
         for row in result.symptoms
     ]
     return [*lines, Line("codec", "none", result.verdict)] if result.healthy else lines
-
-
-def _check_files(path: Path | None, asked: Sequence[Path | None], *, force: bool) -> None:
-    targets = [target for target in asked if target is not None]
-    for target in targets:
-        refuse_picture_name(target)
-        if path is not None:
-            refuse_overwriting(path, target)
-        if [other.absolute() for other in targets].count(target.absolute()) > 1:
-            raise FreqdoorError(f"{target}: expected two files for two things to write, found one; name another")
-    check_outputs(targets, "doctor", force=force)
 
 
 def _patient(checkpoint: Codec | str, weights: Path | str | None, path: Path | None) -> Patient:

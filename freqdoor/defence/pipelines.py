@@ -10,7 +10,8 @@ from urllib.parse import quote
 from xml.etree import ElementTree
 
 from freqdoor import __version__
-from freqdoor.files import mark
+from freqdoor.errors import FreqdoorError
+from freqdoor.files import check_outputs, mark, refuse_overwriting, refuse_picture_name
 
 Level = Literal["error", "warning", "note", "none"]  # SARIF's; none is what was looked at and found in order
 SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
@@ -48,6 +49,17 @@ def written(looked: Looked, sarif: Path | str | None, junit: Path | str | None) 
     if junit is not None:
         contents[Path(junit)] = as_junit(looked)
     return contents
+
+
+def check_targets(targets: Sequence[Path], source: Path | None, verb: str, *, force: bool) -> None:
+    """Raise now, not after the work, if files could not be written, or one of them, or the codec's, would be lost."""
+    for target in targets:
+        refuse_picture_name(target)
+        if source is not None:
+            refuse_overwriting(source, target)
+        if [other.absolute() for other in targets].count(target.absolute()) > 1:
+            raise FreqdoorError(f"{target}: expected two files for two things to write, found one; name another")
+    check_outputs(targets, verb, force=force)
 
 
 def as_sarif(looked: Looked) -> str:

@@ -13,6 +13,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
+from freqdoor.arrow import list_arrow
 from freqdoor.codecs.adapter import Codec
 from freqdoor.codecs.architectures import CodecSpec
 from freqdoor.data import Crops, label_paths, list_training_images, listed_images, seed_for, usable_images
@@ -161,7 +162,7 @@ def open_folder(images: ImageSettings, seed: int) -> Crops:
     """Crops of one image folder; raises if images there cannot be used."""
     side = 1 if images.resize else images.crop
     folder = Path(images.folder)
-    if images.files and list_shards(folder):
+    if images.files and (list_shards(folder) or list_arrow(folder)):
         raise FreqdoorError(f"files: a list names pictures in a folder, found shards at {folder}; drop one of both")
     files = listed_images(images.files, folder) if images.files else list_training_images(folder)
     paths = usable_images(files, min_side=side, skip_broken=images.skip_broken)

@@ -29,7 +29,7 @@ class ImageSettings(Settings):
 
     folder: PrivatePath
     """Folder of 8-bit RGB images, searched recursively; or of tar files of such images (WebDataset's shards), one of
-    them, or a range, "shards/{000..003}.tar"."""
+    them, or a range, "shards/{000..003}.tar"; or a set that Hugging Face's datasets saved to a folder."""
     crop: Side = 256
     """Side of the square crops in pixels; a multiple of the codecs' stride of 64."""
     batch_size: Count = 8
