@@ -163,7 +163,7 @@ def audit(
     looked = Looked("audit", name, file, _lines(result, out), result.exit_code, result.verdict)
     contents = written(looked, sarif, junit)
     if bom is not None:
-        contents[Path(bom)] = as_bom(result, name, file)
+        contents[Path(bom)] = as_bom(looked, result.architecture, result.reason, result.modules)
     if out is not None:
         contents |= _pages(Path(out), result, shown)
     write_together(contents)

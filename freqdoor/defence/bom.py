@@ -2,48 +2,46 @@
 
 import json
 import uuid
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 from freqdoor import __version__
-from freqdoor.defence.pipelines import sha256_of
+from freqdoor.defence.pipelines import Looked, sha256_of
 from freqdoor.files import mark
-
-if TYPE_CHECKING:
-    from freqdoor.defence.audit import Audit
 
 MALICIOUS_CODE = 506  # CWE: embedded malicious code
 PICTURE = "picture, 8-bit RGB"
 
 
-def as_bom(audit: "Audit", name: str, file: Path | None) -> str:
+def as_bom(looked: Looked, architecture: str, reason: str, modules: Mapping[str, str]) -> str:
     """The bill of materials of one codec: SHA-256 of its file and modules, and a vulnerability if it is tampered with.
 
     Args:
-        name: what the codec was given as.
-        file: that holds it, if there is one.
+        reason: of the verdict.
+        modules: SHA-256 of each.
     """
-    digest = None if file is None else sha256_of(file)
-    reference = f"codec:{digest or audit.codec}"
-    facts = {"verdict": audit.verdict, "reason": audit.reason, "p_value": audit.p_value}
-    facts |= {f"sha256:{module}": value for module, value in audit.modules.items()}
+    digest = None if looked.file is None else sha256_of(looked.file)
+    reference = f"codec:{digest or looked.codec}"
+    facts = {
+        "verdict": looked.verdict,
+        "reason": reason,
+        **{f"sha256:{name}": value for name, value in modules.items()},
+    }
     component: dict[str, Any] = {
         "type": "machine-learning-model",
         "bom-ref": reference,
-        "name": name,
+        "name": looked.codec,
         "description": "Learned image codec",
         "modelCard": {
             "modelParameters": {
                 "task": "image compression",
                 "architectureFamily": "learned image codec",
-                "modelArchitecture": audit.architecture,
+                "modelArchitecture": architecture,
                 "inputs": [{"format": PICTURE}],
                 "outputs": [{"format": PICTURE}],
             }
         },
-        "properties": [
-            {"name": f"freqdoor:{key}", "value": str(value)} for key, value in facts.items() if value is not None
-        ],
+        "properties": [{"name": f"freqdoor:{key}", "value": value} for key, value in facts.items()],
     }
     if digest is not None:
         component["hashes"] = [{"alg": "SHA-256", "content": digest}]
@@ -51,16 +49,16 @@ def as_bom(audit: "Audit", name: str, file: Path | None) -> str:
         "bomFormat": "CycloneDX",
         "specVersion": "1.6",
         "metadata": {
-            "properties": [{"name": "made_by", "value": mark("audit")}],  # by which `files.made_by` knows the file
+            "properties": [{"name": "made_by", "value": mark(looked.verb)}],  # by which `files.made_by` knows the file
             "tools": {"components": [{"type": "application", "name": "freqdoor", "version": __version__}]},
         },
         "components": [component],
     }
-    if audit.verdict == "tampered":
+    if looked.verdict == "tampered":
         bom["vulnerabilities"] = [
             {
                 "id": "freqdoor:backdoor",
-                "description": f"A backdoor in the encoder: {audit.reason}",
+                "description": f"A backdoor in the encoder: {reason}",
                 "cwes": [MALICIOUS_CODE],
                 "ratings": [{"severity": "critical", "method": "other"}],
                 "analysis": {"state": "exploitable"},
