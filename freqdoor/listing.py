@@ -4,6 +4,7 @@ Nothing heavy is loaded to list names, because a shell asks for them at every pr
 stand beside the networks that they run.
 """
 
+import re
 from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict
@@ -71,13 +72,16 @@ def names(kind: Kind) -> Listing:
 
         found = {name: "with --fast too" if name in FAST else "without --fast" for name in CHECKS}
     elif kind == "recipes":
-        found = {
-            name: BEYOND[name] if name in BEYOND else f"{name[:-1].capitalize()} {name[-1]} of the paper"
-            for name in [*recipe_names(), *OF_ENCODERS]
-        }
+        found = {name: BEYOND.get(name, "") or _of_the_paper(name) for name in [*recipe_names(), *OF_ENCODERS]}
     else:
         raise FreqdoorError(f"kind: expected {', '.join(get_args(Kind))}, found {kind!r}")
     return Listing(kind=kind, names=found)
+
+
+def _of_the_paper(recipe: str) -> str:
+    """What a recipe reproduces, by its name; nothing of a user's own."""
+    found = re.fullmatch(r"(table|figure)(\d+)", recipe)
+    return f"{found[1].capitalize()} {found[2]} of the paper" if found else ""
 
 
 def _arguments(model: type[Arguments]) -> str:

@@ -30,7 +30,6 @@ from freqdoor.codecs.architectures import ARCHITECTURES, LAMBDAS
 from freqdoor.codecs.loading import save_codec
 from freqdoor.defence import audit as audit_module
 from freqdoor.defence import doctor as doctor_module
-from freqdoor.defence.calibration import Calibration
 from freqdoor.defence.checks import CHECKS
 from freqdoor.defence.pipelines import Line, Looked, as_junit, as_sarif
 from freqdoor.errors import FreqdoorError
@@ -189,6 +188,14 @@ def test_verbs_answer_with_json_alone(answer, tmp_path, no_pictures, monkeypatch
     assert (content["architecture"], code) == ("lite-hyperprior", 0)
 
 
+def test_what_a_users_own_code_prints_is_no_answer(answer, no_pictures, tmp_path, monkeypatch):
+    code = "from factories import lite\nprint('loaded')\n\ndef net():\n    print(1)\n    return lite()\n"
+    (tmp_path / "loud.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    content, _ = answer("doctor", "loud:net")
+    assert content["checkpoint"] == "loud:net"
+
+
 @pytest.mark.parametrize(
     ("checks", "verdict", "expected"), [(SOUND, "clean", 0), (DOOR, "tampered", 1), (SOUND, "undecided", 2)]
 )
@@ -262,8 +269,6 @@ def test_an_audit_for_a_build(tmp_path, no_pictures, monkeypatch):
         "out/witness-1.png",
     ]
     assert cases_of(Path("x.xml")) == {"backdoor: random": [], "backdoor: rate": ["Failure"]}
-    audit("a codec.safetensors", **files, calibration=Calibration(populations=()))
-    assert len(sarif_of(Path("x.sarif"))["results"]) == 1
     with pytest.raises(FreqdoorError, match="would overwrite the original"):
         audit("a codec.safetensors", sarif="a codec.safetensors", force=True)
 

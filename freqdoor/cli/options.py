@@ -3,8 +3,9 @@
 import functools
 import inspect
 import os
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any, Literal, ParamSpec
 
@@ -12,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from freqdoor import __version__
-from freqdoor.cli.terminal import answer, answers_alone, every_minute, harmless, note, say, stopped
+from freqdoor.cli.terminal import answer, every_minute, harmless, note, say, stopped
 from freqdoor.errors import STOPPED, stop_code
 from freqdoor.listing import CODECS, QUALITIES, names
 from freqdoor.samples import BUNDLED
@@ -144,8 +145,10 @@ def verb(name: str | None = None) -> Callable[[Callable[P, object]], Callable[P,
         @functools.wraps(function)
         def run(*arguments: P.args, **options: P.kwargs) -> None:
             as_json = bool(options.pop("json", False))
+            # what is said to people, and what a user's own code prints, goes beside what a program reads
+            beside = redirect_stdout(sys.stderr) if as_json else nullcontext()
             try:
-                with every_minute(title), answers_alone(as_json):
+                with every_minute(title), beside:
                     content = function(*arguments, **options)
             except KeyboardInterrupt as stop:
                 stopped(STOPPED)

@@ -82,17 +82,6 @@ def say_page(text: str) -> None:
         say(line)
 
 
-@contextmanager
-def answers_alone(alone: bool = True) -> Iterator[None]:
-    """While it lasts, what is said to people goes to the standard error: the standard output is a program's."""
-    before = console.stderr
-    console.stderr = alone or before
-    try:
-        yield
-    finally:
-        console.stderr = before
-
-
 def answer(content: object, verb: str) -> None:
     """Print what a verb answers as one JSON object in one line; null stands for numbers that are not finite."""
     plain = TypeAdapter(type(content)).dump_python(content, mode="json")

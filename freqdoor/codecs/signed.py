@@ -48,16 +48,21 @@ def check_signed(path: Path) -> None:
     name = path.name if signature.name == SIGNATURE else "."
     if name not in names:
         raise FreqdoorError(
-            f"{path}: {signature.name} beside it signs {', '.join(names)} and not this file; load what was signed, or "
-            "move the signature away"
+            f"{path}: {signature.name} beside it signs other files ({', '.join(list(names)[:5])}) and not this one; "
+            "load what was signed, or move the signature away"
         )
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = sha256_of(path)
     if found != names[name]:
         raise FreqdoorError(
             f"{path}: expected the file that {signature.name} signs (SHA-256 {names[name][:12]}), found another "
             f"({found[:12]}); get both again"
         )
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digests(signature: Path) -> dict[str, str]:

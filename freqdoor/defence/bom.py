@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from freqdoor import __version__
-from freqdoor.defence.pipelines import Looked, sha256_of
+from freqdoor.codecs.signed import sha256_of
+from freqdoor.defence.pipelines import Looked
 from freqdoor.files import mark
 
 MALICIOUS_CODE = 506  # CWE: embedded malicious code

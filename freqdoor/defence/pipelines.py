@@ -10,6 +10,7 @@ from urllib.parse import quote
 from xml.etree import ElementTree
 
 from freqdoor import __version__
+from freqdoor.codecs.signed import sha256_of
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import check_outputs, mark, refuse_overwriting, refuse_picture_name
 
@@ -104,12 +105,6 @@ def _result(looked: Looked, line: Line, rule: int) -> dict[str, Any]:
 def _place(path: Path) -> dict[str, str]:
     """Where a file is, as a URI: relative to where the verb was started, if it was named so."""
     return {"uri": path.as_uri() if path.is_absolute() else quote(path.as_posix(), errors="surrogateescape")}
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def as_junit(looked: Looked) -> bytes:
