@@ -118,13 +118,8 @@ def test_a_folder_is_the_planted_encoder_that_it_was_made_of(tmp_path):
         load_codec(str(tmp_path / "empty"))
 
 
-@pytest.mark.parametrize(
-    "architecture",
-    [
-        "elic2022-official",
-        *(pytest.param(name, marks=pytest.mark.long) for name in ARCHITECTURES if name[:4] != "elic"),
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_comes_back_from_its_folder(architecture, tmp_path):
     codec = tiny(architecture)
     export(codec, tmp_path / "x")
