@@ -241,10 +241,10 @@ def sarif_of(path: Path) -> dict:
     return run
 
 
-def cases_of(path: Path) -> dict[str, list]:
-    """What failed of each test case."""
+def cases_of(path: Path, codec: str) -> dict[str, list]:
+    """What failed of each test case of the codec's."""
     [suite] = junitparser.JUnitXml.fromfile(str(path))
-    assert suite.tests == len(list(suite))
+    assert (suite.tests, suite.name) == (len(list(suite)), codec)
     assert suite.failures == sum(isinstance(part, junitparser.Failure) for case in suite for part in case.result)
     return {case.name: [type(part).__name__ for part in case.result] for case in suite}
 
@@ -256,19 +256,25 @@ def test_an_audit_for_a_build(tmp_path, no_pictures, monkeypatch):
     assert audit("a codec.safetensors", **files).verdict == "clean"
     run = sarif_of(Path("x.sarif"))
     assert (run["results"], run["invocations"][0]["exitCode"]) == ([], 0)
-    assert cases_of(Path("x.xml")) == {"backdoor: random": [], "backdoor: gain": [], "backdoor": []}
+    assert cases_of(Path("x.xml"), "a codec.safetensors") == {
+        "backdoor: random": [],
+        "backdoor: gain": [],
+        "backdoor": [],
+    }
     monkeypatch.setattr(audit_module, "CHECKS", DOOR)
     audit("a codec.safetensors", **files, out="out")  # over what an audit wrote
     run = sarif_of(Path("x.sarif"))
     [result] = run["results"]
     assert (result["level"], run["invocations"][0]["exitCode"]) == ("error", 1)
+    assert run["properties"] == {"codec": "a codec.safetensors", "verdict": "tampered"}
+    assert result["locations"][0]["logicalLocations"] == [{"name": "a codec.safetensors", "kind": "module"}]
     assert run["tool"]["driver"]["rules"][result["ruleIndex"]]["id"] == result["ruleId"] == "backdoor: rate"
     assert result["locations"][0]["physicalLocation"]["artifactLocation"]["uri"] == "a%20codec.safetensors"
     assert [part["artifactLocation"]["uri"] for part in result["attachments"]] == [
         "out/witness-1-clean.png",
         "out/witness-1.png",
     ]
-    assert cases_of(Path("x.xml")) == {"backdoor: random": [], "backdoor: rate": ["Failure"]}
+    assert cases_of(Path("x.xml"), "a codec.safetensors") == {"backdoor: random": [], "backdoor: rate": ["Failure"]}
     with pytest.raises(FreqdoorError, match="would overwrite the original"):
         audit("a codec.safetensors", sarif="a codec.safetensors", force=True)
 
@@ -285,6 +291,7 @@ def test_a_bill_of_materials_names_the_codec_and_the_verdict(tmp_path, no_pictur
         assert validation.JsonStrictValidator(SchemaVersion.V1_6).validate_str(bom.read_text()) is None
         content = json.loads(bom.read_text())
         [component] = content["components"]
+        assert component["name"] == str(codec)
         assert component["hashes"] == [{"alg": "SHA-256", "content": hashlib.sha256(codec.read_bytes()).hexdigest()}]
         facts = {row["name"]: row["value"] for row in component["properties"]}
         assert (facts["freqdoor:verdict"], facts["freqdoor:sha256:g_a"]) == (verdict, modules["g_a"])
@@ -298,7 +305,7 @@ def test_what_is_not_decided_fails_a_build(tmp_path, no_pictures, monkeypatch):
     audit(load_codec("lite-hyperprior:3"), sarif=tmp_path / "x.sarif", junit=tmp_path / "x.xml")
     [result] = sarif_of(tmp_path / "x.sarif")["results"]
     assert (result["level"], result["locations"][0].keys()) == ("warning", {"logicalLocations"})
-    assert cases_of(tmp_path / "x.xml")["backdoor"] == ["Failure"]
+    assert cases_of(tmp_path / "x.xml", "lite-hyperprior:3")["backdoor"] == ["Failure"]
 
 
 def test_a_diagnosis_for_a_build(tmp_path, no_pictures):
@@ -312,10 +319,14 @@ def test_a_diagnosis_for_a_build(tmp_path, no_pictures):
     results = {row["ruleId"]: row for row in sarif_of(files["sarif"])["results"]}
     assert results["constant"]["level"] == "warning"
     assert results["constant"]["locations"][0]["logicalLocations"][0]["name"].startswith("g_a.0")
-    assert {name for name, parts in cases_of(files["junit"]).items() if parts == ["Failure"]} == {r.what for r in wrong}
+    assert {
+        name
+        for name, parts in cases_of(files["junit"], str(tmp_path / "x.safetensors")).items()
+        if parts == ["Failure"]
+    } == {r.what for r in wrong}
     doctor("lite-hyperprior:3", **files)
     assert all(row["level"] == "note" for row in sarif_of(files["sarif"])["results"])
-    assert not any("Failure" in parts for parts in cases_of(files["junit"]).values())
+    assert not any("Failure" in parts for parts in cases_of(files["junit"], "lite-hyperprior:3").values())
     with pytest.raises(FreqdoorError, match="expected two files"):
         doctor("lite-hyperprior:3", sarif=tmp_path / "same", junit=tmp_path / "same")
 
@@ -325,7 +336,7 @@ def test_a_strangers_text_breaks_no_format(tmp_path):
     looked = Looked("doctor", text, None, [Line(text, "error", text, text, (text,))], 1, text)
     (tmp_path / "x.xml").write_bytes(as_junit(looked))
     (tmp_path / "x.sarif").write_text(as_sarif(looked))
-    [case] = cases_of(tmp_path / "x.xml").values()
+    [case] = cases_of(tmp_path / "x.xml", 'x\\x00\\x1b[1m\\udcff"><failure/>&').values()
     assert case == ["Failure"]
     assert len(sarif_of(tmp_path / "x.sarif")["results"]) == 1
     assert made_by(tmp_path / "x.xml") == made_by(tmp_path / "x.sarif") == "doctor"

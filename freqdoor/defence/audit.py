@@ -132,8 +132,8 @@ def audit(
     codec = checkpoint if isinstance(checkpoint, Codec) else load_codec(checkpoint, weights)
     known = load_codec(reference) if isinstance(reference, str) else reference
     paths = usable_images(image_paths(images), min_side=SIDE)
-    name = codec.spec.name if isinstance(checkpoint, Codec) else checkpoint
-    file = Path(weights) if weights is not None else None if isinstance(checkpoint, Codec) else file_of(name)
+    given = codec.spec.name if isinstance(checkpoint, Codec) else checkpoint
+    file = Path(weights) if weights is not None else None if isinstance(checkpoint, Codec) else file_of(given)
     pages = [] if out is None else [Path(out) / RESULT, Path(out) / PAGE]
     targets = [*pages, *(Path(path) for path in (sarif, junit, bom) if path is not None)]
     check_targets(targets, file, "audit", force=force)
@@ -160,7 +160,7 @@ def audit(
         if opens(name, finding.scores) and not exhaustive:
             break
     result, shown = _judged(subject, findings, population, time.monotonic() - started)
-    looked = Looked("audit", name, file, _lines(result, out), result.exit_code, result.verdict)
+    looked = Looked("audit", given, file, _lines(result, out), result.exit_code, result.verdict)
     contents = written(looked, sarif, junit)
     if bom is not None:
         contents[Path(bom)] = as_bom(looked, result.architecture, result.reason, result.modules)
