@@ -55,12 +55,14 @@ def export(
         The files written.
 
     Raises:
-        FreqdoorError: nothing of that name, another codec's audit, an architecture that CompressAI's eval_model does
-            not know, a signature that would no longer fit, or files that cannot be written.
+        FreqdoorError: nothing of that name, a codec beside a codec, another codec's audit, an architecture that
+            CompressAI's eval_model does not know, a signature that would no longer fit, or files that cannot be written.
     """
     check_choice("format", format, Format)
     out = Path(out)
     planted = _planted(run, codec, weights)
+    if planted is None and codec is not None:
+        raise FreqdoorError(f"codec: expected one with a planted encoder only, found {run}, a codec itself")
     whole = planted.tampered if planted is not None else _codec(run, weights)
     verdict = None if audit is None else _verdict(Path(audit), whole)
     signature = out / SIGNATURE if format == "huggingface" else out.with_name(f"{out.name}.sig")

@@ -89,6 +89,8 @@ def test_what_eval_model_does_not_know_is_refused(tmp_path):
         export("lite-hyperprior:3", tmp_path / "x.pth.tar", format="compressai")
     with pytest.raises(FreqdoorError, match="format: expected 'huggingface' or 'compressai'"):
         export("lite-hyperprior:3", tmp_path / "x", format="onnx")
+    with pytest.raises(FreqdoorError, match="codec: expected one with a planted encoder only"):
+        export("lite-hyperprior:3", tmp_path / "x", codec="lite-hyperprior:3")
     assert not list(tmp_path.iterdir())
 
 

@@ -73,7 +73,7 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Override a setting, for example trigger.eps=0.003; repeatable.")
 ]
 Config = Annotated[Path | None, typer.Argument(help="TOML file of settings; --set alone does as well.")]
-CODEC = "name:quality, a checkpoint file, or package.module:factory."
+CODEC = "name:quality, a checkpoint file or its folder, or package.module:factory."
 CodecName = Annotated[str, typer.Option("--codec", autocompletion=codecs, help=CODEC)]
 Checkpoint = Annotated[str, typer.Argument(autocompletion=codecs, help=CODEC)]
 Weights = Annotated[Path | None, typer.Option(help="Take the weights from this file; --codec gives the architecture.")]
