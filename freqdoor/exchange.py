@@ -56,7 +56,7 @@ def export(
 
     Raises:
         FreqdoorError: nothing of that name, a codec beside a codec, another codec's audit, an architecture that
-            CompressAI's eval_model does not know, a signature that would no longer fit, or files that cannot be written.
+            CompressAI's eval_model does not know, a signature that would no longer fit, or an unwritable place.
     """
     check_choice("format", format, Format)
     out = Path(out)
