@@ -1,10 +1,3 @@
-from .answers import Comparisons as Comparisons
-from .answers import Compressed as Compressed
-from .answers import FalsePositives as FalsePositives
-from .answers import Ownership as Ownership
-from .answers import Protection as Protection
-from .answers import Reproduced as Reproduced
-from .answers import Written as Written
 from .attack.networks import Embedder as Embedder
 from .attack.networks import NetworkSpec as NetworkSpec
 from .attack.networks import Segmenter as Segmenter
@@ -45,6 +38,7 @@ from .defence.audit import audit as audit
 from .defence.calibration import calibrate_audit as calibrate_audit
 from .defence.doctor import Diagnosis as Diagnosis
 from .defence.doctor import doctor as doctor
+from .defence.encoding import Compressed as Compressed
 from .defence.encoding import compress as compress
 from .defence.expectation import GuardCalibration as GuardCalibration
 from .defence.expectation import calibrate_guard as calibrate_guard
@@ -70,9 +64,11 @@ from .measure.analysis import Analysis as Analysis
 from .measure.analysis import analyse as analyse
 from .measure.examine import evaluate as evaluate
 from .measure.faces import IdentityScores as IdentityScores
+from .measure.faces import Protection as Protection
 from .measure.faces import faces as faces
 from .measure.faces import protect as protect
 from .measure.pgd import Comparison as Comparison
+from .measure.pgd import Comparisons as Comparisons
 from .measure.pgd import comparison_table as comparison_table
 from .measure.pgd import pgd as pgd
 from .measure.poisoning import poison as poison
@@ -88,6 +84,8 @@ from .measure.testsets import DownstreamTest as DownstreamTest
 from .measure.testsets import FaceTest as FaceTest
 from .measure.testsets import SegmentationTest as SegmentationTest
 from .measure.watermark import Answer as Answer
+from .measure.watermark import FalsePositives as FalsePositives
+from .measure.watermark import Ownership as Ownership
 from .measure.watermark import false_positives as false_positives
 from .measure.watermark import verify_owner as verify_owner
 from .paper.defence_recipe import reproduce_defence as reproduce_defence
@@ -95,6 +93,7 @@ from .paper.reproduce import reproduce as reproduce
 from .paper.settings import recipe_names as recipe_names
 from .paper.settings import recipe_settings as recipe_settings
 from .paper.survival_recipe import reproduce_survival as reproduce_survival
+from .paper.tables import Reproduced as Reproduced
 from .preprocessing import ColourProfile as ColourProfile
 from .preprocessing import Compose as Compose
 from .preprocessing import Crop as Crop
@@ -124,6 +123,7 @@ from .triggers.universal import Universal as Universal
 from .types import Bitstream as Bitstream
 from .types import Reconstruction as Reconstruction
 from .types import Record as Record
+from .types import Written as Written
 from .web.serve import serve as serve
 
 __version__: str

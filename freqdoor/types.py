@@ -7,6 +7,8 @@ one before tampering. Images are RGB in [0, 1], float32, (b, 3, h, w); `x` is cl
 
 import json
 import math
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
@@ -102,6 +104,17 @@ class Result(BaseModel):
             return cls.model_validate_json(read_whole(path, expected, LONGEST_TEXT))
         except ValidationError as error:
             raise FreqdoorError(f"{path}: expected {expected} ({problem_of(error)})") from None
+
+
+class Written(Result):
+    """Files that were written, in the order of what they were made of."""
+
+    files: tuple[str, ...]
+
+    @classmethod
+    def of(cls, paths: Iterable[Path | str]) -> Self:
+        """Those of some paths that are there: on all machines but the first a training writes none."""
+        return cls(files=tuple(str(path) for path in paths if os.path.exists(path)))
 
 
 class Record(Result):

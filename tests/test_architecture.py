@@ -19,7 +19,6 @@ RANKS: list[set[str]] = [  # what is in a row may import from the rows above it
     {"defence"},
     {"paper"},
     {"demonstration", "exchange", "listing"},
-    {"answers"},
     {"web"},
     {"cli"},
 ]

@@ -18,13 +18,13 @@ from conftest import natural, write_png
 from factories import tiny
 from jsonschema import Draft4Validator, Draft202012Validator
 from pydantic import BaseModel
+from schemas import ANSWERS
 from test_audit import a_check
 from typer.testing import CliRunner
 
 import freqdoor
 import freqdoor.cli as cli
 from freqdoor import audit, doctor, load_codec
-from freqdoor.answers import ANSWERS
 from freqdoor.attack.settings import OBJECTIVES
 from freqdoor.codecs.architectures import ARCHITECTURES, LAMBDAS
 from freqdoor.codecs.loading import save_codec

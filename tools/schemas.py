@@ -13,11 +13,53 @@ from pydantic import TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
-from freqdoor.answers import ANSWERS
 from freqdoor.cli.terminal import Failure
+from freqdoor.codecs.signed import SignatureCheck
+from freqdoor.defence.audit import Audit
+from freqdoor.defence.calibration import Calibration
+from freqdoor.defence.doctor import Diagnosis
+from freqdoor.defence.encoding import Compressed
+from freqdoor.defence.expectation import GuardCalibration
+from freqdoor.defence.fleet import Manifest
+from freqdoor.defence.repair import Repair
 from freqdoor.files import mark
+from freqdoor.listing import Listing
+from freqdoor.measure.analysis import Analysis
+from freqdoor.measure.faces import IdentityScores, Protection
+from freqdoor.measure.pgd import Comparisons
+from freqdoor.measure.report import Summary
+from freqdoor.measure.segmentation import SegmentationScores
+from freqdoor.measure.watermark import Ownership
+from freqdoor.paper.tables import Reproduced
+from freqdoor.types import Written
 
 FOLDER = Path(__file__).parent.parent / "freqdoor" / "schemas"
+ANSWERS: dict[str, Any] = {
+    "analyse": Analysis,
+    "audit": Audit,
+    "calibrate-audit": Calibration,
+    "calibrate-guard": GuardCalibration,
+    "compress": Compressed,
+    "decompress": Written,
+    "demo": Summary,
+    "doctor": Diagnosis,
+    "export": Written,
+    "evaluate": Summary,
+    "faces": IdentityScores,
+    "fleet": Manifest,
+    "list": Listing,
+    "pgd": Comparisons,
+    "plant": Written,
+    "poison": Written,
+    "protect": Protection,
+    "repair": Repair,
+    "report": Summary,
+    "reproduce": Reproduced,
+    "segment": SegmentationScores,
+    "train-codec": Written,
+    "verify-owner": Ownership,
+    "verify-signature": SignatureCheck,
+}
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 

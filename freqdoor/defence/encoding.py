@@ -1,18 +1,46 @@
 """`freqdoor compress`: with a planted encoder, as a user of a tampered codec does without knowing; behind a guard."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Literal, Self, overload
 
 from freqdoor.attack.planted import Planted, opened
 from freqdoor.codecs import container
 from freqdoor.codecs.adapter import Codec
+from freqdoor.defence.outcome import Outcome
 from freqdoor.errors import FreqdoorError
 from freqdoor.samples import BUNDLED
-from freqdoor.types import Bitstream
+from freqdoor.types import Bitstream, Result
 
 if TYPE_CHECKING:
     from freqdoor.defence.expectation import GuardCalibration
     from freqdoor.defence.guard import Guarded
+
+
+class Compressed(Result):
+    """A file that holds one image: what `freqdoor compress` answers."""
+
+    file: str
+    bytes: int  # of the file
+    payload_bytes: int  # what bpp counts: without header and checksum
+    bpp: float
+    width: int
+    height: int
+    guard: Outcome | None  # what a guard decided; None without one
+
+    @classmethod
+    def of(cls, result: "Bitstream | Guarded", file: Path) -> Self:
+        """What `compress` has returned and written."""
+        sent, outcome = (result, None) if isinstance(result, Bitstream) else (result.sent, result.outcome)
+        height, width = sent.image_size
+        return cls(
+            file=str(file),
+            bytes=file.stat().st_size,
+            payload_bytes=sent.num_bytes,
+            bpp=8 * sent.num_bytes / (height * width),
+            width=width,
+            height=height,
+            guard=outcome,
+        )
 
 
 @overload

@@ -14,20 +14,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import cycle
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from freqdoor.codecs.adapter import Codec
 from freqdoor.codecs.container import decoded
 from freqdoor.defence.expectation import GuardCalibration, Jpegs, error_terms, padded_rate, picture_error, rate_terms
+from freqdoor.defence.outcome import Check, Decision, Outcome, Tried
 from freqdoor.errors import FreqdoorError
 from freqdoor.preprocessing import Jpeg, Preprocessing, Resize
 from freqdoor.samples import ASSETS
 from freqdoor.types import Bitstream, Images, PictureFile, Result, as_picture, round8
-
-Check = Literal["rate", "verify"]
-Decision = Literal["passed", "filtered", "classical"]
 
 SHIPPED = ASSETS / "guard.json"
 SAVED = math.log(1.7)  # that a filter takes off the excess of the bytes, where that is an alarm
@@ -41,37 +38,6 @@ FAR = math.log(8)  # beyond a limit, where no honest encoder is; of the error, i
 SMALLEST_ERROR = 0.01  # 255^2 MSE: what is decoded better is as good as equal
 MORE_BYTES, MORE_ERROR = math.log(1.25), math.log(10) / 10  # logarithms: 25 %, and 1 dB
 QUALITY = 80  # of WebP
-
-
-class Tried(Result):
-    """How the codec does with a filtered version of an image."""
-
-    filter: str
-    saved: float  # log of bytes in those expected, less than of the image itself
-    gained: float | None  # log of the decoded picture's error against the image itself, less; None if not conspicuous
-
-
-class Outcome(Result):
-    """What a guard decided on one image, and why; logarithms are natural."""
-
-    decision: Decision
-    check: Check | None  # that stopped it
-    filter: str | None  # that was sent through
-    bytes_codec: int  # of the codec's bitstream of the image itself
-    bytes_sent: int
-    excess_rate: float  # log of the bytes, in those expected
-    excess_error: float | None  # log of the decoded picture's error, in the one expected; None without verifying
-    tried: tuple[Tried, ...] = ()  # where the image was conspicuous
-
-    @property
-    def reason(self) -> str:
-        """The decision in a few words."""
-        if self.check is None:
-            return "passed: nothing that a filter of the picture would make much better"
-        times = math.exp(self.excess_rate if self.check == "rate" else self.excess_error or 0)
-        what = "bytes" if self.check == "rate" else "error of the decoded picture"
-        sent = f"sent through {self.filter}" if self.filter else "sent as a classical codec's file"
-        return f"stopped: {times:.1f} times the {what} that JPEG lets expect; {sent}, {self.bytes_sent} bytes"
 
 
 @dataclass(frozen=True)

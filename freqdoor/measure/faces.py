@@ -27,7 +27,7 @@ from freqdoor.measure.testsets import DownstreamMeasurement, FaceTest, mean, num
 from freqdoor.metrics import MS_SSIM_MIN_SIDE, bpp_of_bytes, ms_ssim, mse, psnr_8bit
 from freqdoor.training.run import environment
 from freqdoor.triggers.base import Trigger
-from freqdoor.types import Images, to_uint8
+from freqdoor.types import Images, Result, to_uint8
 
 RESULT, PAGE = "faces.json", "faces.md"
 JOURNAL = ".faces.journal"
@@ -459,6 +459,12 @@ class Protected:
     psnr_db: float | None  # of the decoded picture against the photo
     bpp: float | None
     cosine: float | None  # largest over faces: decoded protected against decoded clean, by the network that was given
+
+
+class Protection(Result):
+    """Photos, and what became of each."""
+
+    photos: tuple[Protected, ...]
 
 
 def protect(

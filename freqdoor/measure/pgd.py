@@ -30,6 +30,12 @@ class Comparison(Result):
     record: Record
 
 
+class Comparisons(Result):
+    """A trigger beside attacks that are made for every image."""
+
+    rows: tuple[Comparison, ...]
+
+
 def pgd_images(
     codec: Codec, x: Images, goal: Goal, *, eps: float = PAPER_EPS, steps: int = 50, step: float = 0.2, seed: int = 0
 ) -> Images:

@@ -41,6 +41,21 @@ class Answer(Result):
     key: str | None = None  # SHA-256 of the secret trigger; None in answers of older versions
 
 
+class FalsePositives(Result):
+    """How many of others' encoders pass for the owner's."""
+
+    passing: int
+    encoders: int
+    upper: float  # end of the exact 95 % interval of their share
+
+
+class Ownership(Result):
+    """What encoders answer to the owner's trigger, by the names that they were given by."""
+
+    answers: dict[str, Answer]
+    false_positives: FalsePositives | None  # where all are known to be others'
+
+
 class _Sizes(NamedTuple):
     """Bytes of one image's files."""
 

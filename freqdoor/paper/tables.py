@@ -19,6 +19,7 @@ from freqdoor.metrics import bd_rate
 from freqdoor.paper.recipe import Recipe
 from freqdoor.settings import file_name, public
 from freqdoor.training.run import environment
+from freqdoor.types import Result
 
 CONFIDENCE = 0.95
 
@@ -46,6 +47,14 @@ class Cell:
 
 
 Table = dict[str, dict[str, Cell]]  # row, column
+
+
+class Reproduced(Result):
+    """A recipe's table: rows, and in each its columns; a row that is not planted yet has none."""
+
+    recipe: str
+    page: str  # the file
+    rows: dict[str, dict[str, Cell]]
 
 
 def markdown(recipe: Recipe, table: Table) -> str:
