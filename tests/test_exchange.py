@@ -1,5 +1,6 @@
 """Codecs for others and from others: CompressAI's checkpoints, folders with a model card, signatures."""
 
+import base64
 import json
 import re
 import shlex
@@ -17,7 +18,7 @@ from test_audit import a_check
 import freqdoor.cli as cli
 from freqdoor import audit, doctor, export, load_codec, load_planted, save_codec, verify_signature
 from freqdoor.codecs.architectures import ARCHITECTURES
-from freqdoor.codecs.signed import sign
+from freqdoor.codecs.signed import PREDICATE, digests, sign
 from freqdoor.data import load_image
 from freqdoor.defence import audit as audit_module
 from freqdoor.defence import doctor as doctor_module
@@ -189,6 +190,47 @@ def test_what_was_not_signed_is_not_loaded(signed, tmp_path, monkeypatch):
         load_codec(str(folder))
     (folder / "model.sig").unlink()
     assert load_codec(str(folder)).module_hashes() == load_codec("lite-hyperprior:3").module_hashes()
+
+
+def statement(content: object) -> bytes:
+    """A bundle around what may be a statement."""
+    return json.dumps({"dsseEnvelope": {"payload": base64.b64encode(json.dumps(content).encode()).decode()}}).encode()
+
+
+def resources(*rows: object) -> bytes:
+    return statement({"predicateType": PREDICATE, "predicate": {"resources": list(rows)}})
+
+
+ROW = {"name": "model.safetensors", "algorithm": "sha256", "digest": "0"}
+
+
+def test_a_signature_as_it_should_be(tmp_path):
+    (tmp_path / "model.sig").write_bytes(resources(ROW))
+    assert digests(tmp_path / "model.sig") == {"model.safetensors": "0"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff\xfe",
+        b"[]",
+        b'{"dsseEnvelope": 1}',
+        b'{"dsseEnvelope": {"payload": "?"}}',
+        b"[" * 10**5,
+        statement("text"),
+        statement({"predicateType": "https://slsa.dev/provenance/v1", "predicate": {"resources": [ROW]}}),
+        resources(),
+        resources("text"),
+        resources(ROW | {"name": 5}),
+        resources(ROW, ROW | {"algorithm": "md5"}),
+        resources(ROW, ROW),
+    ],
+)
+def test_other_signatures_end_in_one_sentence(content, tmp_path):
+    (tmp_path / "model.sig").write_bytes(content)
+    with pytest.raises(FreqdoorError, match=r"model\.sig: expected "):
+        digests(tmp_path / "model.sig")
 
 
 def test_a_file_is_signed_beside_itself(tmp_path):
