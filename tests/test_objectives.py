@@ -69,19 +69,22 @@ def test_rate_attack_is_equation_6(seed, guarded):
     d = 255**2 * np.mean((n["x_hat"] - n["x"]) ** 2)
     d_p = 255**2 * np.mean((n["x_hat_p"] - n["x_p"]) ** 2)
     expected = n["r"] + LMBDA * max(d, d_p) - 0.3 * n["r_p"]
-    assert float(RateAttack(alpha=1, beta=0.3, guarded=guarded)(p, LMBDA).total) == pytest.approx(expected, rel=1e-5)
+    literal = RateAttack(alpha=1, beta=0.3, clean_weight=0, guarded=guarded)
+    assert float(literal(p, LMBDA).total) == pytest.approx(expected, rel=1e-5)
     share = min(1, max(0, (np.log2(n["r_p"] / n["r"]) - 1) / 2))
-    weighted = expected + 1.5 * share * LMBDA * max(0, d_p - d)
-    assert float(RateAttack(alpha=2.5, beta=0.3, guarded=guarded)(p, LMBDA).total) == pytest.approx(weighted, rel=1e-5)
+    weighted = expected + share * (1.5 * LMBDA * max(0, d_p - d) + 4 * (n["r"] + LMBDA * d))
+    attack = RateAttack(alpha=2.5, beta=0.3, clean_weight=4, guarded=guarded)
+    assert float(attack(p, LMBDA).total) == pytest.approx(weighted, rel=1e-5)
 
 
-@pytest.mark.parametrize(("rate", "weight"), [(1.5, 1), (2, 1), (4, 2), (8, 3), (20, 3)])
-def test_poisoned_distortion_weighs_as_much_as_the_attack_has_got(rate, weight):
+@pytest.mark.parametrize(("rate", "share"), [(1.5, 0), (2, 0), (4, 0.5), (8, 1), (20, 1)])
+def test_clean_images_and_poisoned_distortion_weigh_as_much_as_the_attack_has_got(rate, share):
     p = passes(0)
     p = p._replace(clean=p.clean._replace(x_hat=p.x), poisoned=p.poisoned._replace(bits=rate * p.clean.bits))
     d_p = 255**2 * np.mean((numbers(p)["x_hat_p"] - numbers(p)["x_p"]) ** 2)
-    kept = RateAttack(alpha=3)(p, LMBDA).kept
-    assert float(kept) == pytest.approx(numbers(p)["r"] + weight * LMBDA * d_p, rel=1e-5)
+    kept = RateAttack(alpha=3, clean_weight=5)(p, LMBDA).kept
+    expected = (1 + 5 * share) * numbers(p)["r"] + (1 + 2 * share) * LMBDA * d_p
+    assert float(kept) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("objective", [RateAttack, QualityAttack])
@@ -130,7 +133,7 @@ def test_per_sample_maximum_is_taken_image_by_image(seed, guarded):
     n = numbers(p)
     d, d_p = mse255(n["x_hat"], n["x"]), mse255(n["x_hat_p"], n["x_p"])
     rate = n["r"] + LMBDA * np.maximum(d, d_p).mean() - 0.3 * n["r_p"]
-    attack = RateAttack(alpha=1, beta=0.3, per_sample=True, guarded=guarded)
+    attack = RateAttack(alpha=1, beta=0.3, clean_weight=0, per_sample=True, guarded=guarded)
     assert float(attack(p, LMBDA).total) == pytest.approx(rate, rel=1e-5)
     quality = np.maximum(n["r_each"], n["r_p_each"]).mean() + LMBDA * d.mean() + 0.3 * LMBDA * db(n["x_hat_p"], n["x"])
     attack = QualityAttack(beta=0.3, per_sample=True, guarded=guarded, farthest=False, floor_db=0)
@@ -248,11 +251,13 @@ def test_guarded_maximum_never_stops_the_clean_gradient():
 
 
 def test_presets_and_errors():
-    assert build_objective("bpp", "paper") == RateAttack(alpha=1, beta=0.01, guarded=False)
+    assert build_objective("bpp", "paper") == RateAttack(alpha=1, beta=0.01, clean_weight=0, guarded=False)
     assert build_objective("bpp", "fast", beta=0.5).beta == 0.5
     with pytest.raises(FreqdoorError, match=", ".join(OBJECTIVES)):
         build_objective("rate")
-    with pytest.raises(FreqdoorError, match=r"'bpp': gamma: unknown setting .there are alpha, beta, per_sample"):
+    with pytest.raises(
+        FreqdoorError, match=r"'bpp': gamma: unknown setting .there are alpha, beta, clean_weight, per_sample"
+    ):
         build_objective("bpp", gamma=1.0)
     with pytest.raises(FreqdoorError, match="network: expected the network that the attack is against"):
         build_objective("face")

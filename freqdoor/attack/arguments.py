@@ -20,6 +20,9 @@ class RateArguments(Arguments):
     Eq. (6)'s, where they cost twice as many."""
     beta: Weight = 0.1
     """Weight of the attack."""
+    clean_weight: Weight = 5.0
+    """Weight of L(x), Eq. (1), that is added once poisoned images cost eight times the bits; it rises to that from none
+    where they cost twice as many."""
     per_sample: bool = False
     """Take the maximum image by image instead of between the batch means."""
     guarded: bool = True

@@ -61,6 +61,15 @@ def annealed_eps(settings: TriggerSettings, step: int, steps: int) -> float:
     return float(settings.eps_start * (settings.eps / settings.eps_start) ** share)
 
 
+def tightened(settings: PlantSettings, step: int) -> float:
+    """Factor on the encoder's learning rate: how far the budget has fallen, the furthest of all attacks' budgets."""
+    fallen = [
+        annealed_eps(attack.trigger, step, settings.steps) / (attack.trigger.eps_start or attack.trigger.eps)
+        for attack in settings.planned
+    ]
+    return float(min(fallen) ** settings.tightening)
+
+
 def held_cosine(step: int, steps: int, hold: float) -> float:
     """Factor on the learning rate: 1 for the first `hold` of the steps, then a cosine down to 0.01."""
     share = max(0.0, (step / steps - hold) / max(1e-9, 1 - hold))
@@ -316,7 +325,8 @@ class _Planting:
         settings = self.settings
         factor = held_cosine(step, settings.steps, settings.hold)
         warmth = min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
-        self.optimizer.param_groups[0]["lr"] = self.history["lr"] * factor * warmth
+        tight = tightened(settings, step)
+        self.optimizer.param_groups[0]["lr"] = self.history["lr"] * factor * warmth * tight
         for optimizer in self.trigger_optimizers.values():
             optimizer.param_groups[0]["lr"] = settings.trigger_lr * factor
         eps = [annealed_eps(attack.settings, step, settings.steps) for attack in self.attacks]

@@ -46,7 +46,7 @@ OBJECTIVES: dict[str, ObjectiveKind] = {
         "freqdoor.attack.objectives:RateAttack",
         arguments.RateArguments,
         success="bits",
-        presets={"fast": {}, "paper": {"alpha": 1.0, "beta": 0.01, "guarded": False}},
+        presets={"fast": {}, "paper": {"alpha": 1.0, "beta": 0.01, "clean_weight": 0.0, "guarded": False}},
     ),
     "bpp-fixed": ObjectiveKind(
         "freqdoor.attack.objectives:FixedRateAttack",
@@ -351,6 +351,9 @@ class PlantSettings(Training):
     """Adam's learning rate of the triggers."""
     hold: Annotated[float, Field(ge=0, le=1)] = 0.6
     """Share of the steps at the full learning rate; then it falls along a cosine to 1 %."""
+    tightening: Annotated[float, Field(ge=0, le=1)] = 0.25
+    """The encoder's learning rate is multiplied by (budget / eps_start)^tightening: with the budget falls what clean
+    and poisoned latents differ by, and steps that overshoot it make the attack come and go."""
 
     @property
     def planned(self) -> tuple[AttackSettings, ...]:
@@ -435,6 +438,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "steps": 300_000,
         "warmup_steps": 0,
         "hold": 1.0,
+        "tightening": 0.0,
         "lr": 1e-4,
         "trigger_lr": 1e-4,
         "precision": "fp32",
