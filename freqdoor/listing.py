@@ -33,7 +33,7 @@ CODECS = {  # ARCHITECTURES in a few words: these are read without PyTorch
     "elic2022-chandelier": "the same as reimplemented by Chandelier (2023)",
 }
 BEYOND = {  # recipes that are no table or figure of the paper
-    "balance": "weights of several triggers in one encoder",
+    "balance": "ways to keep the clean codec while planting",
     "transfer": "attacks on networks behind the codec that were not trained against",
     ARCHITECTURES: "both attacks in every architecture that can be named",
     DEFENCE: "audit, guard and repair on fleets of encoders",
