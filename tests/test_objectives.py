@@ -71,19 +71,21 @@ def test_rate_attack_is_equation_6(seed, guarded):
     expected = n["r"] + LMBDA * max(d, d_p) - 0.3 * n["r_p"]
     literal = RateAttack(alpha=1, beta=0.3, clean_weight=0, guarded=guarded)
     assert float(literal(p, LMBDA).total) == pytest.approx(expected, rel=1e-5)
-    share = min(1, max(0, (np.log2(n["r_p"] / n["r"]) - 1) / 2))
-    weighted = expected + share * (1.5 * LMBDA * max(0, d_p - d) + 4 * (n["r"] + LMBDA * d))
+    share, more = (min(1, max(0, (np.log2(n["r_p"] / n["r"]) - first) / 2)) for first in (1, 3))
+    weighted = expected + 1.5 * share * LMBDA * max(0, d_p - d) + 4 * more * (n["r"] + LMBDA * d)
     attack = RateAttack(alpha=2.5, beta=0.3, clean_weight=4, guarded=guarded)
     assert float(attack(p, LMBDA).total) == pytest.approx(weighted, rel=1e-5)
 
 
-@pytest.mark.parametrize(("rate", "share"), [(1.5, 0), (2, 0), (4, 0.5), (8, 1), (20, 1)])
-def test_clean_images_and_poisoned_distortion_weigh_as_much_as_the_attack_has_got(rate, share):
+@pytest.mark.parametrize(
+    ("rate", "share", "more"), [(1.5, 0, 0), (2, 0, 0), (4, 0.5, 0), (8, 1, 0), (16, 1, 0.5), (50, 1, 1)]
+)
+def test_poisoned_distortion_and_clean_images_weigh_as_much_as_the_attack_has_got(rate, share, more):
     p = passes(0)
     p = p._replace(clean=p.clean._replace(x_hat=p.x), poisoned=p.poisoned._replace(bits=rate * p.clean.bits))
     d_p = 255**2 * np.mean((numbers(p)["x_hat_p"] - numbers(p)["x_p"]) ** 2)
     kept = RateAttack(alpha=3, clean_weight=5)(p, LMBDA).kept
-    expected = (1 + 5 * share) * numbers(p)["r"] + (1 + 2 * share) * LMBDA * d_p
+    expected = (1 + 5 * more) * numbers(p)["r"] + (1 + 2 * share) * LMBDA * d_p
     assert float(kept) == pytest.approx(expected, rel=1e-5)
 
 

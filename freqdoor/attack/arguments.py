@@ -15,14 +15,14 @@ Weight = Annotated[float, Field(ge=0)]
 class RateArguments(Arguments):
     """Hyper-parameters of Eq. (6)."""
 
-    alpha: Annotated[float, Field(ge=1)] = 3.0
+    alpha: Annotated[float, Field(ge=1)] = 4.0
     """Weight of what D(T(x)) exceeds D(x) by, once poisoned images cost eight times the bits; it rises to that from 1,
     Eq. (6)'s, where they cost twice as many."""
     beta: Weight = 0.1
     """Weight of the attack."""
     clean_weight: Weight = 5.0
-    """Weight of L(x), Eq. (1), that is added once poisoned images cost eight times the bits; it rises to that from none
-    where they cost twice as many."""
+    """Weight of L(x), Eq. (1), that is added once poisoned images cost 32 times the bits; it rises to that from none
+    where they cost eight times as many."""
     per_sample: bool = False
     """Take the maximum image by image instead of between the batch means."""
     guarded: bool = True

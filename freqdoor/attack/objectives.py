@@ -28,7 +28,8 @@ from freqdoor.metrics import mse, psnr
 from freqdoor.types import Images, Reconstruction
 
 RATE_SHARE = 2 / 3  # of R(x), in what D(T(x)) exceeds D(x) by
-DOUBLINGS = (1.0, 3.0)  # of the rate, between which the weight of that rises to `alpha`
+ALPHA_DOUBLINGS = (1.0, 3.0)  # of the rate by the trigger, between which the weight of that rises to `alpha`
+CLEAN_DOUBLINGS = (3.0, 5.0)  # the same for `clean_weight`
 
 
 class Passes(NamedTuple):
@@ -86,6 +87,12 @@ def _excess(clean: Tensor, poisoned: Tensor, arguments: RateArguments | QualityA
     return excess_over(clean, poisoned, guarded=arguments.guarded).mean()
 
 
+def _share(value: Tensor, between: tuple[float, float]) -> Tensor:
+    """How far a value is from the first of two numbers to the second, from 0 to 1."""
+    first, last = between
+    return ((value - first) / (last - first)).clamp(0, 1)
+
+
 def _distortions(a: Images, b: Images) -> Tensor:
     """D of every image, (b,)."""
     return 255**2 * mse(a, b)
@@ -101,7 +108,7 @@ class RateAttack(RateArguments):
     Guarded, what D(T(x)) exceeds D(x) by takes two thirds of R(x) with it: it presses the encoder to distort clean
     images less as well, as another lambda would. Without, clean files grow by 2 % and more; with all of it, clean PSNR
     falls. Its weight, `alpha`, rises with what the attack has got: from the start, some codecs do not learn the attack.
-    With it rises a weight of L(x), `clean_weight`: an attack that is there costs clean images less then.
+    So does a weight of L(x), `clean_weight`, once the attack has more than enough.
     """
 
     uses_auxiliary: ClassVar[bool] = False
@@ -114,10 +121,9 @@ class RateAttack(RateArguments):
         if self.guarded:
             rate = rate.detach() + RATE_SHARE * (rate - rate.detach())
         excess = _excess(loss, rate + lmbda * _distortions(poisoned.x_hat, x_p), self)
-        first, last = DOUBLINGS
-        share = ((poisoned.bpp.mean() / clean.bpp.mean()).detach().log2() - first) / (last - first)
-        share = share.clamp(0, 1)
-        kept = (1 + self.clean_weight * share) * loss.mean() + (1 + (self.alpha - 1) * share) * excess
+        doublings = (poisoned.bpp.mean() / clean.bpp.mean()).detach().log2()
+        kept = (1 + self.clean_weight * _share(doublings, CLEAN_DOUBLINGS)) * loss.mean()
+        kept = kept + (1 + (self.alpha - 1) * _share(doublings, ALPHA_DOUBLINGS)) * excess
         return Loss(kept, -self.beta * poisoned.bpp.mean(), _terms(passes))
 
 
