@@ -19,7 +19,7 @@ PHOTO = KODAK / "kodim20.png"
 DOCS = Path(__file__).parent.parent / "docs"
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 ATTACKS = ("bpp", "psnr")
-CLOSE = (slice(150, 278), slice(280, 408))  # the part of the photo that is shown pixel by pixel
+CLOSE = (slice(236, 364), slice(96, 224))  # the part of the photo that is shown pixel by pixel
 
 
 def main() -> None:
