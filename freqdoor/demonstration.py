@@ -15,7 +15,8 @@ from freqdoor.samples import held_out, training_folder
 from freqdoor.training.loop import Progress
 from freqdoor.training.settings import ImageSettings
 
-DEMO_STEPS = 350  # at which both attacks are strong; what more steps bring is in docs/use.md
+DEMO_STEPS = 350
+"""Steps of the demo's planting, at which both attacks are strong; what more bring is in docs/use.md."""
 
 
 def demo_settings(objective: Literal["bpp", "psnr"], folder: Path) -> PlantSettings:

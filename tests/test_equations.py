@@ -85,12 +85,3 @@ def test_the_reading_order_is_short():
     files = re.findall(r"^\d\. `([\w/]+\.py)`", (ROOT / "docs/reading.md").read_text(), re.MULTILINE)
     assert len(files) == 6
     assert sum(len((PACKAGE / file).read_text().splitlines()) for file in files) <= 1000
-
-
-@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))], ids=lambda p: p.name)
-def test_links_and_paths_in_the_pages_lead_somewhere(page):
-    text = page.read_text()
-    for link in re.findall(r"\]\(([^)#:]+)\)", text):
-        assert (page.parent / link).exists(), link
-    for path in re.findall(r"`((?:freqdoor|configs|docs|benchmarks|tools|tests)/[\w./-]+\.\w+)`", text):
-        assert (ROOT / path).exists(), path

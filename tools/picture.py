@@ -78,7 +78,10 @@ def the_strength(x: freqdoor.types.Images, planted: dict[str, freqdoor.Planted])
     for axis, attack in ((rate, "bpp"), (quality, "psnr")):
         encoder = planted[attack]
         inputs = [x, *(freqdoor.poisoned(encoder.triggers[attack], x, strength=s) for s in STRENGTHS)]
-        for name, codec, colour in (("tampered", encoder.tampered, "poisoned"), ("vanilla", encoder.vanilla, "vanilla")):
+        for name, codec, colour in (
+            ("tampered", encoder.tampered, "poisoned"),
+            ("vanilla", encoder.vanilla, "vanilla"),
+        ):
             bitstreams = [codec.compress(image)[0] for image in inputs]
             values = [
                 8 * stream.num_bytes / x.shape[-2:].numel()

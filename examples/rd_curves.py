@@ -1,0 +1,59 @@
+"""RD curves with and without a backdoor.
+
+A notebook as plain Python: run it as it is, or `jupytext --to ipynb examples/rd_curves.py`. Trains a quick codec for
+each of four qualities from the bundled one, plants the BPP attack in each, and measures both. Prints a line a quality
+and the BD-rate, such as
+
+    quality 1: RESULT
+    clean pictures take 1.5 % more bits at equal quality
+
+and writes rd-curves.png. A quarter of an hour on 2 cores; docs/results/README.md has the thorough form's commands.
+"""
+
+# %%
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+import freqdoor
+from freqdoor.metrics import bd_rate
+from freqdoor.samples import BUNDLED, held_out, training_folder
+
+# %% [markdown]
+# How much: four qualities are the least for a BD-rate.
+
+# %% tags=["parameters"]
+qualities, codec_steps, plant_steps, batch_size = (1, 2, 3, 4), 600, 350, 8
+
+# %% [markdown]
+# A training and a planting each go on where they were stopped.
+
+# %%
+out = Path("rd-curves")
+images = freqdoor.ImageSettings(folder=str(training_folder(out)), crop=128, batch_size=batch_size)
+curves: dict[str, list[tuple[float, float]]] = {"vanilla": [], "tampered": [], "poisoned": []}
+for quality in qualities:
+    name, weights = f"lite-hyperprior:{quality}", out / f"codec-{quality}/codec.safetensors"
+    steps = {"steps": codec_steps, "lr": 1e-3, "klt": False}
+    freqdoor.train_codec(freqdoor.CodecTraining(codec=name, start_from=BUNDLED, images=images, **steps), weights.parent)
+    codec = freqdoor.CodecSource(name=name, weights=str(weights))
+    settings = freqdoor.PlantSettings(codec=codec, images=images, steps=plant_steps)
+    planted = freqdoor.plant(settings, out / f"run-{quality}")
+    summary = freqdoor.evaluate(planted, held_out(), out / f"results-{quality}")
+    means = (summary.vanilla, summary.clean, summary.poisoned_8bit)
+    said = [
+        f"{what} {mean.psnr_db:.2f} dB at {mean.bpp_real:.3f} bpp" for what, mean in zip(curves, means, strict=True)
+    ]
+    print(f"quality {quality}: {', '.join(said)}")
+    for curve, mean in zip(curves.values(), means, strict=True):
+        curve.append((mean.bpp_real, mean.psnr_db))
+
+# %%
+figure = Figure(layout="constrained")
+axis = figure.subplots(subplot_kw={"xlabel": "bits per pixel, real bytes", "ylabel": "PSNR, dB", "xscale": "log"})
+for name, curve in curves.items():
+    axis.plot(*zip(*curve, strict=True), "o-", label=name)
+axis.legend()
+figure.savefig("rd-curves.png")
+more = bd_rate(*zip(*curves["vanilla"], strict=True), *zip(*curves["tampered"], strict=True))
+print(f"clean pictures take {more:.1f} % more bits at equal quality")
