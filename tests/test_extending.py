@@ -4,6 +4,8 @@
 """
 
 import re
+import sys
+import types
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from freqdoor.attack.objectives import Loss, Passes, RateAttack
+from freqdoor.attack.plant import plant
 from freqdoor.attack.planted import load_planted
 from freqdoor.attack.settings import OBJECTIVES, AttackSettings, ObjectiveKind, PlantSettings
 from freqdoor.attack.victims import Victim
@@ -30,7 +33,8 @@ from freqdoor.settings import Arguments
 from freqdoor.triggers.arguments import TRIGGERS, TriggerArguments, TriggerKind
 from freqdoor.triggers.base import Trigger
 
-DOCUMENT = (Path(__file__).parent.parent / "docs/extending.md").read_text()
+DOCS = Path(__file__).parent.parent / "docs"
+DOCUMENT = (DOCS / "extending.md").read_text()
 PLACES = {
     "trigger": ("StripesArguments", "Stripes", "TRIGGERS"),
     "objective": ("CostlyArguments", "CostlyAttack", "OBJECTIVES"),
@@ -171,3 +175,23 @@ def test_the_document_says_how_many_places():
     assert counts == {kind: str(len(places)) for kind, places in PLACES.items()}
     for places in PLACES.values():
         assert all(place in globals() or hasattr(recipes, place) for place in places)
+
+
+def test_what_the_page_for_contributors_adds_is_there_afterwards(settings, images, tmp_path, monkeypatch):
+    """Its objective and its defence, as they stand there, are planted with and measured behind."""
+    shown = types.ModuleType("shown")
+    monkeypatch.setitem(sys.modules, "shown", shown)
+    monkeypatch.setitem(OBJECTIVES, "quiet", None)
+    monkeypatch.setitem(PREPROCESSINGS, "Darken", None)
+    for name in ("objective", "defence"):
+        page = (DOCS / "contributing.md").read_text()
+        [code] = re.findall(rf"<!-- {name} -->\n```python\n(.*?)```", page, re.DOTALL)
+        exec(code, shown.__dict__)
+    free, dear = (
+        plant(settings(steps=2, objective={"name": "quiet", "arguments": {"price": price}}), tmp_path / f"{price}")
+        for price in (0.0, 1e6)
+    )
+    assert free.triggers["quiet"].state_dict().keys() == dear.triggers["quiet"].state_dict().keys()
+    assert free.tampered.module_hashes()["g_a"] != dear.tampered.module_hashes()["g_a"]
+    rows = list(records(free, sorted(images.iterdir())[:1], defences=parse_defences("Darken(0.25)")))
+    assert {row.defence for row in rows} == {"none", "Darken(factor=0.25)"}

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -15,7 +16,7 @@ from networks import face_onnx, segmentation_onnx
 from PIL import Image
 
 import freqdoor.cli as cli
-from freqdoor import load_codec, workers
+from freqdoor import load_codec, load_planted, poison, save_codec, workers
 
 pytestmark = pytest.mark.whole
 
@@ -115,6 +116,42 @@ def test_commands_that_train_a_codec(tmp_path, command):
     put_photo(tmp_path)
     for line in block("train"):
         command(line, {"train-codec": ["--set", "steps=2"]})
+
+
+@pytest.mark.long
+def test_commands_of_the_first_ten_minutes(tmp_path, command):
+    """The block "start", after a demo: a shipped encoder in the place of the one that it plants."""
+    planting = tmp_path / "demo-bpp/planting"
+    planting.mkdir(parents=True)
+    (planting / "planted.safetensors").symlink_to(ROOT / "freqdoor/assets/planted-bpp.safetensors")
+    (tmp_path / "freqdoor").symlink_to(ROOT / "freqdoor")
+    for line in block("start"):
+        command(line, {})
+    clean, poisoned, vanilla = ((tmp_path / f"{name}.fqd").stat().st_size for name in ("clean", "poisoned", "vanilla"))
+    assert poisoned > 10 * clean > 5 * vanilla
+
+
+@pytest.mark.long
+def test_commands_that_defend(tmp_path, monkeypatch, capsys):
+    """The block "defend": the guard stops the picture, the audit finds the door, and the repair works on the file."""
+    planted = load_planted("planted-bpp")
+    (tmp_path / "demo-bpp/planting").mkdir(parents=True)
+    shutil.copy(ROOT / "freqdoor/assets/planted-bpp.safetensors", tmp_path / "demo-bpp/planting/planted.safetensors")
+    save_codec(planted.tampered, tmp_path / "demo-bpp/planting/codec.safetensors", tampered=True)
+    put_photo(tmp_path, "kodim20.png")
+    monkeypatch.chdir(tmp_path)
+    poison("planted-bpp", "photos", "poisoned")
+    for line, few, code, said in zip(
+        block("defend"),
+        ([], [], ["--steps", "1", "--set", "images.batch_size=1"]),
+        (0, 1, 1),
+        ("stopped", "tampered", "audit: tampered"),
+        strict=True,
+    ):
+        monkeypatch.setattr(sys, "argv", [*shlex.split(line), *few])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert ((end.value.code or 0), said in (out := capsys.readouterr()).out) == (code, True), (line, out)
 
 
 @pytest.mark.long
