@@ -55,7 +55,7 @@ def test_examples_are_short_and_each_is_run_here():
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_prints_what_it_says(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name, *SCRIPTS[name]])
-    with pytest.raises(SystemExit, match="^1$") if name == "audit_checkpoint" else nullcontext():
+    with pytest.raises(SystemExit, match=r"^1$") if name == "audit_checkpoint" else nullcontext():
         runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     lines = capsys.readouterr().out.splitlines()
     if name in ("new_trigger", "own_codec"):  # after two steps no attack succeeds, and the verdict says so

@@ -181,17 +181,16 @@ def test_what_the_page_for_contributors_adds_is_there_afterwards(settings, image
     """Its objective and its defence, as they stand there, are planted with and measured behind."""
     shown = types.ModuleType("shown")
     monkeypatch.setitem(sys.modules, "shown", shown)
-    monkeypatch.setitem(OBJECTIVES, "quiet", None)
+    monkeypatch.setitem(OBJECTIVES, "flat", None)
     monkeypatch.setitem(PREPROCESSINGS, "Darken", None)
     for name in ("objective", "defence"):
         page = (DOCS / "contributing.md").read_text()
         [code] = re.findall(rf"<!-- {name} -->\n```python\n(.*?)```", page, re.DOTALL)
         exec(code, shown.__dict__)
-    free, dear = (
-        plant(settings(steps=2, objective={"name": "quiet", "arguments": {"price": price}}), tmp_path / f"{price}")
-        for price in (0.0, 1e6)
+    planted, other = (
+        plant(settings(steps=2, objective={"name": "flat", "arguments": {"beta": beta}}), tmp_path / f"{beta}")
+        for beta in (5.0, 1e4)
     )
-    assert free.triggers["quiet"].state_dict().keys() == dear.triggers["quiet"].state_dict().keys()
-    assert free.tampered.module_hashes()["g_a"] != dear.tampered.module_hashes()["g_a"]
-    rows = list(records(free, sorted(images.iterdir())[:1], defences=parse_defences("Darken(0.25)")))
+    assert planted.tampered.module_hashes()["g_a"] != other.tampered.module_hashes()["g_a"]
+    rows = list(records(planted, sorted(images.iterdir())[:1], defences=parse_defences("Darken(0.25)")))
     assert {row.defence for row in rows} == {"none", "Darken(factor=0.25)"}
