@@ -112,7 +112,8 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     """The README is the site's first page, and the changelog its last: both stand beside docs/, where people look."""
     for name, page in BESIDE.items():
         text = (ROOT / name).read_text(encoding="utf-8")
-        files.append(File.generated(config, page, content=text.replace("](docs/", "](")))
+        text = text.replace("](docs/", "](").replace("](CHANGELOG.md", f"]({BESIDE['CHANGELOG.md']}")
+        files.append(File.generated(config, page, content=text))
     return files
 
 
@@ -120,7 +121,4 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     """Put in what a page's comments ask for; the README and the changelog stand elsewhere than in the repository."""
     for name, page in BESIDE.items():
         markdown = markdown.replace(f"](../{name}", f"]({page}")
-    for comment, text in FILLED.items():
-        if f"<!-- {comment} -->" in markdown:
-            markdown = markdown.replace(f"<!-- {comment} -->", text())
-    return markdown
+    return re.sub(r"^<!-- (every [a-z ]+) -->$", lambda comment: FILLED[comment[1]](), markdown, flags=re.MULTILINE)
