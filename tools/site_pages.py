@@ -79,8 +79,8 @@ def _card(facts: dict[str, Any]) -> str:
         "command": f"`{facts['command']}`",
         "versions": f"{versions}, Python {environment['python']}, commit {environment['commit']}",
     }
-    table = "\n".join(f"| {name} | {text} |" for name, text in rows.items())
-    return f"## {Path(facts['file']).stem}\n\n| | |\n|---|---|\n{table}"
+    first, *others = [f"| {name} | {text} |" for name, text in rows.items()]
+    return "\n".join((f"## {Path(facts['file']).stem}\n", first, "|---|---|", *others))
 
 
 def _words(arguments: dict[str, Any]) -> str:
