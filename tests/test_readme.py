@@ -268,7 +268,7 @@ def test_python_example(tmp_path, monkeypatch):
     exec(compile(code, "README", "exec"), {})
 
 
-def test_configs_load():
+def test_configs_load(tmp_path):
     from freqdoor.attack.networks import NetworkSpec
     from freqdoor.attack.settings import PlantSettings
     from freqdoor.defence.settings import FleetSettings
@@ -283,3 +283,5 @@ def test_configs_load():
             load_settings(tests[path.stem] if path.parent.name == "test" else kinds[path.parent.name], path)
     for path in sorted((ROOT / "configs/networks").glob("*.toml")):
         load_settings(NetworkSpec, path)
+    (tmp_path / "mine.toml").write_text("\n".join(block("network")))
+    assert load_settings(NetworkSpec, tmp_path / "mine.toml").labels == (("sky",), ("road",), ("car",))
