@@ -1,7 +1,7 @@
 """Guard a service.
 
-One endpoint that compresses strangers' pictures with an encoder that nobody has to trust. With `pip install '.[web]'`, and
-the picture that examples/poison_photo.py writes:
+One endpoint that compresses strangers' pictures with an encoder that nobody has to trust. With `pip install '.[web]'`,
+and the picture that examples/poison_photo.py writes:
 
     uvicorn --app-dir examples guard_service:app
     curl --data-binary @poisoned.png --dump-header - --output sent.fqd http://127.0.0.1:8000/compress

@@ -5,7 +5,9 @@ A trigger is a class with `perturb`, a model of its arguments, and one entry in 
 plants it in the bundled codec, by default 350 steps (two minutes on 2 cores). Prints the verdict on the six held-out
 pictures
 
-    VERDICT
+    On 6 images the tampered encoder treats clean images as the vanilla one does (30.21 dB at 0.383 bpp against
+    30.29 dB at 0.380 bpp), but an invisible pattern (46.2 dB) destroys what is decoded (6.1 dB at 0.84 times the
+    bits); image by image 24.2 dB lost in the median, 20.2 dB at least, and it succeeds on 6 of 6.
 """
 
 import sys
