@@ -77,6 +77,16 @@ def test_the_model_cards_are_those_of_the_shipped_files():
     assert all(f"freqdoor/assets/{path.name}" in models for path in ASSETS.iterdir() if path.stem not in page)
 
 
+def test_the_page_of_reports_has_every_part_and_row_of_one():
+    page = (ROOT / "docs/report.md").read_text()
+    template = (ROOT / "freqdoor/templates/report.html").read_text()
+    titles = [title.partition(" {{")[0] for title in re.findall(r"<h2>(.+?)</h2>", template)]
+    rows = re.findall(r'"((?:vanilla|tampered) encoder, .+?)"', (ROOT / "freqdoor/measure/report.py").read_text())
+    assert (len(titles), len(rows)) == (7, 5)
+    assert [title for title in titles if f"**{title}" not in page] == []
+    assert [row for row in rows if f"| {row} |" not in page] == []
+
+
 class References(HTMLParser):
     """The anchors of a page, where its links lead, and what a browser loads for it."""
 
