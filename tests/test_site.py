@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote
 
 import griffe
@@ -46,6 +47,18 @@ def test_links_and_paths_in_the_pages_lead_somewhere(page):
 def test_pages_ask_for_what_can_be_filled_in():
     text = "".join(page.read_text() for page in PAGES)
     assert sorted(re.findall(r"^<!-- (every .+) -->$", text, re.MULTILINE)) == sorted(site_pages.FILLED)
+
+
+@pytest.mark.parametrize(
+    ("page", "written", "shown"),
+    [
+        ("use.md", "[a](../README.md#see-it-work)", "[a](index.md#see-it-work)"),
+        ("results/README.md", "[a](../../CHANGELOG.md), [b](../use.md#x)", "[a](../changelog.md), [b](../use.md#x)"),
+        ("use.md", "[`a`](../freqdoor/assets), [b](codecs.md)", "`a`, [b](codecs.md)"),
+    ],
+)
+def test_links_out_of_the_pages_lead_to_the_site_or_are_text(page, written, shown):
+    assert site_pages.on_page_markdown(written, page=SimpleNamespace(file=SimpleNamespace(src_uri=page))) == shown
 
 
 def test_every_public_name_is_documented():

@@ -7,18 +7,21 @@ import ast
 import json
 import re
 from collections.abc import Callable
+from os.path import relpath
 from pathlib import Path
 from typing import Any
 
 import typer
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 from typer.cli import get_docs_for_click
 
 from freqdoor.cli import app
 from freqdoor.samples import ASSETS
 
 ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
 PACKAGE = ROOT / "freqdoor"
 
 
@@ -117,8 +120,16 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put in what a page's comments ask for; the README and the changelog stand elsewhere than in the repository."""
-    for name, page in BESIDE.items():
-        markdown = markdown.replace(f"](../{name}", f"]({page}")
+def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
+    """Put in what a page's comments ask for; links that lead out of docs/ lead to the site's page, or are text."""
+    folder = (DOCS / page.file.src_uri).parent
+
+    def link(found: re.Match[str]) -> str:
+        target = (folder / found["path"]).resolve()
+        if target.is_relative_to(DOCS):
+            return found[0]
+        beside = BESIDE.get(target.relative_to(ROOT).as_posix())
+        return f"[{found['text']}]({relpath(DOCS / beside, folder)}{found['anchor']})" if beside else found["text"]
+
+    markdown = re.sub(r"\[(?P<text>[^]]+)\]\((?P<path>\.\./[^)#]+)(?P<anchor>[^)]*)\)", link, markdown)
     return re.sub(r"^<!-- (every [a-z ]+) -->$", lambda comment: FILLED[comment[1]](), markdown, flags=re.MULTILINE)
