@@ -1,36 +1,39 @@
 """Plant in a codec of your own.
 
-A codec is a function that returns a network with CompressAI's protocol. `python examples/own_codec.py [STEPS STEPS]`
-trains this one for a while, since nothing can be planted in random weights, and plants the BPP attack in it; with a
-checkpoint of yours leave the training out and name the file as `weights`. By default 1500 and 450 steps, ten minutes
-on 2 cores. Prints the verdict on the six held-out pictures
+A codec is a function that returns a network with CompressAI's protocol, and a file with its weights; here the bundled
+one's stand in for yours. `python examples/own_codec.py [STEPS]` plants the BPP attack in it, by default 350 steps (two
+minutes on 2 cores). A codec without a quality has its lambda estimated, which a warning says. Prints the verdict on the
+six held-out pictures
 
-    VERDICT
+    On 6 images the tampered encoder treats clean images as the vanilla one does (30.48 dB at 0.402 bpp against
+    30.29 dB at 0.380 bpp), but an invisible pattern (46.0 dB) makes the file 30.6 times as large (12.31 bpp);
+    image by image 45.8 times in the median, 8.4 times at least, and it succeeds on 6 of 6.
 """
 
 import sys
 from pathlib import Path
 
-from compressai.models import MeanScaleHyperprior
-
 import freqdoor
-from freqdoor.samples import held_out, training_folder
+from freqdoor.codecs.lite import LiteHyperprior
+from freqdoor.samples import ASSETS, held_out, training_folder
 
 
-def make() -> MeanScaleHyperprior:
-    """The network, without arguments; its weights come from a file."""
-    return MeanScaleHyperprior(32, 48)
+class Mine(LiteHyperprior):
+    """g_a, g_s, h_a and h_s, with forward, compress, decompress and update as CompressAI has them."""
 
 
-def main(training_steps: str = "1500", steps: str = "450", out: Path = Path("own-codec")) -> None:
-    """Train, plant, measure."""
-    name, weights = "own_codec:make", out / "codec/codec.safetensors"  # this file, since it stands where Python looks
+def make() -> Mine:
+    """The network, without arguments."""
+    return Mine()
+
+
+CODEC = freqdoor.CodecSource(name="own_codec:make", weights=str(ASSETS / "lite-hyperprior-3.safetensors"))
+
+
+def main(steps: str = "350", out: Path = Path("own-codec")) -> None:
+    """Plant and measure; the same command goes on where it was stopped."""
     images = freqdoor.ImageSettings(folder=str(training_folder(out)), crop=128)
-    training = freqdoor.CodecTraining(codec=name, images=images, steps=int(training_steps), lr=1e-3, lmbda=0.0067)
-    freqdoor.train_codec(training, out / "codec")
-    source = freqdoor.CodecSource(name=name, weights=str(weights))
-    planting = freqdoor.PlantSettings(codec=source, images=images, steps=int(steps), lmbda=0.0067)
-    planted = freqdoor.plant(planting, out / "run")
+    planted = freqdoor.plant(freqdoor.PlantSettings(codec=CODEC, images=images, steps=int(steps)), out / "run")
     print(freqdoor.verdict(freqdoor.evaluate(planted, held_out(), out / "results")))
 
 
