@@ -25,7 +25,7 @@ def promised(name: str) -> list[re.Pattern[str]]:
     """The lines that an example says it prints, with any numbers."""
     text = ast.get_docstring(ast.parse((EXAMPLES / f"{name}.py").read_text())) or ""
     lines = re.findall(r"^    (.+)$", text, re.MULTILINE)
-    return [re.compile(re.sub(r"\d[\d.]*", r"[\\d.]+", re.escape(line).replace(r"\.", "."))) for line in lines]
+    return [re.compile(re.sub(r"(\\-)?\d[\d.]*", r"[-\\d.]+", re.escape(line).replace(r"\.", "."))) for line in lines]
 
 
 @pytest.fixture
