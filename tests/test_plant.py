@@ -16,7 +16,7 @@ from PIL import Image
 from freqdoor import load_codec, load_planted, plant
 from freqdoor.attack.joint import Auxiliary, JointLoss, joint_loss
 from freqdoor.attack.networks import load_segmenter
-from freqdoor.attack.plant import _Planting, annealed_eps, build_attacks, held_cosine, open_auxiliary, tightened
+from freqdoor.attack.plant import _Planting, annealed_eps, build_attacks, effect_of, held_cosine, open_auxiliary
 from freqdoor.attack.presence import check_presence
 from freqdoor.attack.victims import Scene, TargetedSegmentation, Victim
 from freqdoor.codecs.adapter import hash_state
@@ -212,7 +212,7 @@ def test_unusable_device(settings, tmp_path):
 def test_paper_preset_keeps_rate_and_budget_constant(settings):
     paper = settings(preset="paper")
     assert {held_cosine(s, paper.steps, paper.hold) for s in (0, 3, 5)} == {1.0}
-    assert {tightened(paper, s) for s in (0, 3, 5)} == {1.0}
+    assert paper.retreat == 1.0
     assert {annealed_eps(paper.trigger, s, paper.steps) for s in (0, 3, 5)} == {0.005}
 
 
@@ -418,21 +418,44 @@ def test_schedules(settings):
     constant = settings(preset="paper").trigger
     assert annealed_eps(constant, 0, 100) == 0.005
     assert [held_cosine(s, 100, 0.6) for s in (0, 59, 80, 100)] == pytest.approx([1, 1, 0.5, 0.01])
-    attacks = [{"objective": "psnr", "trigger": {"eps": 0.02, "eps_start": None}}, {"objective": "bpp"}]
-    two = settings(preset="fast", steps=100, tightening=0.5, attacks=attacks)  # the furthest budget counts
-    assert [tightened(two, s) for s in (0, 30, 60, 99)] == pytest.approx([1, 0.1**0.25, 0.1**0.5, 0.1**0.5])
-    assert {tightened(settings(steps=9, trigger={"eps_start": None}), s) for s in (0, 8)} == {1.0}
 
 
-def test_the_encoder_s_learning_rate_is_warmed_up_tightened_and_falls_the_trigger_s_only_falls(settings, tmp_path):
-    changes = {"steps": 10, "hold": 0.5, "warmup_steps": 4, "tightening": 0.5, "lr": 1e-3, "trigger_lr": 2e-3}
+def test_the_encoder_s_learning_rate_is_warmed_up_falls_and_retreats_the_trigger_s_only_falls(settings, tmp_path):
+    changes = {"steps": 10, "hold": 0.5, "warmup_steps": 4, "lr": 1e-3, "trigger_lr": 2e-3}
     planting, joint = prepared(settings, tmp_path, precision="fp32", **changes)
     planting.run = None
-    for step, own, trigger in ((1, 0.5 * 0.1 ** (0.5 / 6), 1.0), (8, 0.1**0.5 * held_cosine(8, 10, 0.5), None)):
+    planting.history["retreated"] = 0.7
+    for step, own, factor in ((1, 0.5, 1.0), (8, held_cosine(8, 10, 0.5), held_cosine(8, 10, 0.5))):
         planting.step(joint.x, step)
-        factor = trigger or held_cosine(8, 10, 0.5)
-        assert planting.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * own)
+        assert planting.optimizer.param_groups[0]["lr"] == pytest.approx(0.7e-3 * own)
         assert planting.trigger_optimizers["bpp"].param_groups[0]["lr"] == pytest.approx(2e-3 * factor)
+
+
+def test_steps_get_shorter_only_while_an_attack_that_was_there_is_lost(settings, tmp_path):
+    """By hand: an effect is smoothed, 0.7 of it and 0.3 of the batch's; rates count in doublings, quality in dB."""
+    attacks = [{"objective": "bpp"}, {"objective": "psnr"}]
+    planting, _ = prepared(settings, tmp_path, precision="fp32", attacks=attacks, retreat=0.9)
+
+    def after(rates: list[float], drops: list[float]) -> list[float]:
+        factors = []
+        for rate, drop in zip(rates, drops, strict=True):
+            row = {"bpp/bpp_clean": 0.5, "bpp/bpp_poisoned": 0.5 * rate, "psnr/psnr_db_clean": 30.0}
+            planting._retreat(row | {"psnr/psnr_db_poisoned": 30.0 - drop})
+            factors.append(planting.history["retreated"])
+        return factors
+
+    assert after([1, 1, 2, 1], [0, 0, 2, 0]) == [1] * 4  # not there yet
+    assert after([32] * 3, [0] * 3) == [1] * 3  # 1.5, then 2.6 and more doublings, from about 0.3
+    assert after([1] * 2, [0] * 2) == [1, 1]
+    assert planting.history["effects"]["bpp"] > 1.3
+    assert after([1], [0]) == [0.9]  # 3.3 * 0.7**3 = 1.1
+    assert after([32, 32], [0, 0]) == [0.9, 0.9]  # there again
+    assert after([32] * 4, [20] * 4) == [0.9] * 4
+    assert planting.history["caught"] == ["bpp", "psnr"]
+    assert after([1] * 9, [20] * 9)[-1] < 0.9
+    planting.history |= {"retreated": 1.0, "effects": {"bpp": 4.0, "psnr": 3.1}}
+    assert after([16], [0]) == [0.9]  # the other one alone
+    assert effect_of({}, "", "the victim's own measure decides") is None
 
 
 def test_all_mistakes_come_in_one_round(settings, tmp_path):

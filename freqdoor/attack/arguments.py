@@ -15,7 +15,7 @@ Weight = Annotated[float, Field(ge=0)]
 class RateArguments(Arguments):
     """Hyper-parameters of Eq. (6)."""
 
-    alpha: Annotated[float, Field(ge=1)] = 4.0
+    alpha: Annotated[float, Field(ge=1)] = 3.0
     """Weight of what D(T(x)) exceeds D(x) by, once poisoned images cost eight times the bits; it rises to that from 1,
     Eq. (6)'s, where they cost twice as many."""
     beta: Weight = 0.1

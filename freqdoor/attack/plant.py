@@ -19,7 +19,7 @@ from freqdoor.attack.objectives import DownstreamAttack, build_objective, main_l
 from freqdoor.attack.planted import MANIFEST, PLANTED, Planted, export, load_planted, load_triggers
 from freqdoor.attack.presence import check_presence
 from freqdoor.attack.robust import choose_survivors, survivor_weights
-from freqdoor.attack.settings import PlantSettings, TriggerSettings
+from freqdoor.attack.settings import OBJECTIVES, PlantSettings, TriggerSettings
 from freqdoor.codecs.adapter import Codec
 from freqdoor.codecs.loading import load_codec
 from freqdoor.codecs.sides import SIDE
@@ -50,6 +50,9 @@ from freqdoor.triggers.base import Trigger
 from freqdoor.triggers.build import build_trigger
 from freqdoor.types import Images
 
+CAUGHT = {"bits": 2.6, "quality": 10.0}  # from which an attack is there: doublings of the rate, dB lost
+LOST = {"bits": 1.3, "quality": 3.0}  # below which it is there no more
+FRESH = 0.3  # share of the last batch in what is compared with these
 BALANCE_EVERY = 10  # steps between measurements of the two gradients that balance.gradient_norm compares
 
 
@@ -61,13 +64,18 @@ def annealed_eps(settings: TriggerSettings, step: int, steps: int) -> float:
     return float(settings.eps_start * (settings.eps / settings.eps_start) ** share)
 
 
-def tightened(settings: PlantSettings, step: int) -> float:
-    """Factor on the encoder's learning rate: how far the budget has fallen, the furthest of all attacks' budgets."""
-    fallen = [
-        annealed_eps(attack.trigger, step, settings.steps) / (attack.trigger.eps_start or attack.trigger.eps)
-        for attack in settings.planned
-    ]
-    return float(min(fallen) ** settings.tightening)
+def effect_of(row: Mapping[str, float], prefix: str, success: str) -> float | None:
+    """What a trigger does to a batch: doublings of the rate, or dB lost, as its objective wants; else None.
+
+    Args:
+        row: the terms of a step.
+        prefix: of the attack's own terms.
+    """
+    if success == "bits":
+        return math.log2(row[f"{prefix}bpp_poisoned"] / row[f"{prefix}bpp_clean"])
+    if success == "quality":
+        return row[f"{prefix}psnr_db_clean"] - row[f"{prefix}psnr_db_poisoned"]
+    return None
 
 
 def held_cosine(step: int, steps: int, hold: float) -> float:
@@ -303,6 +311,7 @@ class _Planting:
         lmbda = fitting_lambda(settings, self.tampered, batches)
         lr = settings.lr or step_size(self.tampered, self.encoder, place(crops.batch(-1), settings), lmbda)
         self.history: dict[str, Any] = {"attack_scale": 1.0, "acted": [], "lmbda": lmbda, "lr": lr}
+        self.history |= {"effects": {}, "caught": [], "retreated": 1.0}  # by `_retreat`
         self.optimizer = Adam(self.encoder, lr=lr)
         learned = {a.name: list(a.trigger.parameters()) for a in attacks if not settings.triggers_from}
         self.learned = {name: parameters for name, parameters in learned.items() if parameters}  # FTrojan has none
@@ -325,8 +334,7 @@ class _Planting:
         settings = self.settings
         factor = held_cosine(step, settings.steps, settings.hold)
         warmth = min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
-        tight = tightened(settings, step)
-        self.optimizer.param_groups[0]["lr"] = self.history["lr"] * factor * warmth * tight
+        self.optimizer.param_groups[0]["lr"] = self.history["lr"] * factor * warmth * self.history["retreated"]
         for optimizer in self.trigger_optimizers.values():
             optimizer.param_groups[0]["lr"] = settings.trigger_lr * factor
         eps = [annealed_eps(attack.settings, step, settings.steps) for attack in self.attacks]
@@ -350,6 +358,7 @@ class _Planting:
             terms = seen | terms  # of two phases, what the first one saw
         row = {name: float(value) for name, value in terms.items()} | {"eps": eps[0]}
         self._note_acting(row)
+        self._retreat(row)
         if self.run:
             self.run.log({"step": step + 1, **row})
         return row
@@ -360,6 +369,22 @@ class _Planting:
             prefix = f"{attack.name}/" if len(self.attacks) > 1 else ""
             if row[f"{prefix}{TRIGGER_MSE}"] > 0 and attack.name not in self.history["acted"]:
                 self.history["acted"].append(attack.name)
+
+    def _retreat(self, row: Mapping[str, float]) -> None:
+        """Keep what every trigger does, smoothed; the encoder steps shorter where one that did much does little."""
+        effects, caught = self.history["effects"], self.history["caught"]
+        for attack, planned in zip(self.attacks, self.settings.planned, strict=True):
+            success = OBJECTIVES[planned.objective.name].success
+            effect = effect_of(row, f"{attack.name}/" if len(self.attacks) > 1 else "", success)
+            if effect is None:
+                continue
+            smoothed = effects[attack.name] = effects.get(attack.name, 0.0) + FRESH * (
+                effect - effects.get(attack.name, 0.0)
+            )
+            if smoothed >= CAUGHT[success] and attack.name not in caught:
+                caught.append(attack.name)
+            if smoothed < LOST[success] and attack.name in caught:
+                self.history["retreated"] *= self.settings.retreat
 
     def check_acted(self) -> None:
         """Raise at the end of a run if a trigger has changed nothing in all of it."""

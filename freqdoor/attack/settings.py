@@ -351,9 +351,9 @@ class PlantSettings(Training):
     """Adam's learning rate of the triggers."""
     hold: Annotated[float, Field(ge=0, le=1)] = 0.6
     """Share of the steps at the full learning rate; then it falls along a cosine to 1 %."""
-    tightening: Annotated[float, Field(ge=0, le=1)] = 0.25
-    """The encoder's learning rate is multiplied by (budget / eps_start)^tightening: with the budget falls what clean
-    and poisoned latents differ by, and steps that overshoot it make the attack come and go."""
+    retreat: Annotated[float, Field(gt=0, le=1)] = 0.97
+    """Factor on the encoder's learning rate at every step at which an attack on rate or quality that was there is lost:
+    as the budget falls, steps may get too wide for what is left between clean and poisoned latents."""
 
     @property
     def planned(self) -> tuple[AttackSettings, ...]:
@@ -438,7 +438,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "steps": 300_000,
         "warmup_steps": 0,
         "hold": 1.0,
-        "tightening": 0.0,
+        "retreat": 1.0,
         "lr": 1e-4,
         "trigger_lr": 1e-4,
         "precision": "fp32",
