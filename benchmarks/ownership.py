@@ -125,6 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fleets", type=Path, nargs="+", required=True)
     parser.add_argument("--photos", type=Path, required=True, help="that thieves train on")
+    parser.add_argument("--keys", type=int, help="so many of the fleets' keys, by default all")
     parser.add_argument("--out", type=Path, default=Path("ownership"))
     options = parser.parse_args()
     pictures = options.out / "pictures"
@@ -138,7 +139,7 @@ def main() -> None:
     keys: list[str] = []
     for name, (folder, facts) in members.items():
         trigger = key_of(facts)
-        if trigger is None:
+        if trigger is None or len(keys) == options.keys:
             continue
         base = str(folder.parent / facts.base / "codec.safetensors") if facts.base else BUNDLED
         owner = load_planted(folder, load_codec(base))
