@@ -274,7 +274,8 @@ def _check(plan: Plan) -> None:
 
 def _settings(base: PlantSettings, row: Row, seed: int) -> PlantSettings:
     """A row's settings; `network` is in the attacks that need it, and makes no other planting of the rest."""
-    content = base.model_dump(exclude_unset=True, exclude={"objective"}) | {"seed": seed}  # rows bring their own
+    content = base.model_dump(exclude_unset=True, exclude={"objective"})  # which rows bring with them
+    content |= {"seed": seed, "log": base.log}
     settings = make_settings(PlantSettings, merge(content, row.changes or {}), f"row {row.name!r}")
     return settings.model_copy(update={"network": None})
 
