@@ -90,7 +90,7 @@ def loop(
         if run is not None:
             run.save({name: part.state_dict() for name, part in parts.items()} | {"history": history})
 
-    trackers = Trackers(run.folder if run else None, settings, history["step"])
+    trackers = Trackers(run, settings, history["step"])
     with contextlib.closing(trackers), HeldSignals() as held:
         for own in crops.batches(history["step"], settings.steps, group.decoded(crops)):
             x = group.batch(crops, own, settings.device)

@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import write_text
 from freqdoor.settings import flat, public
+from freqdoor.training.run import Run
 from freqdoor.training.settings import LogSettings, Training
 from freqdoor.types import Images, as_picture
 
@@ -159,20 +160,20 @@ class Trackers:
     """All trackers of a run. One that fails on the way is named in a warning and left out: the training goes on.
 
     Args:
-        folder: the run's; None for a process that writes nothing.
+        run: None for a process that writes nothing.
         step: how many steps the run has taken already.
 
     Raises:
         FreqdoorError: one could not be opened.
     """
 
-    def __init__(self, folder: Path | None, settings: Training, step: int) -> None:
+    def __init__(self, run: Run | None, settings: Training, step: int) -> None:
         self._open: dict[str, Tracker] = {}
-        if folder is None:
+        if run is None:
             return
         for name, kind in _asked(settings.log).items():
             try:
-                self._open[name] = kind.opened(folder, settings, step)
+                self._open[name] = kind.opened(run.folder, settings, step)
             except Exception as error:
                 self.close()
                 raise FreqdoorError(
