@@ -24,7 +24,8 @@ from freqdoor.defence.unlearning import Patterns, at_the_sharpest, latents, prun
 from freqdoor.errors import FreqdoorError, Mistakes
 from freqdoor.files import marked_json, write_text
 from freqdoor.lock import alone
-from freqdoor.measure.records import Note, poisoned
+from freqdoor.measure.records import poisoned
+from freqdoor.notes import Note
 from freqdoor.samples import held_out, training_folder
 from freqdoor.settings import make_settings, public
 from freqdoor.training.estimates import BATCHES, fitting_lambda

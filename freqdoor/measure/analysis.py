@@ -22,8 +22,9 @@ from freqdoor.dct import block_dct, blockify, rgb_to_ycbcr
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import check_outputs, marked_json, write_together
 from freqdoor.lock import alone
-from freqdoor.measure.records import Note, poisoned
+from freqdoor.measure.records import poisoned
 from freqdoor.measure.report import COLOURS, data_address, render
+from freqdoor.notes import Count, Note
 from freqdoor.preprocessing import Preprocessing, parse_defences
 from freqdoor.training.run import Environment, environment
 from freqdoor.triggers.adaptive_dct import AdaptiveDCT
@@ -145,9 +146,9 @@ def analyse(
     check_outputs([out / PAGE, out / RESULT], "analyse", force=force)
     chosen, tampered = encoder.triggers[name], encoder.codec("tampered")
     rows = []
-    for path in usable:
+    for index, path in enumerate(usable):
         if note:
-            note(f"{path.name}: spectrum, bits and encode time")
+            note(Count(f"{path.name}: spectrum, bits and encode time", index, len(usable)))
         rows.append(analyse_image(tampered, chosen, load_image(path), path.name))
     if note:
         note("survival scores")

@@ -18,7 +18,7 @@ from freqdoor.files import check_outputs
 from freqdoor.lock import alone
 from freqdoor.measure.journal import Journal, fingerprint
 from freqdoor.measure.perceptual import Lpips, learned_measure
-from freqdoor.measure.records import Condition, Measured, Note, bit_map, conditions, jpeg_curve, measured_image
+from freqdoor.measure.records import Condition, Measured, bit_map, conditions, jpeg_curve, measured_image
 from freqdoor.measure.report import (
     AMPLIFY,
     FILES,
@@ -31,6 +31,7 @@ from freqdoor.measure.report import (
     write_report,
 )
 from freqdoor.metrics import psnr
+from freqdoor.notes import Note
 from freqdoor.preprocessing import Preprocessing, parse_defences
 from freqdoor.training.run import environment
 from freqdoor.types import Record
@@ -153,8 +154,6 @@ def measured_records(
     def measure(path: Path) -> list[dict[str, Any]]:
         if path not in waiting:
             return here(path)
-        if note:
-            note(path.name)
         return waiting[path].result()
 
     for rows in journal.each(paths, measure):

@@ -15,7 +15,7 @@ from torch import Tensor
 from freqdoor.attack.planted import Planted
 from freqdoor.codecs.adapter import hash_state
 from freqdoor.errors import FreqdoorError
-from freqdoor.measure.records import Note
+from freqdoor.notes import Count, Note
 from freqdoor.training.run import environment
 
 SCHEMA = 1  # of a journal's lines
@@ -31,14 +31,15 @@ class Journal:
     Args:
         path: the file; the first picture makes it. None keeps nothing.
         identity: all that the results depend on, from `fingerprint`.
-        note: told when results of something else are dropped, and with how many pictures this one begins.
+        note: told when results of something else are dropped, with how many pictures this one begins, and which one is
+            measured.
     """
 
     def __init__(self, path: Path | None, identity: str = "", note: Note | None = None) -> None:
-        self.path, self._identity = path, identity
+        self.path, self._identity, self._note = path, identity, note
         self._rows: list[Any] = []
         if path is not None and os.path.lexists(path):
-            self._go_on(path, note)
+            self._go_on(path)
 
     @property
     def known(self) -> int:
@@ -51,6 +52,8 @@ class Journal:
             if index < len(self._rows):
                 yield self._rows[index]
                 continue
+            if self._note:
+                self._note(Count(getattr(picture, "name", str(picture)), index, len(pictures)))
             line = json.dumps(measure(picture))
             self._append(line)
             self._rows.append(json.loads(line))
@@ -61,7 +64,7 @@ class Journal:
         if self.path is not None:
             self.path.unlink(missing_ok=True)
 
-    def _go_on(self, path: Path, note: Note | None) -> None:
+    def _go_on(self, path: Path) -> None:
         """Take the rows of the file, and drop what is damaged or of another identity."""
         try:
             self._rows, size = self._whole(path.read_bytes())
@@ -71,10 +74,10 @@ class Journal:
                 path.unlink()
         except OSError as error:
             raise FreqdoorError(f"{path}: could not go on from it ({error.strerror}); move it away") from None
-        if note:
+        if self._note:
             known = f"{len(self._rows)} measured already, going on after them"
             what = known if size else "this was of another measurement; measuring anew"
-            note(f"{path.name}: {what}")
+            self._note(f"{path.name}: {what}")
 
     def _whole(self, content: bytes) -> tuple[list[Any], int]:
         """The rows of a file's content, and its length in bytes up to the last whole one; none of another identity."""

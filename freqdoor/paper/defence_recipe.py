@@ -6,7 +6,7 @@ from pathlib import Path
 from freqdoor.defence import pages
 from freqdoor.defence.matrix import DefenceMatrix, auc_interval, defence_matrix, suspicion
 from freqdoor.files import check_outputs, marked_json, marked_markdown, write_together
-from freqdoor.measure.records import Note
+from freqdoor.notes import Note
 from freqdoor.paper.settings import DEFENCE
 from freqdoor.paper.tables import Cell, Table
 from freqdoor.training.run import environment

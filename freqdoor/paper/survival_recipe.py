@@ -15,9 +15,10 @@ from freqdoor.files import check_outputs, mark, marked_json, marked_markdown, wr
 from freqdoor.lock import alone
 from freqdoor.measure.examine import encoder_records
 from freqdoor.measure.journal import Journal
-from freqdoor.measure.records import Condition, Note
+from freqdoor.measure.records import Condition
 from freqdoor.measure.report import GOALS, Effect, Goal, Means, drop_db, effect_of, goal_of, means, select
 from freqdoor.measure.testsets import number
+from freqdoor.notes import Note
 from freqdoor.paper.settings import SURVIVAL
 from freqdoor.paper.tables import Cell, Table
 from freqdoor.preprocessing import FILES, Crop, Jpeg, Preprocessing, Resize, preprocessing_name
