@@ -48,16 +48,20 @@ class Journal:
 
     def each(self, pictures: Sequence[T], measure: Callable[[T], Any]) -> Iterator[Any]:
         """What `measure` gives of every picture, as JSON has it; of those in the file what stands there."""
+        known, total = len(self._rows), len(pictures)
         for index, picture in enumerate(pictures):
             if index < len(self._rows):
                 yield self._rows[index]
                 continue
+            name = getattr(picture, "name", str(picture))
             if self._note:
-                self._note(Count(getattr(picture, "name", str(picture)), index, len(pictures)))
+                self._note(Count(name, index, total))
             line = json.dumps(measure(picture))
             self._append(line)
             self._rows.append(json.loads(line))
             yield self._rows[index]
+        if self._note and known < total:
+            self._note(Count(name, total, total))
 
     def remove(self) -> None:
         """Remove the file: its results are written elsewhere now."""
