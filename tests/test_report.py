@@ -124,11 +124,8 @@ def test_the_worst_mse_is_of_either_rounding():
     assert summarise(made, facts()).trigger_mse_worst == 9e-5
 
 
-def test_plot_shows_real_rates_and_qualities(monkeypatch):
-    figures = []
-    monkeypatch.setattr(module, "data_address", figures.append)
-    module.rd_plot(summarise(rows(), facts()), [JpegPoint(10, 0.25, 28.0)])
-    [axis] = figures[0].axes
+def test_plot_shows_real_rates_and_qualities():
+    [axis] = module.summary_plot(summarise(rows(), facts()), [JpegPoint(10, 0.25, 28.0)]).axes
     points = {line.get_label(): [*line.get_xdata(), *line.get_ydata()] for line in axis.get_lines()}
     assert points == {
         "JPEG (Pillow)": [0.25, 28.0],

@@ -25,13 +25,14 @@ from freqdoor.measure.report import (
     Facts,
     Picture,
     Summary,
-    bit_map_figure,
+    data_address,
     difference,
     photo,
     write_report,
 )
 from freqdoor.metrics import psnr
 from freqdoor.notes import Note
+from freqdoor.plots import bits_plot
 from freqdoor.preprocessing import Preprocessing, parse_defences
 from freqdoor.training.run import environment
 from freqdoor.types import Record
@@ -244,7 +245,7 @@ def pictures(planted: Planted, shown: Mapping[str, Measured], side: int = 384) -
     rows.append(
         Picture(
             title="where the bits go",
-            address=bit_map_figure(maps),
+            address=data_address(bits_plot(maps)),
             caption="estimated, per latent position; log scale",
             wide=True,
         )

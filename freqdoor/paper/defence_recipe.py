@@ -9,6 +9,7 @@ from freqdoor.files import check_outputs, marked_json, marked_markdown, write_to
 from freqdoor.notes import Note
 from freqdoor.paper.settings import DEFENCE
 from freqdoor.paper.tables import Cell, Table
+from freqdoor.plots import drawn, roc_plot
 from freqdoor.training.run import environment
 from freqdoor.workers import Runner
 
@@ -43,7 +44,7 @@ def reproduce_defence(
         {
             page: marked_markdown(page_of(matrix), "reproduce"),
             values: marked_json(matrix.model_dump_json(indent=1), "reproduce"),
-            curves: pages.roc_figure(matrix),
+            curves: drawn(roc_plot(pages.roc_curves(matrix)), "png", "reproduce"),
         }
     )
     return table_of(matrix)
