@@ -282,7 +282,8 @@ def test_report_is_one_file_and_can_be_made_again(planted, images, tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert not re.findall(r"""(?:src|href)=["'](?!data:)""", page)
     assert "://" not in page.replace("http://www.w3.org", "")
-    assert page.count("data:image/png;base64,") == 8
+    assert page.count("data:image/png;base64,") == 7
+    assert page.count("data:image/svg+xml;base64,") == 2  # the plot in two themes
     assert f"{summary.bpp_ratio_least:.2f}" in page
     (tmp_path / "report.html").unlink()
     (tmp_path / "summary.json").unlink()
