@@ -68,6 +68,27 @@ def test_tensorboard_has_every_step_once_and_the_weights_are_those_of_a_silent_r
     assert not (tmp_path / "silent/tensorboard").exists()
 
 
+def test_every_attack_has_its_picture_of_what_it_acts_on(settings, images, tmp_path):
+    """One on the auxiliary set shows a picture of that, which here is larger."""
+    darken = {"name": "downstream", "arguments": {"victim": "factories:Darkness"}}
+    content = {
+        "attacks": [{"name": "size"}, {"name": "dark", "objective": darken}],
+        "auxiliary": {"folder": str(images), "resize": [64, 128], "batch_size": 2},
+        "log": {"tensorboard": True, "pictures": 1},
+        "steps": 1,
+    }
+    plant(settings(**content), tmp_path)
+    events = shown_in(tmp_path)
+    names = [
+        "clean",
+        "clean-decoded",
+        *(f"{a}/{k}" for a in ("dark", "size") for k in ("poisoned", "poisoned-decoded")),
+    ]
+    assert sorted(events.Tags()["images"]) == names
+    widths = {name: events.Images(name)[0].width for name in names}
+    assert widths == {name: 128 if name.startswith("dark") else 64 for name in names}
+
+
 def test_a_codec_s_training_shows_its_steps_and_validations(images, tmp_path):
     def training(**changes):
         content = {"codec": "lite-hyperprior:3", "arguments": {"N": 16, "M": 24, "width": [16, 16], "depth": 1}}
