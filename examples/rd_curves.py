@@ -15,8 +15,6 @@ thorough form. Nine minutes of one core.
 # %%
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 import freqdoor
 from freqdoor.metrics import bd_rate
 from freqdoor.samples import BUNDLED, held_out, training_folder
@@ -48,11 +46,7 @@ for quality in qualities:
         print(f"quality {quality}, {what}: {mean.psnr_db:.2f} dB at {mean.bpp_real:.3f} bpp")
 
 # %%
-figure = Figure(layout="constrained")
-axis = figure.subplots(subplot_kw={"xlabel": "bits per pixel, real bytes", "ylabel": "PSNR, dB", "xscale": "log"})
-for name, curve in curves.items():
-    axis.plot(*zip(*curve, strict=True), "o-", label=name)
-axis.legend()
-figure.savefig("rd-curves.png")
+drawn = {name: freqdoor.Curve(points, poisoned=name == "poisoned") for name, points in curves.items()}
+freqdoor.save_plot(freqdoor.rd_plot(drawn, reference="vanilla"), "rd-curves.png")
 more = bd_rate(*zip(*curves["vanilla"], strict=True), *zip(*curves["tampered"], strict=True))
 print(f"BD-rate of clean pictures: {more:.1f} %")

@@ -94,6 +94,16 @@ from .paper.settings import recipe_names as recipe_names
 from .paper.settings import recipe_settings as recipe_settings
 from .paper.survival_recipe import reproduce_survival as reproduce_survival
 from .paper.tables import Reproduced as Reproduced
+from .plots import Band as Band
+from .plots import Curve as Curve
+from .plots import bits_plot as bits_plot
+from .plots import channels_plot as channels_plot
+from .plots import rd_plot as rd_plot
+from .plots import roc_plot as roc_plot
+from .plots import save_plot as save_plot
+from .plots import spectrum_plot as spectrum_plot
+from .plots import strength_plot as strength_plot
+from .plots import survival_plot as survival_plot
 from .preprocessing import ColourProfile as ColourProfile
 from .preprocessing import Compose as Compose
 from .preprocessing import Crop as Crop

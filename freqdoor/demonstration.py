@@ -9,8 +9,8 @@ from freqdoor.attack.settings import ObjectiveSettings, PlantSettings
 from freqdoor.files import check_outputs
 from freqdoor.measure.examine import evaluate
 from freqdoor.measure.poisoning import poison
-from freqdoor.measure.records import Note
 from freqdoor.measure.report import FILES, Summary
+from freqdoor.notes import Note
 from freqdoor.samples import held_out, training_folder
 from freqdoor.training.loop import Progress
 from freqdoor.training.settings import ImageSettings

@@ -3,7 +3,8 @@
 import errno
 from types import TracebackType
 
-STOPPED = "stopped; what takes minutes goes on when the same command is given again"
+KEPT = "what takes minutes goes on when the same command is given again"
+STOPPED = f"stopped; {KEPT}"
 
 
 class FreqdoorError(Exception):

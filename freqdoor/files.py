@@ -194,6 +194,7 @@ MARKS = (  # how a file says which verb wrote it, at its beginning or its end
     rb"\A.{8}\{\"__metadata__\":\{\"freqdoor\":\"\{.*\\\"made_by\\\": \\\"freqdoor ([a-z-]+)\\\"",  # safetensors
     MARKDOWN_MARK,
     rb"\A\{\s*\"\$schema\": \"[^\"]*sarif[^\"]*\".{,80}\"automationDetails\": \{\s*\"id\": \"freqdoor ([a-z-]+)\"",
+    rb"\A<\?xml .{,2000}<dc:creator>\s*<cc:Agent>\s*<dc:title>freqdoor ([a-z-]+)</dc:title>",  # SVG
     rb"\APK\x03\x04.{,200}\"made_by\": \"freqdoor ([a-z-]+)\"",  # PyTorch
     rb"\A\{\s*\"bomFormat\": .{,200}\"name\": \"made_by\",\s*\"value\": \"freqdoor ([a-z-]+)\"",
     rb"\A<\?xml [^>]*>\s*<testsuites name=\"freqdoor ([a-z-]+)\"",

@@ -73,6 +73,14 @@ def public(settings: BaseModel) -> dict[str, Any]:
     return settings.model_dump(context={"public": True})
 
 
+def flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one, with dotted keys as --set takes them."""
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        values |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return values
+
+
 def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     """`base` with the values of `top`, table by table."""
     merged = dict(base)

@@ -192,7 +192,7 @@ def test_analysis_is_a_file_and_a_page(planted, images, tmp_path):
     html = (tmp_path / "analysis.html").read_text()
     assert not re.findall(r"""(?:src|href)=["'](?!data:)""", html)
     assert "://" not in html
-    assert html.count("data:image/png;base64,") == 3
+    assert html.count("data:image/svg+xml;base64,") == 6  # three plots in two themes
 
 
 def test_other_triggers_have_no_survival_scores(planted, images, tmp_path, monkeypatch):
@@ -204,7 +204,7 @@ def test_other_triggers_have_no_survival_scores(planted, images, tmp_path, monke
     assert cb.shape == (32, 32)  # its own block
     assert {tuple(map(int, divmod(i, 32))) for i in cb.ravel().argsort()[-2:]} == {(31, 31), (15, 15)}
     assert luma.max() < 0.2 * cb.max()
-    assert (tmp_path / "analysis.html").read_text().count("data:image/png;base64,") == 2
+    assert (tmp_path / "analysis.html").read_text().count("data:image/svg+xml;base64,") == 4
 
 
 def test_other_files_are_refused_before_the_work(planted, images, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "freqdoor"
 RANKS: list[set[str]] = [  # what is in a row may import from the rows above it
     {"errors", "limits", "types", "files", "lock", "parts", "settings", "shards", "arrow"}
-    | {"dct", "metrics", "data", "preprocessing", "samples"},
+    | {"dct", "metrics", "data", "notes", "plots", "preprocessing", "samples"},
     {"codecs"},
     {"triggers", "training"},
     {"workers"},

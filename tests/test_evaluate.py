@@ -30,6 +30,7 @@ from freqdoor.measure.records import (
     through_png,
 )
 from freqdoor.metrics import MsSsim, bd_rate, bpp_of_bytes, ms_ssim, mse, psnr, psnr_8bit, rms
+from freqdoor.notes import Count
 from freqdoor.preprocessing import Flip, GaussianBlur
 from freqdoor.types import Bitstream, as_picture, from_picture, from_uint8, to_uint8
 
@@ -315,7 +316,7 @@ def test_poisoned_files_are_what_is_evaluated(planted, images, tmp_path):
     trigger, notes = planted.triggers["bpp"], []
     files = poison(planted, images, tmp_path / "p", strength=3.0, note=notes.append)
     assert [p.name for p in files] == ["0.png", "1.png", "2.png", "3.png"]
-    assert notes == [str(p) for p in files]
+    assert notes == [f"{path} ({number} of 4)" for number, path in enumerate(files, 1)]
     for source, target in zip(list_images(images), files, strict=True):
         x = load_image(source)
         x_p = input_of(planted, x, Condition("tampered", "bpp", 3.0))
@@ -523,7 +524,8 @@ def test_a_stopped_evaluation_goes_on_after_the_images_it_has(planted, images, t
     notes = []
     parts = evaluate(planted, paths, tmp_path / "parts", note=notes.append)
     assert notes[0] == ".evaluate.journal: 1 measured already, going on after them"
-    assert {note.partition(":")[0] for note in notes[1:-3]} == {"2.png", "3.png"}
+    assert {note.partition(":")[0] for note in notes[1:-3] if not isinstance(note, Count)} == {"2.png", "3.png"}
+    assert [note for note in notes if isinstance(note, Count)] == ["2.png (1 of 3)", "3.png (2 of 3)", "3.png (3 of 3)"]
     assert notes[-3:] == ["1.png: tampered, clean", "1.png: tampered, bpp", "1.png: vanilla, bpp"]  # for the report
     assert records_of(tmp_path / "parts") == records_of(tmp_path / "whole")
     assert (parts.bpp_ratio, parts.clean.psnr_db) == (whole.bpp_ratio, whole.clean.psnr_db)

@@ -211,7 +211,8 @@ def test_faces_writes_scores_and_a_table(planted, face_test, tmp_path):
     assert "nan" not in page
     assert "| - | MS-SSIM | - | - | - |" in page
     assert "MS-SSIM is of 0 of 3 probes: those of at least 161 pixels a side." in page
-    assert notes == [*GALLERY, *PROBES]
+    total, names = len(GALLERY) + len(PROBES), [*GALLERY, *PROBES]
+    assert notes == [f"{names[min(i, total - 1)]} ({i} of {total})" for i in range(total + 1)]
 
 
 def test_ms_ssim_is_of_the_probes_that_are_large_enough(planted, face_test, people, tmp_path):
@@ -388,7 +389,7 @@ def test_protect_writes_what_is_decoded_and_skips_photos_without_a_face(shaken, 
     assert (one.faces, one.picture) == (2, "0.png")
     assert (other.faces, other.picture, other.psnr_db, other.bpp, other.cosine) == (0, None, None, None, None)
     assert (one.photo, other.photo) == ("0.png", "1.png")
-    assert notes == ["0.png: 2 face(s)", "1.png: 0 face(s)"]
+    assert notes == ["0.png: 2 face(s) (1 of 2)", "1.png: 0 face(s) (2 of 2)"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0.fqd", "0.png"]
     decoded = load_image(tmp_path / "out/0.png")
     x = load_image(photos[0])

@@ -67,8 +67,9 @@ def test_a_fleet_is_made_once_and_each_member_is_what_it_says(settings, tmp_path
     tuned = load_codec(str(out / "tuned/codec.safetensors"))
     assert load_planted(out / "planted", tuned).triggers.keys() == {"psnr"}
     assert facts["pruned"].module_hashes["g_a"] != facts["encoder"].module_hashes["g_a"]
-    assert said[0] == "4 members to make"
+    assert said[0] == "members made (0 of 4)"
     assert len(said) == 5
+    assert said[-1].endswith(" (4 of 4)")
     monkeypatch.setattr(module, "_member", lambda task: pytest.fail("made twice"))
     assert fleet(settings, out) == manifest == Manifest.read(out / "fleet.json", "a manifest")
     assert str(tmp_path) not in (out / "fleet.json").read_text()

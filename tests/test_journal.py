@@ -42,7 +42,8 @@ def test_goes_on_after_the_last_picture(tmp_path):
     rows, asked = measuring(Journal(path, "a"))
     assert (rows, asked) == (whole, [5])
     assert measuring(Journal(path, "a")) == (whole, [])
-    assert notes == ["journal: 2 measured already, going on after them"]
+    told = [f"{i} ({i} of 6)" for i in (2, 3, 4, 5)]
+    assert notes == ["journal: 2 measured already, going on after them", *told]
     Journal(path, "a").remove()
     assert not path.exists()
 
@@ -72,7 +73,7 @@ def test_of_another_identity_is_begun_anew(tmp_path):
     path, notes = tmp_path / "journal", []
     measuring(Journal(path, "a"), stop_at=3)
     assert measuring(Journal(path, "b", notes.append))[1] == [0, 1, 2, 3, 4, 5]
-    assert notes == ["journal: this was of another measurement; measuring anew"]
+    assert notes[:2] == ["journal: this was of another measurement; measuring anew", "0 (0 of 6)"]
 
 
 def test_a_folder_or_a_full_disk_is_one_sentence(tmp_path, monkeypatch):

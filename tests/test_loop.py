@@ -10,6 +10,7 @@ import torch
 
 from freqdoor.data import Crops, list_images
 from freqdoor.training.loop import HeldSignals, loop
+from freqdoor.training.settings import LogSettings
 
 STEPS = 5
 
@@ -28,7 +29,7 @@ class Memory:
 def train(images):
     """Train a layer whose steps have two halves; `between` is called with the step number in the middle of each."""
     crops = Crops(list_images(images), crop=64, batch_size=1, seed=0)
-    settings = SimpleNamespace(seed=0, steps=STEPS, checkpoint_minutes=1e9, device="cpu")
+    settings = SimpleNamespace(seed=0, steps=STEPS, checkpoint_minutes=1e9, device="cpu", log=LogSettings())
 
     def run(between=lambda step: None, saved=None, progress=None):
         memory, net = Memory(), torch.nn.Linear(1, 1)

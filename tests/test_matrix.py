@@ -188,8 +188,6 @@ def test_the_page_its_values_and_its_curves_are_written_together(whole, monkeypa
     assert "bundled/nothing" in page
     assert json.loads((tmp_path / "out/defence.json").read_text())["failed"] == ["bundled/nothing"]
     assert (tmp_path / "out/defence.png").read_bytes().startswith(b"\x89PNG")
-    xs, ys = pages._roc([3.0, 2.0], [1.0, 2.5])
-    assert list(zip(xs, ys, strict=True)) == [(0, 0), (0, 0.5), (0.5, 0.5), (0.5, 1), (1, 1)]
 
 
 def test_a_folder_without_fleets_is_refused(tmp_path):

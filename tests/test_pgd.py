@@ -55,7 +55,8 @@ def test_comparison_has_every_attack_of_every_image(settings, images, tmp_path):
     rows = pgd(planted, paths, steps=2, note=notes.append)
     attacks = ["none", "bpp", "wide", "pgd-bpp", "pgd-psnr"]
     assert [row.attack for row in rows] == attacks * 2
-    assert notes == [f"{path.name}: {attack}" for path in paths for attack in attacks]
+    lines = [f"{path.name}: {attack}" for path in paths for attack in attacks]
+    assert notes == [f"{line} ({number} of 10)" for number, line in enumerate(lines, 1)]
     assert [row.codec_passes for row in rows[:5]] == [0, 0, 0, 2, 2]
     assert [row.record.role for row in rows[:5]] == ["vanilla", "tampered", "tampered", "vanilla", "vanilla"]
     assert [row.record.trigger for row in rows[:5]] == [None, *attacks[1:]]

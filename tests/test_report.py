@@ -124,11 +124,8 @@ def test_the_worst_mse_is_of_either_rounding():
     assert summarise(made, facts()).trigger_mse_worst == 9e-5
 
 
-def test_plot_shows_real_rates_and_qualities(monkeypatch):
-    figures = []
-    monkeypatch.setattr(module, "data_address", figures.append)
-    module.rd_plot(summarise(rows(), facts()), [JpegPoint(10, 0.25, 28.0)])
-    [axis] = figures[0].axes
+def test_plot_shows_real_rates_and_qualities():
+    [axis] = module.summary_plot(summarise(rows(), facts()), [JpegPoint(10, 0.25, 28.0)]).axes
     points = {line.get_label(): [*line.get_xdata(), *line.get_ydata()] for line in axis.get_lines()}
     assert points == {
         "JPEG (Pillow)": [0.25, 28.0],
@@ -285,7 +282,8 @@ def test_report_is_one_file_and_can_be_made_again(planted, images, tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert not re.findall(r"""(?:src|href)=["'](?!data:)""", page)
     assert "://" not in page.replace("http://www.w3.org", "")
-    assert page.count("data:image/png;base64,") == 8
+    assert page.count("data:image/png;base64,") == 7
+    assert page.count("data:image/svg+xml;base64,") == 2  # the plot in two themes
     assert f"{summary.bpp_ratio_least:.2f}" in page
     (tmp_path / "report.html").unlink()
     (tmp_path / "summary.json").unlink()

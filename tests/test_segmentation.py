@@ -33,6 +33,7 @@ from freqdoor.measure.segmentation import (
 )
 from freqdoor.measure.testsets import SegmentationTest, mean, number, read_results, results_text
 from freqdoor.metrics import class_counts, class_scores, pixel_asr
+from freqdoor.notes import Count
 from freqdoor.samples import BUNDLED
 from freqdoor.settings import make_settings
 
@@ -488,14 +489,15 @@ def test_a_stopped_measurement_goes_on_after_the_images_it_has(shaken, test_sett
     test, seen, again = test_settings(), [], []
     whole = score_segmentation(shaken, test, note=seen.append)
     assert whole.skipped
+    looked = [text for text in seen if not isinstance(text, Count)]
 
     def stop(text: str) -> None:
-        if text == seen[-1]:
+        if text == looked[-1]:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         segment(shaken, test, tmp_path, note=stop)
     assert segment(shaken, test, tmp_path, note=again.append) == whole
-    journal = f".segmentation.journal: {len(seen) - 1} measured already, going on after them"
-    assert again == [journal, seen[-1]]
+    journal = f".segmentation.journal: {len(looked) - 1} measured already, going on after them"
+    assert again == [journal, *seen[-3:]]  # which one it is, what is in it, and that all are measured
     assert sorted(p.name for p in tmp_path.iterdir()) == ["segmentation.json", "segmentation.md", "segmentation.png"]

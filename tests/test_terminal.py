@@ -1,6 +1,7 @@
 """What a log hears while a verb works, and how a verb ends when it is stopped from outside."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,9 +16,11 @@ from freqdoor.cli import terminal
 from freqdoor.cli.options import app
 from freqdoor.cli.terminal import every_minute, harmless, live, note, say, say_page, show_trace, warn
 from freqdoor.errors import STOPPED
+from freqdoor.notes import Count
 
 pytestmark = pytest.mark.whole
 
+FLEET = Path(__file__).parent.parent / "configs/fleet/bundled.toml"
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
 
 
@@ -36,6 +39,65 @@ def test_a_log_hears_every_minute_where_the_verb_is(monkeypatch, capsys):
     ]
     time.sleep(0.3)
     assert capsys.readouterr().err == ""  # it is silent when the verb has ended
+
+
+def test_a_log_hears_how_many_pieces_are_done_and_how_long_the_rest_takes(monkeypatch, capsys):
+    """Measured from the first piece on, so that those of an earlier process do not count."""
+    clock = iter([*[0.0] * 2, *[90.0] * 20])
+    monkeypatch.setattr(terminal, "MINUTE", 0.2)
+    with every_minute("evaluate"):
+        monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock))
+        note(Count("5.png", 4, 24))
+        note("5.png: tampered, bpp")
+        time.sleep(0.3)
+        note(Count("8.png", 7, 24))
+        time.sleep(0.2)
+        monkeypatch.undo()
+        note(Count("last.png", 24, 24))
+        note("writing the report")
+    lines = [line.partition(": ")[2] for line in capsys.readouterr().err.splitlines()]
+    assert lines[0] == "5.png: tampered, bpp (4 of 24)"
+    assert lines[1] == f"8.png (7 of 24), about {round(17 * 30 / 0.2)} min left"
+
+
+def test_pieces_have_a_bar_at_a_terminal_and_lines_do_not_pile_up(at_a_terminal, capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    with every_minute("evaluate"):
+        for number, name in enumerate(("a.png", "b.png")):
+            note(Count(name, number, 2))
+            note(f"{name}: vanilla")
+            note(f"{name}: tampered")
+        with live(2, "planting") as show:  # beside the other bar, and gone before it
+            show(1, {"loss": 0.5})
+        note(Count("b.png", 2, 2))
+        note("writing")
+        say("done")
+    out, err = capfd.readouterr()
+    last = re.split(r"\x1b\[\d?K|\r", err)[-1]
+    assert "2/2" in last
+    assert "writing" in last
+    assert "planting" not in last
+    assert "vanilla\n" not in re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", err)  # it stood beside the bar
+    assert out == "done\n"  # a program that reads the answer finds no bar
+
+
+def test_ctrl_c_says_how_far_it_was_and_what_is_kept(monkeypatch, capsys):
+    def stop_at_the_third(note):
+        note(Count("c.png", 2, 9))
+        raise KeyboardInterrupt
+
+    for name, sentence in (
+        ("audit", "nothing is kept, the same command begins anew"),
+        ("evaluate", "what is measured so far is kept, and the same command goes on after it"),
+        ("fleet", "the members that are made are kept, and the same command makes the others"),
+        ("protect", "the photos that are done stay in the folder, and the same command does all of them"),
+    ):
+        monkeypatch.setattr(f"freqdoor.{name}", lambda *_, note, **__: stop_at_the_third(note), raising=False)
+        words = {"evaluate": ["x", "--images", "y"], "fleet": [str(FLEET)]}.get(name, ["x"])
+        with pytest.raises(SystemExit) as end:
+            app([name, *words, "--out", "z"], standalone_mode=False)
+        assert end.value.code == 130
+        assert capsys.readouterr().err.strip() == f"freqdoor: stopped with 2 of 9 done; {sentence}"
 
 
 def test_a_quick_verb_says_nothing_to_a_log(capsys):
@@ -83,7 +145,8 @@ def test_a_stopped_planting_goes_on_where_it_was(images, tmp_path, number, code)
         time.sleep(0.02)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
-    assert (process.returncode, err.strip()) == (code, f"freqdoor: {STOPPED}")
+    kept = "the steps so far are kept, and the same command goes on after them"
+    assert (process.returncode, err.strip()) == (code, f"freqdoor: stopped; {kept}")
     steps = metrics.read_text().count("\n")
     assert (tmp_path / "run/state.pt").exists()
     process = start(*words, cwd=tmp_path)

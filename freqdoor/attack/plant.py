@@ -20,6 +20,7 @@ from freqdoor.attack.planted import MANIFEST, PLANTED, Planted, export, load_pla
 from freqdoor.attack.presence import check_presence
 from freqdoor.attack.robust import choose_survivors, survivor_weights
 from freqdoor.attack.settings import OBJECTIVES, PlantSettings, TriggerSettings
+from freqdoor.attack.victims import Scene
 from freqdoor.codecs.adapter import Codec
 from freqdoor.codecs.loading import load_codec
 from freqdoor.codecs.sides import SIDE
@@ -44,7 +45,8 @@ from freqdoor.training.precision import dtype_of, precision_name
 from freqdoor.training.processes import Share, check_processes, first_rank, together
 from freqdoor.training.run import Run
 from freqdoor.training.settings import ImageSettings
-from freqdoor.training.train import EXPORT
+from freqdoor.training.trackers import check_trackers
+from freqdoor.training.train import EXPORT, decoded
 from freqdoor.triggers.adaptive_dct import AdaptiveDCT
 from freqdoor.triggers.base import Trigger
 from freqdoor.triggers.build import build_trigger
@@ -189,9 +191,9 @@ def _planted(
     if earlier:
         planting.tampered.net.load_state_dict(earlier.tampered.net.state_dict())
         _take_over(earlier.triggers, attacks, "start_from")
-    parts, history = planting.parts, planting.history
+    options: dict[str, Any] = {"saved": saved, "progress": progress, "shown": planting.shown, "group": group}
     with group.sharing(planting.tampered, [attack.trigger for attack in attacks]):
-        loop(run, settings, parts, history, crops, planting.step, saved=saved, progress=progress, group=group)
+        loop(run, settings, planting.parts, planting.history, crops, planting.step, **options)
     return planting
 
 
@@ -209,6 +211,8 @@ class _Opened(NamedTuple):
 def _opened(settings: PlantSettings, mistakes: Mistakes) -> _Opened:
     """Open everything that the settings name, or raise all that is wrong with it and the `mistakes` so far."""
     multiple, usable = SIDE, settings
+    with mistakes:
+        check_trackers(settings.log)
     try:
         check_device(settings.device)
     except FreqdoorError as error:
@@ -362,6 +366,23 @@ class _Planting:
         if self.run:
             self.run.log({"step": step + 1, **row})
         return row
+
+    @torch.no_grad()
+    def shown(self) -> dict[str, Images]:
+        """One crop, clean and with every trigger, and what the tampered codec decodes these to."""
+        settings, codec = self.settings, self.tampered
+        x = place(self.crops.batch(-1, slice(0, 1)), settings)
+        found = {"clean": x, "clean-decoded": decoded(codec, x)}
+        for attack, crops in zip(self.attacks, self.auxiliary, strict=True):
+            scene = Scene(x)
+            if attack.victim and crops:
+                labels = crops.labels_of(-1)[:1].to(settings.device) if crops.labels else None
+                scene = attack.victim.scene(place(crops.batch(-1, slice(0, 1)), settings), labels)
+            eps = annealed_eps(attack.settings, self.history["step"] - 1, settings.steps)
+            x_p = attack.trigger(scene.x, eps=eps, rounded=attack.settings.round8, mask=scene.mask)
+            prefix = f"{attack.name}/" if len(self.attacks) > 1 else ""
+            found |= {f"{prefix}poisoned": x_p, f"{prefix}poisoned-decoded": decoded(codec, x_p)}
+        return found
 
     def _note_acting(self, row: dict[str, float]) -> None:
         """Keep the names of attacks whose trigger has changed anything yet."""

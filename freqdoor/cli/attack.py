@@ -8,6 +8,8 @@ from rich.table import Table
 
 import freqdoor
 from freqdoor.cli.options import (
+    MEASURED_KEPT,
+    STEPS_KEPT,
     Broken,
     Config,
     Defences,
@@ -24,14 +26,14 @@ from freqdoor.cli.options import (
     load_torch,
     verb,
 )
-from freqdoor.cli.terminal import console, live, note, say
+from freqdoor.cli.terminal import live, note, say, say_table
 from freqdoor.settings import load_settings
 
 if TYPE_CHECKING:
     from freqdoor.measure.report import Summary
 
 
-@verb()
+@verb(kept=STEPS_KEPT)
 def demo(
     objective: Annotated[Literal["bpp", "psnr"], typer.Option(help="What the attack wants.")] = "bpp",
     out: Annotated[Path | None, typer.Option(help="Folder to write into; by default demo-bpp or demo-psnr.")] = None,
@@ -47,7 +49,7 @@ def demo(
     return summary
 
 
-@verb()
+@verb(kept=STEPS_KEPT)
 def plant(
     config: Config = None, *, out: Out, devices: Devices = 1, nodes: Nodes = 1, overrides: Overrides = None
 ) -> object:
@@ -61,7 +63,7 @@ def plant(
     return freqdoor.Written.of([file])
 
 
-@verb()
+@verb(kept=MEASURED_KEPT)
 def evaluate(
     planted: Planted,
     images: Annotated[Path, typer.Option(help="Folder of images to measure on.")],
@@ -155,6 +157,6 @@ def print_summary(summary: "Summary", out: Path) -> None:
         similarity = "-" if row.ms_ssim is None else f"{row.ms_ssim:.4f}"
         looks = [f"{row.lpips:.4f}"] if looked else []
         table.add_row(name, f"{row.psnr_db:.2f}", similarity, *looks, f"{row.bpp_real:.4f}", f"{row.bpp_estimated:.4f}")
-    console.print(table)
+    say_table(table)
     say(freqdoor.verdict(summary))
     say(f"Report: {out / 'report.html'}")

@@ -7,6 +7,7 @@ import typer
 
 import freqdoor
 from freqdoor.cli.options import (
+    STEPS_KEPT,
     CodecName,
     Config,
     Devices,
@@ -25,7 +26,7 @@ from freqdoor.samples import BUNDLED
 from freqdoor.settings import load_settings
 
 
-@verb("train-codec")
+@verb("train-codec", kept=STEPS_KEPT)
 def train_codec(
     config: Config = None, *, out: Out, devices: Devices = 1, nodes: Nodes = 1, overrides: Overrides = None
 ) -> object:

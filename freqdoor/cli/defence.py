@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 import freqdoor
-from freqdoor.cli.options import Checkpoint, Force, Out, Overrides, RunnerName, Weights, load_torch, verb
+from freqdoor.cli.options import NOTHING_KEPT, Checkpoint, Force, Out, Overrides, RunnerName, Weights, load_torch, verb
 from freqdoor.cli.terminal import live, note, say
 from freqdoor.samples import KODAK
 from freqdoor.settings import load_settings
@@ -15,7 +15,7 @@ Sarif = Annotated[Path | None, typer.Option(help="SARIF 2.1.0 file to write, for
 Junit = Annotated[Path | None, typer.Option(help="JUnit XML file to write, for a build's list of tests.")]
 
 
-@verb()
+@verb(kept="the members that are made are kept, and the same command makes the others")
 def fleet(
     config: Annotated[Path, typer.Argument(help="TOML file of the fleet's members.")],
     out: Out,
@@ -34,7 +34,7 @@ def fleet(
     return manifest
 
 
-@verb()
+@verb(kept=NOTHING_KEPT)
 def audit(
     checkpoint: Checkpoint,
     weights: Weights = None,
@@ -100,7 +100,7 @@ def calibrate_audit(
     return calibration
 
 
-@verb()
+@verb(kept=NOTHING_KEPT)
 def doctor(
     checkpoint: Checkpoint,
     weights: Weights = None,
@@ -147,7 +147,7 @@ def calibrate_guard(
     return calibration
 
 
-@verb()
+@verb(kept="the steps of the repair are kept, and the same command goes on after them")
 def repair(
     checkpoint: Checkpoint,
     out: Out,

@@ -8,6 +8,7 @@ from rich.table import Table
 
 import freqdoor
 from freqdoor.cli.options import (
+    MEASURED_KEPT,
     Config,
     Force,
     Out,
@@ -19,14 +20,14 @@ from freqdoor.cli.options import (
     load_torch,
     verb,
 )
-from freqdoor.cli.terminal import console, note, say, say_page
+from freqdoor.cli.terminal import note, say, say_page, say_table
 from freqdoor.files import read_text, unmarked
 from freqdoor.settings import load_settings
 
 PRIVATE = Path("planted-face")
 
 
-@verb()
+@verb(kept=MEASURED_KEPT)
 def segment(
     planted: Planted,
     config: Config = None,
@@ -47,7 +48,7 @@ def segment(
     return scores
 
 
-@verb()
+@verb(kept=MEASURED_KEPT)
 def faces(
     planted: Planted,
     config: Config = None,
@@ -67,7 +68,7 @@ def faces(
     return scores
 
 
-@verb()
+@verb(kept="the photos that are done stay in the folder, and the same command does all of them")
 def protect(
     photos: Annotated[Path, typer.Argument(help="A photo or a folder of photos, 8-bit RGB.")],
     out: Out,
@@ -101,6 +102,6 @@ def protect(
         values = [(row.psnr_db, 2), (row.bpp, 3), (row.cosine, 3)]
         texts = ["-" if value is None else f"{value:.{digits}f}" for value, digits in values]
         table.add_row(row.photo, str(row.faces), row.picture or "skipped, no face found", *texts)
-    console.print(table)
+    say_table(table)
     say(f"{sum(row.picture is not None for row in photos_done)} of {len(photos_done)} photos protected in {out}")
     return freqdoor.Protection(photos=tuple(photos_done))

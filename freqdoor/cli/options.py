@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 
 from freqdoor import __version__
 from freqdoor.cli.terminal import answer, every_minute, harmless, note, say, stopped
-from freqdoor.errors import STOPPED, stop_code
+from freqdoor.errors import KEPT, stop_code
 from freqdoor.listing import CODECS, QUALITIES, names
 from freqdoor.samples import BUNDLED
 
@@ -129,11 +129,19 @@ def options(
     """What may stand before the verb; `main` looks for --debug and --max-memory itself, wherever they stand."""
 
 
-def verb(name: str | None = None) -> Callable[[Callable[P, object]], Callable[P, None]]:
+STEPS_KEPT = "the steps so far are kept, and the same command goes on after them"
+MEASURED_KEPT = "what is measured so far is kept, and the same command goes on after it"
+NOTHING_KEPT = "nothing is kept, the same command begins anew"
+
+
+def verb(name: str | None = None, *, kept: str = KEPT) -> Callable[[Callable[P, object]], Callable[P, None]]:
     """Make a function a verb: a log hears every minute where it is, and a stop from outside is one sentence.
 
     What the function returns is what the verb answers: with --json it is all that the standard output has. Its
     `exit_code`, where it has one, is what the verb ends with.
+
+    Args:
+        kept: what is said of a work that was stopped from outside.
     """
 
     def register(function: Callable[P, object]) -> Callable[P, None]:
@@ -147,12 +155,12 @@ def verb(name: str | None = None) -> Callable[[Callable[P, object]], Callable[P,
             as_json = bool(options.pop("json", False))
             # what is said to people, and what a user's own code prints, goes beside what a program reads
             beside = redirect_stdout(sys.stderr) if as_json else nullcontext()
-            try:
-                with every_minute(title), beside:
+            with every_minute(title), beside:
+                try:
                     content = function(*arguments, **options)
-            except KeyboardInterrupt as stop:
-                stopped(STOPPED)
-                raise SystemExit(stop_code(stop)) from None
+                except KeyboardInterrupt as stop:
+                    stopped(kept)
+                    raise SystemExit(stop_code(stop)) from None
             if as_json:
                 answer(content, title)
             if code := getattr(content, "exit_code", 0):

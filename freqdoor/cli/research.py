@@ -9,6 +9,7 @@ import typer
 
 import freqdoor
 from freqdoor.cli.options import (
+    NOTHING_KEPT,
     Force,
     Out,
     Overrides,
@@ -27,7 +28,7 @@ from freqdoor.paper.settings import DEFENCE, OF_ENCODERS, recipe_names, recipe_s
 from freqdoor.settings import load_settings
 
 
-@verb()
+@verb(kept="what is planted and measured so far is kept, and the same command goes on after it")
 def reproduce(
     recipe: Annotated[
         str,
@@ -93,7 +94,7 @@ def reproduce(
     return freqdoor.Reproduced(recipe=recipe, page=str(page), rows=table)
 
 
-@verb()
+@verb(kept=NOTHING_KEPT)
 def pgd(
     planted: Planted,
     images: Annotated[Path, typer.Option(help="Folder of images to attack.")],
@@ -108,7 +109,7 @@ def pgd(
     return freqdoor.Comparisons(rows=tuple(rows))
 
 
-@verb()
+@verb(kept=NOTHING_KEPT)
 def analyse(
     planted: Planted,
     images: Annotated[Path, typer.Option(help="Folder of images to analyse the attack on.")],

@@ -7,12 +7,12 @@ import typer
 from rich.table import Table
 
 import freqdoor
-from freqdoor.cli.options import TriggerName, VanillaName, Weights, load_torch, verb
-from freqdoor.cli.terminal import console, note, say
+from freqdoor.cli.options import NOTHING_KEPT, TriggerName, VanillaName, Weights, load_torch, verb
+from freqdoor.cli.terminal import note, say, say_table
 from freqdoor.samples import KODAK
 
 
-@verb("verify-owner")
+@verb("verify-owner", kept=NOTHING_KEPT)
 def verify_owner(
     key: Annotated[Path, typer.Argument(help="The owner's planted.safetensors, whose trigger is the secret.")],
     suspects: Annotated[list[str], typer.Argument(help="Codecs to ask: files or names, or NAME=WEIGHTS.")],
@@ -36,7 +36,7 @@ def verify_owner(
         ratios = (f"{answer.trigger_ratio:.2f}", f"{answer.control_ratio:.2f}")
         count = f"{answer.answering} of {answer.images}"
         table.add_row(suspect, *ratios, count, f"{answer.p_value:.2g}", "yes" if answer.owner else "no")
-    console.print(table)
+    say_table(table)
     say(f"Key: {answers[0].key}")
     passed = None
     if others:

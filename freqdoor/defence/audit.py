@@ -33,8 +33,8 @@ from freqdoor.defence.checks import (
 from freqdoor.defence.judges import judged_by
 from freqdoor.defence.pipelines import Level, Line, Looked, check_targets, written
 from freqdoor.files import marked_json, write_together
-from freqdoor.measure.records import Note
 from freqdoor.measure.report import photo, render
+from freqdoor.notes import Count, Note
 from freqdoor.samples import KODAK
 from freqdoor.training.loop import check_device
 from freqdoor.training.run import Environment, environment
@@ -151,9 +151,9 @@ def audit(
     findings: dict[str, tuple[Finding, float]] = {}
     checks = {f"judged by {network.name}": judged_by(network) for network in judges}
     checks |= {name: CHECKS[name] for name in (FAST if fast else CHECKS)}
-    for name, check in checks.items():
+    for number, (name, check) in enumerate(checks.items()):
         if note:
-            note(f"check: {name}")
+            note(Count(f"check: {name}", number, len(checks)))
         begun = time.monotonic()
         finding = check(subject)
         findings[name] = finding, time.monotonic() - begun

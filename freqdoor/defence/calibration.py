@@ -14,7 +14,7 @@ from freqdoor.defence.checks import CHECKS, PICTURES, SIDE, SPEECHLESS, Check, S
 from freqdoor.defence.fleet import MANIFEST, Manifest, MemberFacts, load_member
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import check_outputs, marked_json, write_text
-from freqdoor.measure.records import Note
+from freqdoor.notes import Note, numbered
 from freqdoor.samples import ASSETS, pictures
 from freqdoor.types import Result
 from freqdoor.workers import workers
@@ -156,13 +156,13 @@ def scores_of_fleet(
     kinds = [manifest.named(tampered=kind) for kind in (False, True) if tampered in (None, kind)]
     members = [member for kind in kinds for member in (kind if half is None else kind[half::2])]
     scores: dict[str, tuple[MemberFacts, dict[str, dict[str, float]]]] = {}
+    told = numbered(note, len(members))
     with workers(jobs) as pool:
         futures = {pool.submit(member_scores, folder / member.name, member, device): member for member in members}
         for future in as_completed(futures):
             member = futures[future]
             scores[member.name] = member, future.result()
-            if note:
-                note(f"{member.name}: scored ({len(scores)} of {len(members)})")
+            told(f"{member.name}: scored")
     return {member.name: scores[member.name] for member in members}
 
 

@@ -12,7 +12,7 @@ from freqdoor.defence.checkpoint import Patient, looks, numbers, read_file, tabl
 from freqdoor.defence.pipelines import Level, Line, Looked, check_targets, written
 from freqdoor.defence.symptoms import KINDS, Severity, Symptom
 from freqdoor.files import mark, marked_json, write_together
-from freqdoor.measure.records import Note
+from freqdoor.notes import Note
 from freqdoor.training.run import Environment, environment
 from freqdoor.types import Result
 

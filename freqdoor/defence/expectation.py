@@ -23,8 +23,9 @@ from freqdoor.codecs.loading import load_codec
 from freqdoor.data import centre, image_paths, load_image, usable_images
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import check_outputs, marked_json, write_text
-from freqdoor.measure.records import Note, through
+from freqdoor.measure.records import through
 from freqdoor.metrics import bpp_of_bytes
+from freqdoor.notes import Note, numbered
 from freqdoor.samples import KODAK
 from freqdoor.types import Images, Result, as_picture, round8
 
@@ -163,16 +164,15 @@ def calibrate_guard(
     if len(paths) < FEWEST:
         raise FreqdoorError(f"{images}: expected {FEWEST} photographs or more, found {len(paths)}")
     codec = (codec if isinstance(codec, Codec) else load_codec(codec, weights)).prepare()
-    rates, errors = [], []
-    for i, path in enumerate(paths):
+    rates, errors, told = [], [], numbered(note, len(paths))
+    for path in paths:
         photograph = centre(load_image(path), LARGEST)
         for x in (photograph, round8(F.avg_pool2d(photograph, REDUCED))):
             jpegs = Jpegs(x)
             x_hat, size = through(codec, x)
             rates.append((padded_rate(size, x, codec), rate_terms(jpegs, codec)))
             errors.append((picture_error(as_picture(x_hat), jpegs.picture), error_terms(jpegs)))
-        if note:
-            note(f"{path.name}: measured ({i + 1} of {len(paths)})")
+        told(f"{path.name}: measured")
     calibration = GuardCalibration(
         codec=codec.spec.name,
         module_hashes=codec.module_hashes(),

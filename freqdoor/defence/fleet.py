@@ -22,8 +22,9 @@ from freqdoor.defence.settings import Alteration, FleetSettings, Member
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import check_outputs, marked_json, write_text
 from freqdoor.lock import alone
-from freqdoor.measure.records import Note, poisoned, through
+from freqdoor.measure.records import poisoned, through
 from freqdoor.metrics import bpp_of_bytes, psnr_8bit
+from freqdoor.notes import Count, Note, numbered
 from freqdoor.samples import held_out
 from freqdoor.settings import public
 from freqdoor.training.train import EXPORT, train_codec
@@ -112,17 +113,17 @@ def fleet(
     wanted = _with_bases(settings, only or names)
     done = {name: facts for name in names if (facts := _made(tasks[name])) is not None}
     problems: dict[str, str] = {}
-    if note:
-        note(f"{len(wanted - done.keys())} members to make")
     lacking = [tasks[name] for name in names if name in wanted and name not in done]
+    if note:
+        note(Count("members made", 0, len(lacking)))
+    told = numbered(note, len(lacking))
     for name, outcome in _make(lacking, done, jobs, runner):
         if isinstance(outcome, MemberFacts):
             done[name] = outcome
             _write(out, names, done)
         else:
             problems[name] = outcome
-        if note:
-            note(f"{name}: {outcome if isinstance(outcome, str) else summary_of(outcome)} ({len(done)} are there)")
+        told(f"{name}: {outcome if isinstance(outcome, str) else summary_of(outcome)}")
     manifest = _write(out, names, done)
     if problems:
         lines = "\n  ".join(f"{name}: {problem}" for name, problem in problems.items())

@@ -25,7 +25,8 @@ from freqdoor.defence.guard import GuardCounts, guard_rates
 from freqdoor.defence.repair import RepairRow, repair, repair_row
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import write_text
-from freqdoor.measure.records import Note, poisoned
+from freqdoor.measure.records import poisoned
+from freqdoor.notes import Note, numbered
 from freqdoor.samples import KODAK, held_out, pictures
 from freqdoor.training.train import EXPORT
 from freqdoor.types import Result
@@ -254,13 +255,13 @@ def _each(
     Members that time does not reach are left out, unless their folder has the file that is kept.
     """
     found: dict[str, T] = {}
+    told = numbered(note, len(members))
     futures = {pool.submit(_in_time, measure, kept, root / key, member, until): key for key, member in members.items()}
     for future in as_completed(futures):
         result = future.result()
         if result is not None:
             found[futures[future]] = result
-            if note:
-                note(f"{futures[future]}: {measure.__name__.strip('_')} ({len(found)} of {len(members)})")
+            told(f"{futures[future]}: {measure.__name__.strip('_')}")
     return {key: found[key] for key in members if key in found}
 
 

@@ -1,9 +1,6 @@
 """What `freqdoor reproduce defence` writes: tables by family of attack, ROC curves."""
 
-import io
 from collections.abc import Callable, Iterable, Sequence
-
-from matplotlib.figure import Figure
 
 from freqdoor.defence.matrix import (
     DefenceMatrix,
@@ -14,7 +11,6 @@ from freqdoor.defence.matrix import (
     share_interval,
     suspicion,
 )
-from freqdoor.files import mark
 
 HONEST_TUNED = ("fine-tuned", "encoder alone")  # what a false alarm would hurt most
 
@@ -133,36 +129,19 @@ def repair_table(matrix: DefenceMatrix) -> str:
     return _table(["encoder", "trigger", "", "clean", *titles, "seconds", "audit"], rows)
 
 
-def roc_figure(matrix: DefenceMatrix) -> bytes:
-    """ROC curves of the audit and of Neural Cleanse, as PNG."""
-    figure = Figure(figsize=(5, 4.2), layout="constrained")
-    axes = figure.subplots()
+def roc_curves(matrix: DefenceMatrix) -> dict[str, tuple[list[float], list[float]]]:
+    """The scores of the audit and of Neural Cleanse on tampered and on honest encoders, as `roc_plot` takes them."""
     curves: list[tuple[str, Sequence[Judged], Callable[[Judged], float]]] = []
     for name in ("all, downstream too", "all adaptive", "other architectures"):
         if attacks := groups(matrix).get(name):
             curves.append((f"audit: {name}", attacks, suspicion))
     if plain := [row for row in groups(matrix).get("all, downstream too", []) if row.norm is not None]:
         curves.append(("Neural Cleanse: all, downstream too", plain, lambda row: row.norm or 0.0))
-    for label, drawn, score in curves:
-        others = [score(row) for row in honest(matrix, known=drawn[0].known)]
-        if others:
-            axes.plot(*_roc([score(row) for row in drawn], others), drawstyle="steps-post", label=label)
-    axes.set(
-        xlabel="false alarms on honest encoders", ylabel="tampered encoders found", xlim=(-0.02, 1), ylim=(0, 1.02)
-    )
-    axes.legend(loc="lower right", fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": mark("reproduce")})
-    return buffer.getvalue()
-
-
-def _roc(attacks: Sequence[float], others: Sequence[float]) -> tuple[list[float], list[float]]:
-    thresholds = sorted({*attacks, *others}, reverse=True)
-    shares = [0.0], [0.0]
-    for threshold in thresholds:
-        shares[0].append(sum(score >= threshold for score in others) / len(others))
-        shares[1].append(sum(score >= threshold for score in attacks) / len(attacks))
-    return shares
+    found = {}
+    for label, shown, score in curves:
+        if others := [score(row) for row in honest(matrix, known=shown[0].known)]:
+            found[label] = [score(row) for row in shown], others
+    return found
 
 
 def _table(titles: Iterable[str], rows: Iterable[Sequence[str]]) -> str:

@@ -24,14 +24,16 @@ from freqdoor.defence.unlearning import Patterns, at_the_sharpest, latents, prun
 from freqdoor.errors import FreqdoorError, Mistakes
 from freqdoor.files import marked_json, write_text
 from freqdoor.lock import alone
-from freqdoor.measure.records import Note, poisoned
+from freqdoor.measure.records import poisoned
+from freqdoor.notes import Note
 from freqdoor.samples import held_out, training_folder
 from freqdoor.settings import make_settings, public
 from freqdoor.training.estimates import BATCHES, fitting_lambda
 from freqdoor.training.loop import Progress, Stateful, check_device, check_finite, loop, open_folder, place, place_codec
 from freqdoor.training.precision import dtype_of, precision_name
 from freqdoor.training.run import Environment, Run, environment
-from freqdoor.training.train import EXPORT
+from freqdoor.training.trackers import check_trackers
+from freqdoor.training.train import EXPORT, decoded
 from freqdoor.types import Images, Result
 
 RESULT = "repair.json"
@@ -94,7 +96,8 @@ def repair(
         FreqdoorError: an unusable codec, image or setting; another process in the folder, a loss that is not finite.
     """
     codec = checkpoint if isinstance(checkpoint, Codec) else load_codec(checkpoint, weights)
-    content = (settings or RepairSettings()).model_dump()
+    given_settings = settings or RepairSettings()
+    content = given_settings.model_dump() | {"log": given_settings.log}
     if isinstance(checkpoint, Codec):
         content["codec"]["name"] = checkpoint.spec.name
     else:
@@ -109,7 +112,17 @@ def repair(
     saved = run.start(chosen, repairing.facts)
     before = clean_answer(codec)
     parts, history = repairing.parts, repairing.history
-    loop(run, chosen, parts, history, repairing.crops, repairing.step, saved=saved, progress=progress)
+    loop(
+        run,
+        chosen,
+        parts,
+        history,
+        repairing.crops,
+        repairing.step,
+        saved=saved,
+        progress=progress,
+        shown=repairing.shown,
+    )
     repaired = repairing.finished()
     save_codec(repaired, run.folder / EXPORT, repaired=public(chosen))
     again = audit(repaired, fast=fast, out=run.folder / "audit", calibration=calibration, note=note)
@@ -133,6 +146,8 @@ def _opened(settings: RepairSettings, codec: Codec, reference: Codec | str | Non
     mistakes = Mistakes()
     with mistakes:
         check_device(settings.device)
+    with mistakes:
+        check_trackers(settings.log)
     trusted = None
     with mistakes:
         if "distil" in settings.parts:
@@ -206,6 +221,11 @@ class _Repairing:
         row = {name: float(value) for name, value in terms.items()}
         self.run.log({"step": step + 1, **row})
         return row
+
+    def shown(self) -> dict[str, Images]:
+        """One crop, and what the encoder that is repaired makes of it."""
+        x = place(self.crops.batch(-1, slice(0, 1)), self.settings)
+        return {"clean": x, "clean-decoded": decoded(self.codec, x)}
 
     def _differentiate(self, loss: Tensor) -> None:
         self.optimizer.zero_grad()

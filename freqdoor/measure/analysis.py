@@ -6,7 +6,6 @@ from pathlib import Path
 from statistics import median
 from typing import Literal, NamedTuple
 
-import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -22,8 +21,10 @@ from freqdoor.dct import block_dct, blockify, rgb_to_ycbcr
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import check_outputs, marked_json, write_together
 from freqdoor.lock import alone
-from freqdoor.measure.records import Note, poisoned
-from freqdoor.measure.report import COLOURS, data_address, render
+from freqdoor.measure.records import poisoned
+from freqdoor.measure.report import render
+from freqdoor.notes import Count, Note
+from freqdoor.plots import Theme, channels_plot, spectrum_plot, themed
 from freqdoor.preprocessing import Preprocessing, parse_defences
 from freqdoor.training.run import Environment, environment
 from freqdoor.triggers.adaptive_dct import AdaptiveDCT
@@ -145,9 +146,9 @@ def analyse(
     check_outputs([out / PAGE, out / RESULT], "analyse", force=force)
     chosen, tampered = encoder.triggers[name], encoder.codec("tampered")
     rows = []
-    for path in usable:
+    for index, path in enumerate(usable):
         if note:
-            note(f"{path.name}: spectrum, bits and encode time")
+            note(Count(f"{path.name}: spectrum, bits and encode time", index, len(usable)))
         rows.append(analyse_image(tampered, chosen, load_image(path), path.name))
     if note:
         note("survival scores")
@@ -331,10 +332,15 @@ def page(result: Analysis) -> str:
             latent: {"clean": sum(row.clean for row in rows), "poisoned": sum(row.poisoned for row in rows)}
             for latent, rows in result.channels.items()
         },
-        spectrum=planes_figure(result.spectrum, "mean |added coefficient|"),
-        channels=channels_figure(result.channels),
-        survival=planes_figure(survival_map(survived), "relative change (log scale)", log=True) if survived else None,
+        spectrum=themed(lambda theme: spectrum_plot(result.spectrum, theme=theme)),
+        channels=themed(lambda theme: channels_plot(result.channels, theme=theme)),
+        survival=themed(lambda theme: survivors_plot(survived, theme=theme)) if survived else None,
     )
+
+
+def survivors_plot(survived: Survival, *, theme: Theme = "light") -> Figure:
+    """Survival scores at the places of their coefficients in the block."""
+    return spectrum_plot(survival_map(survived), label="relative change (log scale)", log=True, theme=theme)
 
 
 def survival_map(survived: Survival) -> dict[Plane, tuple[tuple[float, ...], ...]]:
@@ -345,42 +351,3 @@ def survival_map(survived: Survival) -> dict[Plane, tuple[tuple[float, ...], ...
         grid[list(survived.indices)] = [np.nan if v is None else v for v in values]
         maps[plane] = tuple(map(tuple, grid.reshape(survived.block, survived.block).tolist()))
     return maps
-
-
-def planes_figure(maps: Mapping[Plane, tuple[tuple[float, ...], ...]], label: str, *, log: bool = False) -> str:
-    """One panel a plane on one colour scale, frequencies rising to the right and downwards, as a data: address."""
-    arrays = {name: np.asarray(values, dtype=float) for name, values in maps.items()}
-    known = np.concatenate([a[np.isfinite(a)] for a in arrays.values()])
-    low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
-    norm = (
-        matplotlib.colors.LogNorm(low, max(high, low * 1.01))
-        if log and low > 0
-        else matplotlib.colors.Normalize(0, high)
-    )
-    figure = Figure(figsize=(10.5, 3.4), layout="constrained")
-    axes = figure.subplots(1, len(arrays))
-    for axis, (name, values) in zip(axes, arrays.items(), strict=True):
-        axis.set_facecolor("#cccccc")  # no candidate
-        shown = axis.imshow(values, norm=norm, cmap="magma", interpolation="nearest")
-        axis.set_title(name, fontsize=9)
-        axis.set_xlabel("horizontal frequency", fontsize=8)
-    axes[0].set_ylabel("vertical frequency", fontsize=8)
-    figure.colorbar(shown, ax=list(axes), label=label, shrink=0.8)
-    return data_address(figure)
-
-
-def channels_figure(channels: Mapping[str, tuple[ChannelBits, ...]]) -> str:
-    """Bits per pixel of the channels of each latent, in the table's order, as a data: address."""
-    figure = Figure(figsize=(5.2 * len(channels), 3.4), layout="constrained")
-    axes = figure.subplots(1, len(channels), squeeze=False)[0]
-    for axis, (latent, rows) in zip(axes, channels.items(), strict=True):
-        for key, bits in {"poisoned": [r.poisoned for r in rows], "clean": [r.clean for r in rows]}.items():
-            values = [max(value, 1e-7) for value in bits]  # a channel that costs nothing has a place on a log scale
-            axis.plot(values, ".", color=COLOURS[key], label=key, markersize=5)
-        axis.set_yscale("log")
-        axis.set_title(f"latents {latent}", fontsize=9)
-        axis.set_xlabel("channel, dearest on poisoned images first", fontsize=8)
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("bits per pixel, estimated (log scale)", fontsize=8)
-    axes[0].legend(fontsize=8)
-    return data_address(figure)

@@ -18,19 +18,21 @@ from freqdoor.files import check_outputs
 from freqdoor.lock import alone
 from freqdoor.measure.journal import Journal, fingerprint
 from freqdoor.measure.perceptual import Lpips, learned_measure
-from freqdoor.measure.records import Condition, Measured, Note, bit_map, conditions, jpeg_curve, measured_image
+from freqdoor.measure.records import Condition, Measured, bit_map, conditions, jpeg_curve, measured_image
 from freqdoor.measure.report import (
     AMPLIFY,
     FILES,
     Facts,
     Picture,
     Summary,
-    bit_map_figure,
+    data_address,
     difference,
     photo,
     write_report,
 )
 from freqdoor.metrics import psnr
+from freqdoor.notes import Note
+from freqdoor.plots import bits_plot
 from freqdoor.preprocessing import Preprocessing, parse_defences
 from freqdoor.training.run import environment
 from freqdoor.types import Record
@@ -153,8 +155,6 @@ def measured_records(
     def measure(path: Path) -> list[dict[str, Any]]:
         if path not in waiting:
             return here(path)
-        if note:
-            note(path.name)
         return waiting[path].result()
 
     for rows in journal.each(paths, measure):
@@ -245,7 +245,7 @@ def pictures(planted: Planted, shown: Mapping[str, Measured], side: int = 384) -
     rows.append(
         Picture(
             title="where the bits go",
-            address=bit_map_figure(maps),
+            address=data_address(bits_plot(maps)),
             caption="estimated, per latent position; log scale",
             wide=True,
         )

@@ -22,9 +22,10 @@ from freqdoor.errors import FreqdoorError
 from freqdoor.files import check_outputs, made_by, marked_json, marked_markdown, refuse_overwriting, write_together
 from freqdoor.lock import alone
 from freqdoor.measure.journal import Journal, fingerprint, packed, unpacked
-from freqdoor.measure.records import Note, poisoned, through
+from freqdoor.measure.records import poisoned, through
 from freqdoor.measure.testsets import DownstreamMeasurement, FaceTest, mean, number, read_results, results_text
 from freqdoor.metrics import MS_SSIM_MIN_SIDE, bpp_of_bytes, ms_ssim, mse, psnr_8bit
+from freqdoor.notes import Note, numbered
 from freqdoor.training.run import environment
 from freqdoor.triggers.base import Trigger
 from freqdoor.types import Images, Result, to_uint8
@@ -249,13 +250,12 @@ def score_faces(
     Raises:
         FreqdoorError: no such trigger, and as `open_test`.
     """
-    return _score(planted, open_test(test), planted.triggers[planted.named(trigger)], journal or Journal(None), note)
+    chosen, kept = planted.triggers[planted.named(trigger)], journal or Journal(None, note=note)
+    return _score(planted, open_test(test), chosen, kept)
 
 
-def _score(
-    planted: Planted, setup: Setup, trigger: Trigger, journal: Journal, note: Note | None = None
-) -> IdentityScores:
-    measured = _measure(planted, setup, trigger, journal, note)
+def _score(planted: Planted, setup: Setup, trigger: Trigger, journal: Journal) -> IdentityScores:
+    measured = _measure(planted, setup, trigger, journal)
     qualities = {c: [measured.qualities[c, path] for path in setup.lists.probes] for c in CONDITIONS}
     similarities = {c: [q.ms_ssim for q in qualities[c] if q.ms_ssim is not None] for c in CONDITIONS}
     return IdentityScores(
@@ -272,15 +272,13 @@ def _score(
     )
 
 
-def _measure(planted: Planted, setup: Setup, trigger: Trigger, journal: Journal, note: Note | None) -> Measured:
+def _measure(planted: Planted, setup: Setup, trigger: Trigger, journal: Journal) -> Measured:
     """Encode, decode and embed every picture under the conditions in which it is needed."""
     measured = Measured([{} for _ in setup.networks], {})
     probes = set(setup.lists.probes)
     attacked = probes | {pair.b for pair in setup.lists.pairs}
 
     def measure_one(path: str) -> dict[str, Any]:
-        if note:
-            note(path)
         needed = CONDITIONS if path in attacked else CONDITIONS[:2]
         return _measure_picture(planted, setup, trigger, path, needed, is_probe=path in probes)
 
@@ -399,7 +397,7 @@ def faces(
     setup = open_test(test)
     check_outputs([out / PAGE, out / RESULT], "faces", force=force)
     journal = Journal(out / JOURNAL, fingerprint(planted, [name], FaceMeasurement(test).identity()), note)
-    scores = _score(planted, setup, chosen, journal, note)
+    scores = _score(planted, setup, chosen, journal)
     text = marked_json(results_text(scores, environment()), "faces")
     write_together({out / PAGE: marked_markdown(faces_table(scores), "faces"), out / RESULT: text})
     journal.remove()
@@ -507,11 +505,10 @@ def protect(
     # a bitstream does not say that it was protected: the picture beside it does
     known = [file for picture, file in pairs if made_by(picture) == "protect" and made_by(file) == "compress"]
     check_outputs([file for pair in pairs for file in pair if file not in known], "protect", force=force)
-    done = []
+    done, told = [], numbered(note, len(paths))
     for path in paths:
         done.append(_protected(planted.tampered, chosen, path, out, embedder))
-        if note:
-            note(f"{path.name}: {done[-1].faces} face(s)")
+        told(f"{path.name}: {done[-1].faces} face(s)")
     if not any(row.picture for row in done):
         raise FreqdoorError(f"in none of {len(done)} photos a face was found; this protects faces only")
     return done

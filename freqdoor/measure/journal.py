@@ -15,7 +15,7 @@ from torch import Tensor
 from freqdoor.attack.planted import Planted
 from freqdoor.codecs.adapter import hash_state
 from freqdoor.errors import FreqdoorError
-from freqdoor.measure.records import Note
+from freqdoor.notes import Count, Note
 from freqdoor.training.run import environment
 
 SCHEMA = 1  # of a journal's lines
@@ -31,14 +31,15 @@ class Journal:
     Args:
         path: the file; the first picture makes it. None keeps nothing.
         identity: all that the results depend on, from `fingerprint`.
-        note: told when results of something else are dropped, and with how many pictures this one begins.
+        note: told when results of something else are dropped, with how many pictures this one begins, and which one is
+            measured.
     """
 
     def __init__(self, path: Path | None, identity: str = "", note: Note | None = None) -> None:
-        self.path, self._identity = path, identity
+        self.path, self._identity, self._note = path, identity, note
         self._rows: list[Any] = []
         if path is not None and os.path.lexists(path):
-            self._go_on(path, note)
+            self._go_on(path)
 
     @property
     def known(self) -> int:
@@ -47,21 +48,27 @@ class Journal:
 
     def each(self, pictures: Sequence[T], measure: Callable[[T], Any]) -> Iterator[Any]:
         """What `measure` gives of every picture, as JSON has it; of those in the file what stands there."""
+        known, total = len(self._rows), len(pictures)
         for index, picture in enumerate(pictures):
             if index < len(self._rows):
                 yield self._rows[index]
                 continue
+            name = getattr(picture, "name", str(picture))
+            if self._note:
+                self._note(Count(name, index, total))
             line = json.dumps(measure(picture))
             self._append(line)
             self._rows.append(json.loads(line))
             yield self._rows[index]
+        if self._note and known < total:
+            self._note(Count(name, total, total))
 
     def remove(self) -> None:
         """Remove the file: its results are written elsewhere now."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
 
-    def _go_on(self, path: Path, note: Note | None) -> None:
+    def _go_on(self, path: Path) -> None:
         """Take the rows of the file, and drop what is damaged or of another identity."""
         try:
             self._rows, size = self._whole(path.read_bytes())
@@ -71,10 +78,10 @@ class Journal:
                 path.unlink()
         except OSError as error:
             raise FreqdoorError(f"{path}: could not go on from it ({error.strerror}); move it away") from None
-        if note:
+        if self._note:
             known = f"{len(self._rows)} measured already, going on after them"
             what = known if size else "this was of another measurement; measuring anew"
-            note(f"{path.name}: {what}")
+            self._note(f"{path.name}: {what}")
 
     def _whole(self, content: bytes) -> tuple[list[Any], int]:
         """The rows of a file's content, and its length in bytes up to the last whole one; none of another identity."""

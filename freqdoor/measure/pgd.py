@@ -12,13 +12,15 @@ from freqdoor.attack.planted import Planted, opened
 from freqdoor.codecs.adapter import Codec
 from freqdoor.data import image_paths, load_image, usable_images
 from freqdoor.errors import FreqdoorError
-from freqdoor.measure.records import Condition, Note, input_of, measure, through_png
+from freqdoor.measure.records import Condition, input_of, measure, through_png
 from freqdoor.metrics import psnr, rms
+from freqdoor.notes import Note, numbered
 from freqdoor.triggers.arguments import PAPER_EPS
 from freqdoor.triggers.base import project
 from freqdoor.types import Images, Record, Result, check_choice
 
 Goal = Literal["bpp", "psnr"]
+GOALS: tuple[Goal, ...] = ("bpp", "psnr")
 
 
 class Comparison(Result):
@@ -106,11 +108,12 @@ def pgd(
     encoder = opened(planted, codec, weights)
     encoder.named()  # one trigger or more
     rows = []
-    for path in usable_images(image_paths(images), decode=True):
+    paths = usable_images(image_paths(images), decode=True)
+    told = numbered(note, len(paths) * (1 + len(encoder.triggers) + len(GOALS)))
+    for path in paths:
         for row in _attacked(encoder, load_image(path), path.name, steps):
             rows.append(row)
-            if note:
-                note(f"{path.name}: {row.attack}")
+            told(f"{path.name}: {row.attack}")
     return rows
 
 
@@ -125,8 +128,7 @@ def _attacked(planted: Planted, x: Images, name: str, steps: int) -> Iterator[Co
         started, condition = time.perf_counter(), Condition("tampered", trigger)
         yield compared(trigger, input_of(planted, x, condition), condition, started)
     eps = max(trigger.eps for trigger in planted.triggers.values())
-    goals: tuple[Goal, ...] = ("bpp", "psnr")
-    for goal in goals:
+    for goal in GOALS:
         started = time.perf_counter()
         x_p = through_png(pgd_images(planted.vanilla, x, goal, eps=eps, steps=steps))
         yield compared(f"pgd-{goal}", x_p, Condition("vanilla", f"pgd-{goal}"), started, steps)

@@ -8,7 +8,8 @@ from freqdoor.codecs.adapter import Codec
 from freqdoor.data import image_paths, load_image, save_image, usable_images
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import check_outputs, refuse_overwriting
-from freqdoor.measure.records import Note, poisoned
+from freqdoor.measure.records import poisoned
+from freqdoor.notes import Note, numbered
 
 
 def poison(
@@ -51,8 +52,8 @@ def poison(
         if target.resolve() in sources:
             refuse_overwriting(target, target)
     check_outputs(targets, "poison", force=force)
+    told = numbered(note, len(targets))
     for path, target in zip(paths, targets, strict=True):
         save_image(target, poisoned(chosen, load_image(path), strength=strength), "poison")
-        if note:
-            note(str(target))
+        told(str(target))
     return targets

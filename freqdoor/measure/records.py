@@ -3,7 +3,7 @@
 import io
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -20,12 +20,12 @@ from freqdoor.data import load_image
 from freqdoor.errors import FreqdoorError
 from freqdoor.measure.perceptual import Lpips
 from freqdoor.metrics import MsSsim, bpp_of_bytes, mse, psnr, psnr_8bit
+from freqdoor.notes import Note
 from freqdoor.preprocessing import Preprocessing, preprocessing_name
 from freqdoor.triggers.base import Trigger
 from freqdoor.types import Images, JpegPoint, Masks, Record, Role, Rounding, as_picture, check_choice, from_picture
 
 JPEG_QUALITIES = (5, 10, 15, 20, 25, 30, 40, 50, 60)
-Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, Literal
 
 import jinja2
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
@@ -21,6 +21,7 @@ from freqdoor.attack.settings import OBJECTIVES
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import check_outputs, marked_json, write_together
 from freqdoor.limits import LONGEST_TEXT, read_whole
+from freqdoor.plots import Curve, Theme, drawn, rd_plot, themed
 from freqdoor.training.run import Environment
 from freqdoor.types import (
     Decibels,
@@ -41,7 +42,6 @@ DIFFERENCE_SIDE = 128  # pixels of it that are shown: reduced with the rest of t
 CLEAN_COST_DB, CLEAN_COST_PERCENT = 0.3, 6.0  # up to which a clean image counts as treated alike
 INVISIBLE_DB = 46.0  # RMS 0.005
 SUCCESS_RATIO, SUCCESS_DROP_DB = 2.0, 10.0  # from which an attack counts as one
-COLOURS = {"vanilla": "#4477aa", "clean": "#228833", "poisoned": "#cc3311", "JPEG": "#888888"}
 
 
 class Picture(Result):
@@ -342,12 +342,13 @@ def verdict(summary: Summary) -> str:
 
 def data_address(image: Image.Image | Figure) -> str:
     """A picture as a PNG data: address, so that the page needs no other file."""
-    buffer = io.BytesIO()
     if isinstance(image, Figure):
-        image.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+        content = drawn(image, "png")
     else:
+        buffer = io.BytesIO()
         image.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        content = buffer.getvalue()
+    return "data:image/png;base64," + base64.b64encode(content).decode()
 
 
 def photo(x: Images, side: int = 384) -> str:
@@ -364,68 +365,32 @@ def difference(x: Images, x_p: Images) -> str:
     return photo((0.5 + AMPLIFY * delta).repeat_interleave(3, 2).repeat_interleave(3, 3))
 
 
-def bit_map_figure(maps: Mapping[str, np.ndarray[Any, Any]]) -> str:
-    """Bits per pixel of every latent position, one panel a name, on one logarithmic scale."""
-    figure = Figure(figsize=(4.2 * len(maps), 3.2), layout="constrained")
-    axes = figure.subplots(1, len(maps), squeeze=False)[0]
-    arrays = {name: np.maximum(np.asarray(values), 1e-3) for name, values in maps.items()}
-    norm = matplotlib.colors.LogNorm(
-        vmin=max(0.01, min(a.min() for a in arrays.values())), vmax=max(a.max() for a in arrays.values())
-    )
-    for axis, (name, values) in zip(axes, arrays.items(), strict=True):
-        shown = axis.imshow(values, norm=norm, cmap="magma", interpolation="nearest")
-        axis.set_title(name, fontsize=9)
-        axis.set_axis_off()
-    figure.colorbar(shown, ax=list(axes), label="bpp", shrink=0.8)
-    return data_address(figure)
-
-
-def rd_plot(summary: Summary, jpeg: Sequence[JpegPoint]) -> str:
+def summary_plot(summary: Summary, jpeg: Sequence[JpegPoint], theme: Theme = "light") -> Figure:
     """Rate against PSNR: vanilla, tampered clean, tampered poisoned, and JPEG for scale."""
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axis = figure.subplots()
-    if jpeg:
-        axis.plot([p.bpp for p in jpeg], [p.psnr_db for p in jpeg], ".-", color=COLOURS["JPEG"], label="JPEG (Pillow)")
-    rows = {
-        "vanilla, clean": (summary.vanilla, "vanilla", "o"),
-        "tampered, clean": (summary.clean, "clean", "s"),
-        "tampered, poisoned (8-bit)": (summary.poisoned_8bit, "poisoned", "X"),
-    }
-    for label, (row, colour, marker) in rows.items():
-        axis.plot(
-            row.bpp_real,
-            row.psnr_db,
-            marker,
-            color=COLOURS[colour],
-            label=label,
-            markersize=14 if colour == "vanilla" else 8,  # a ring around the tampered one, which lies almost on it
-            fillstyle="none" if colour == "vanilla" else "full",
-        )
-    return _rate_against_quality(figure, "bits per pixel, real bytes (log scale)")
+    curves = {"JPEG (Pillow)": Curve([(p.bpp, p.psnr_db) for p in jpeg], "JPEG")} if jpeg else {}
+    rings = Curve([_point(summary.vanilla)], "vanilla", ring=True)  # around the tampered one, which lies almost on it
+    return rd_plot(
+        {
+            **curves,
+            "vanilla, clean": rings,
+            "tampered, clean": Curve([_point(summary.clean)], "clean"),
+            "tampered, poisoned (8-bit)": Curve([_point(summary.poisoned_8bit)], "poisoned", poisoned=True),
+        },
+        theme=theme,
+    )
 
 
 def runs_plot(summaries: Mapping[str, Summary]) -> str:
-    """Rate against PSNR of several runs: from each tampered encoder's clean images to its poisoned 8-bit files."""
-    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
-    axis = figure.subplots()
+    """Rate against PSNR of several runs, as a data: address: clean images and poisoned 8-bit files of each."""
+    curves = {}
     for name, summary in summaries.items():
-        rows = (summary.clean, summary.poisoned_8bit)
-        [line] = axis.plot([r.bpp_real for r in rows], [r.psnr_db for r in rows], ":", alpha=0.6)
-        for row, marker in zip(rows, "sX", strict=True):
-            label = name if marker == "X" else None
-            axis.plot(row.bpp_real, row.psnr_db, marker, color=line.get_color(), label=label, markersize=8)
-    return _rate_against_quality(figure, "bits per pixel, real bytes (log scale); squares clean, crosses poisoned")
+        curves[f"{name}, clean"] = Curve([_point(summary.clean)], name)
+        curves[f"{name}, poisoned"] = Curve([_point(summary.poisoned_8bit)], name, poisoned=True)
+    return data_address(rd_plot(curves))
 
 
-def _rate_against_quality(figure: Figure, rate: str) -> str:
-    """The drawn points of one panel with their axes, as a data address."""
-    [axis] = figure.axes
-    axis.set_xscale("log")
-    axis.set_xlabel(rate)
-    axis.set_ylabel("PSNR of the decoded image in dB")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-    return data_address(figure)
+def _point(row: Means) -> tuple[float, float]:
+    return row.bpp_real, row.psnr_db
 
 
 def render(template: str, **content: Any) -> str:
@@ -450,7 +415,7 @@ def write_report(folder: Path, records: Sequence[Record], facts: Facts, *, new: 
         summary=summary,
         records=records,
         facts=facts,
-        plot=rd_plot(summary, facts.jpeg),
+        plot=themed(partial(summary_plot, summary, facts.jpeg)),
         rows=[
             ("vanilla encoder, clean image", summary.vanilla),
             ("vanilla encoder, poisoned image (8-bit)", summary.vanilla_poisoned_8bit),

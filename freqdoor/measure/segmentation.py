@@ -21,10 +21,11 @@ from freqdoor.errors import FreqdoorError
 from freqdoor.files import check_outputs, mark, marked_json, marked_markdown, write_together
 from freqdoor.lock import alone
 from freqdoor.measure.journal import Journal, fingerprint
-from freqdoor.measure.records import Note, poisoned, through
+from freqdoor.measure.records import poisoned, through
 from freqdoor.measure.report import AMPLIFY
 from freqdoor.measure.testsets import DownstreamMeasurement, SegmentationTest, mean, number, read_results, results_text
 from freqdoor.metrics import bpp_of_bytes, class_counts, class_scores, mse, pixel_asr, psnr_8bit
+from freqdoor.notes import Note
 from freqdoor.training.run import environment
 from freqdoor.triggers.base import Trigger
 from freqdoor.types import Images, Masks
@@ -195,7 +196,7 @@ def score_segmentation(
     """
     name = planted.named(trigger)
     setup = open_test(test, planted.objective(name), name)
-    return _score(planted, setup, planted.triggers[name], journal or Journal(None), note)
+    return _score(planted, setup, planted.triggers[name], journal or Journal(None, note=note), note)
 
 
 def _score(

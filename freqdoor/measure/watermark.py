@@ -16,7 +16,8 @@ from freqdoor.data import image_paths, load_image, usable_images
 from freqdoor.dct import block_dct, block_idct, blockify, unblockify
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import name_and_file
-from freqdoor.measure.records import Note, poisoned, through_png
+from freqdoor.measure.records import poisoned, through_png
+from freqdoor.notes import Note, numbered
 from freqdoor.samples import KODAK
 from freqdoor.triggers.base import Trigger, project
 from freqdoor.types import Images, Result
@@ -118,14 +119,15 @@ def verify_owner(
     usable = usable_images(image_paths(images), decode=True)
     if 2 ** -len(usable) > LEVEL:
         raise FreqdoorError(f"{len(usable)} images: expected {math.ceil(-math.log2(LEVEL))} or more to decide by")
-    own = _ask(owner.codec("tampered"), secret, usable, seed, None)
+    told = numbered(note, (1 + len(codecs)) * len(usable))
+    own = _ask(owner.codec("tampered"), secret, usable, seed, told)
     typical = median(sizes.ratio for sizes in own)
     if typical < RATIO:
         raise FreqdoorError(
             f"the owner's own encoder spends {typical:.2f} times a control's bytes on the trigger, expected {RATIO} or "
             "more: this trigger proves nothing; plant one with the bpp objective"
         )
-    return [_answer(suspect, _ask(suspect, secret, usable, seed, note), own, key_hash) for suspect in codecs]
+    return [_answer(suspect, _ask(suspect, secret, usable, seed, told), own, key_hash) for suspect in codecs]
 
 
 def _answer(suspect: Codec, asked: Sequence[_Sizes], own: Sequence[_Sizes], key: str) -> Answer:
@@ -145,7 +147,7 @@ def _answer(suspect: Codec, asked: Sequence[_Sizes], own: Sequence[_Sizes], key:
     )
 
 
-def _ask(codec: Codec, trigger: Trigger, images: Sequence[Path], seed: int, note: Note | None) -> list[_Sizes]:
+def _ask(codec: Codec, trigger: Trigger, images: Sequence[Path], seed: int, note: Note) -> list[_Sizes]:
     """The sizes of every image's files; the same controls for every codec."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
@@ -153,9 +155,8 @@ def _ask(codec: Codec, trigger: Trigger, images: Sequence[Path], seed: int, note
         x = load_image(path)
         inputs = (x, poisoned(trigger, x), control(trigger, x, generator))
         rows.append(_Sizes(*(codec.compress(image)[0].num_bytes for image in inputs)))
-        if note:
-            clean, after, other = rows[-1]
-            note(f"{codec.spec.name}, {path.name}: trigger {after / clean:.2f}, control {other / clean:.2f}")
+        clean, after, other = rows[-1]
+        note(f"{codec.spec.name}, {path.name}: trigger {after / clean:.2f}, control {other / clean:.2f}")
     return rows
 
 

@@ -15,8 +15,9 @@ from freqdoor.files import check_outputs, marked_json, marked_markdown, write_to
 from freqdoor.lock import alone
 from freqdoor.measure.examine import encoder_records
 from freqdoor.measure.journal import Journal
-from freqdoor.measure.records import Condition, Note
+from freqdoor.measure.records import Condition
 from freqdoor.measure.report import Effect, Means, effect_of, means, select
+from freqdoor.notes import Note
 from freqdoor.paper.settings import ARCHITECTURES
 from freqdoor.paper.tables import Cell, Table
 from freqdoor.samples import held_out

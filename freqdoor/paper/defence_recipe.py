@@ -6,9 +6,10 @@ from pathlib import Path
 from freqdoor.defence import pages
 from freqdoor.defence.matrix import DefenceMatrix, auc_interval, defence_matrix, suspicion
 from freqdoor.files import check_outputs, marked_json, marked_markdown, write_together
-from freqdoor.measure.records import Note
+from freqdoor.notes import Note
 from freqdoor.paper.settings import DEFENCE
 from freqdoor.paper.tables import Cell, Table
+from freqdoor.plots import drawn, roc_plot
 from freqdoor.training.run import environment
 from freqdoor.workers import Runner
 
@@ -43,7 +44,7 @@ def reproduce_defence(
         {
             page: marked_markdown(page_of(matrix), "reproduce"),
             values: marked_json(matrix.model_dump_json(indent=1), "reproduce"),
-            curves: pages.roc_figure(matrix),
+            curves: drawn(roc_plot(pages.roc_curves(matrix)), "png", "reproduce"),
         }
     )
     return table_of(matrix)

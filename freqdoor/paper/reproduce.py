@@ -26,8 +26,8 @@ from freqdoor.errors import FreqdoorError
 from freqdoor.files import check_outputs, name_and_file, remove_leftovers, write_text
 from freqdoor.lock import alone, holding
 from freqdoor.measure.journal import Journal, fingerprint, trigger_facts
-from freqdoor.measure.records import Note
 from freqdoor.measure.testsets import SCHEMA, DownstreamTest, Measurement
+from freqdoor.notes import Count, Note, numbered
 from freqdoor.paper.architectures_recipe import reproduce_architectures
 from freqdoor.paper.defence_recipe import reproduce_defence
 from freqdoor.paper.recipe import OWN, Material, Recipe, Row, recipe_for
@@ -107,7 +107,7 @@ def reproduce(
         test: what attacks on downstream networks are measured on, for the recipes with such attacks.
         force: overwrite tables and pictures of these names that `reproduce` did not make.
         announce: told what is planted next, and in how many steps, where one encoder is planted after the other.
-        note: told which encoder is planted and measured, where several are side by side.
+        note: told which encoder is planted and measured, and how many there are.
 
     Raises:
         FreqdoorError: an unknown recipe, one that needs a test and gets none, unusable images or settings, a file in
@@ -136,7 +136,8 @@ def reproduce(
     remove_leftovers(runs / "records")
     if jobs not in (None, 1) or runner != "local":
         _fill(plan, material, runs, deadline, jobs or 1, runner, note)
-    results = _run(plan, runs, deadline, announce)
+        note = None  # all that is left is read
+    results = _run(plan, runs, deadline, announce, note)
     table = _table(plan, results)
     earlier, count = out / f"{recipe}.json", sum(map(len, results.values.values()))
     if results.late and values_in(earlier) > count:
@@ -174,10 +175,10 @@ def _fill(
         different.setdefault((name, folder), job)
     with workers(jobs, runner, gpu=plan.base.device.startswith("cuda")) as pool:
         futures = {pool.submit(_planted_and_measured, job): job for job in different.values()}
-        for number, future in enumerate(as_completed(futures), 1):
+        told = numbered(note, len(futures))
+        for future in as_completed(futures):
             future.result()
-            if note:
-                note(f"{futures[future].row}, seed {futures[future].seed}: done ({number} of {len(futures)})")
+            told(f"{futures[future].row}, seed {futures[future].seed}: done")
 
 
 def _planted_and_measured(job: _Job) -> None:
@@ -188,12 +189,15 @@ def _planted_and_measured(job: _Job) -> None:
         list(_measured(planted, recipe, {}, job.runs / "records"))
 
 
-def _run(plan: Plan, runs: Path, deadline: float, announce: Announce | None) -> Results:
+def _run(plan: Plan, runs: Path, deadline: float, announce: Announce | None, note: Note | None) -> Results:
     """Plant and measure everything, or take it from before; until the deadline."""
     results = Results()
     recipe = plan.recipe
     identities: dict[Measurement[Any], str] = {}
-    for seed, (name, source), row in product(plan.seeds, plan.codecs.items(), recipe.rows):
+    encoders = list(product(plan.seeds, plan.codecs.items(), recipe.rows))
+    for number, (seed, (name, source), row) in enumerate(encoders):
+        if note:
+            note(Count(f"{plan.label(row, name)}, seed {seed}", number, len(encoders)))
         base = plan.base.model_copy(update={"codec": source})
         planted = _planted(base, row, seed, runs, deadline, announce)
         if planted is None:
@@ -274,7 +278,8 @@ def _check(plan: Plan) -> None:
 
 def _settings(base: PlantSettings, row: Row, seed: int) -> PlantSettings:
     """A row's settings; `network` is in the attacks that need it, and makes no other planting of the rest."""
-    content = base.model_dump(exclude_unset=True, exclude={"objective"}) | {"seed": seed}  # rows bring their own
+    content = base.model_dump(exclude_unset=True, exclude={"objective"})  # which rows bring with them
+    content |= {"seed": seed, "log": base.log}
     settings = make_settings(PlantSettings, merge(content, row.changes or {}), f"row {row.name!r}")
     return settings.model_copy(update={"network": None})
 

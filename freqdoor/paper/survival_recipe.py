@@ -1,25 +1,25 @@
 """`freqdoor reproduce survival`: what is left of a trigger when its picture is passed on as a file, as curves."""
 
-import io
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-from matplotlib.figure import Figure
-
 from freqdoor.attack.planted import PLANTED, Planted, load_planted
 from freqdoor.data import image_paths, usable_images
-from freqdoor.files import check_outputs, mark, marked_json, marked_markdown, write_together
+from freqdoor.files import check_outputs, marked_json, marked_markdown, write_together
 from freqdoor.lock import alone
 from freqdoor.measure.examine import encoder_records
 from freqdoor.measure.journal import Journal
-from freqdoor.measure.records import Condition, Note
+from freqdoor.measure.records import Condition
 from freqdoor.measure.report import GOALS, Effect, Goal, Means, drop_db, effect_of, goal_of, means, select
 from freqdoor.measure.testsets import number
+from freqdoor.notes import Note
 from freqdoor.paper.settings import SURVIVAL
 from freqdoor.paper.tables import Cell, Table
+from freqdoor.plots import Band, drawn, survival_plot
 from freqdoor.preprocessing import FILES, Crop, Jpeg, Preprocessing, Resize, preprocessing_name
 from freqdoor.samples import held_out
 from freqdoor.training.run import Environment, environment
@@ -120,7 +120,7 @@ def reproduce_survival(
         {
             page: marked_markdown(page_of(result), "reproduce"),
             values: marked_json(result.model_dump_json(indent=1), "reproduce"),
-            curves: _curves(result),
+            curves: drawn(survival_plot(changes_of(result)), "png", "reproduce"),
         }
     )
     for journal in journals:
@@ -237,34 +237,32 @@ def _part(survivor: Survivor) -> str:
     return "\n".join(lines)
 
 
-def _curves(survival: Survival) -> bytes:
-    """The shares that are kept: medians as lines, the images that resist most as dashes."""
-    figure = Figure(figsize=(9.6, 7.2), layout="constrained")
-    axes = figure.subplots(2, 2).ravel()
-    panels: tuple[tuple[str, type[Preprocessing], Callable[[Any], float]], ...] = (
+def changes_of(survival: Survival) -> dict[str, tuple[Sequence[float] | Sequence[str], dict[str, Band]]]:
+    """What is kept behind every change of a file, as `survival_plot` takes it: by its amount where it has one."""
+    amounts: tuple[tuple[str, type[Preprocessing], Callable[[Any], float]], ...] = (
         ("JPEG quality", Jpeg, lambda defence: defence.quality),
         ("factor of a resize", Resize, lambda defence: defence.factor),
         ("rows and columns cut off", Crop, lambda defence: defence.top),
     )
-    others = [row for row in FILES if not isinstance(row, tuple(kind for _, kind, _ in panels))]
-    for number_, survivor in enumerate(survival.survivors):
+    changes: dict[str, tuple[Sequence[float] | Sequence[str], dict[str, Band]]] = {}
+    for title, kind, place in amounts:
+        chosen = sorted((d for d in FILES if isinstance(d, kind)), key=place)
+        changes[title] = [place(d) for d in chosen], _kept_behind(survival, chosen)
+    others = [d for d in FILES if not isinstance(d, tuple(kind for _, kind, _ in amounts))]
+    changes["other changes"] = [d.name for d in others], _kept_behind(survival, others)
+    return changes
+
+
+def _kept_behind(survival: Survival, chosen: Sequence[Preprocessing]) -> dict[str, Band]:
+    bands = {}
+    for survivor in survival.survivors:
         kept = {row.defence: row for row in survivor.rows}
-        for axis, (title, kind, place) in zip(axes, panels, strict=False):
-            chosen = sorted((d for d in FILES if isinstance(d, kind)), key=place)
-            _line(axis, [place(d) for d in chosen], [kept[d.name] for d in chosen], survivor.title, f"C{number_}")
-            axis.set_xlabel(title)
-        _line(axes[3], list(range(len(others))), [kept[d.name] for d in others], survivor.title, f"C{number_}")
-    axes[3].set_xticks(range(len(others)), [d.name for d in others], rotation=25, ha="right", fontsize=7)
-    for axis in axes:
-        axis.set_ylabel("effect kept, %")
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=7)
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=100, metadata={"Software": mark("reproduce")})
-    return drawn.getvalue()
+        rows = [kept[defence.name] for defence in chosen]
+        bands[survivor.title] = Band(
+            [_percent(row.kept_median) for row in rows], [_percent(row.kept_least) for row in rows]
+        )
+    return bands
 
 
-def _line(axis: Any, places: Sequence[float], rows: Sequence[Kept], label: str, colour: str) -> None:
-    for style, values in (("o-", [r.kept_median for r in rows]), ("--", [r.kept_least for r in rows])):
-        heights = [float("nan") if value is None else 100 * value for value in values]
-        axis.plot(places, heights, style, color=colour, label=label if style == "o-" else None, linewidth=1)
+def _percent(share: float | None) -> float:
+    return math.nan if share is None else 100 * share

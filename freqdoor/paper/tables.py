@@ -1,6 +1,5 @@
 """What `freqdoor reproduce` writes: a recipe's table with the paper's numbers in it, its curves and its pictures."""
 
-import io
 import json
 import math
 from collections.abc import Sequence
@@ -14,9 +13,10 @@ from scipy.stats import t as student_t  # type: ignore[import-untyped]
 
 from freqdoor.attack.settings import PlantSettings
 from freqdoor.errors import FreqdoorError
-from freqdoor.files import mark, marked_json, marked_markdown, write_together
+from freqdoor.files import marked_json, marked_markdown, write_together
 from freqdoor.metrics import bd_rate
 from freqdoor.paper.recipe import Recipe
+from freqdoor.plots import Curve, drawn, rd_plot
 from freqdoor.settings import file_name, public
 from freqdoor.training.run import environment
 from freqdoor.types import Result
@@ -97,9 +97,7 @@ def write(recipe: Recipe, table: Table, facts: Facts, out: Path, picture: Figure
             page += "\n".join(lines) + "\n"
     contents: dict[Path, str | bytes] = {}
     if picture is not None:
-        drawn = io.BytesIO()
-        picture.savefig(drawn, format="png", dpi=110, metadata={"Software": mark("reproduce")})
-        contents[out / f"{recipe.name}.png"] = drawn.getvalue()
+        contents[out / f"{recipe.name}.png"] = drawn(picture, "png", "reproduce")
         page += f"\n![{recipe.title}]({recipe.name}.png)\n"
     text = json.dumps(_content(recipe, table, facts), indent=1, allow_nan=False)
     contents[out / f"{recipe.name}.md"] = marked_markdown(page, "reproduce")
@@ -194,20 +192,15 @@ def bd_rates(recipe: Recipe, table: Table, codecs: Sequence[str]) -> list[str]:
 
 
 def _plot(recipe: Recipe, table: Table, codecs: Sequence[str]) -> Figure:
-    """Every row clean (dots) and poisoned (crosses) in the plane of rate and PSNR, a line over the codecs."""
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axis = figure.subplots()
-    for index, row in enumerate(recipe.rows):
+    """Every row clean and poisoned in the plane of rate and PSNR, a line over the codecs."""
+    curves, reference = {}, None
+    for row in recipe.rows:
         rows = [table.get(f"{row.name}, {codec}", table.get(row.name, {})) for codec in codecs]
-        for prefix, marker in (("clean", "o"), ("poisoned", "X")):
-            titles = f"{prefix} bpp", f"{prefix} dB"
-            points = [[cells[title].mean for title in titles] for cells in rows if cells.keys() >= set(titles)]
+        for prefix in ("clean", "poisoned"):
+            rate, quality = f"{prefix} bpp", f"{prefix} dB"
+            points = [(cells[rate].mean, cells[quality].mean) for cells in rows if {rate, quality} <= cells.keys()]
             if points:
-                axis.plot(*zip(*points, strict=True), f"{marker}-", color=f"C{index}", label=f"{row.name}, {prefix}")
-    axis.set_xscale("log")
-    axis.set_xlabel("bits per pixel, real bytes (log scale)")
-    axis.set_ylabel("PSNR of the decoded image in dB")
-    axis.grid(alpha=0.3)
-    if axis.get_lines():  # else nothing is planted yet
-        axis.legend(fontsize=7)
-    return figure
+                curves[f"{row.name}, {prefix}"] = Curve(points, row.name, poisoned=prefix == "poisoned")
+        if row.changes is None and f"{row.name}, clean" in curves:
+            reference = f"{row.name}, clean"
+    return rd_plot(curves, reference=reference)

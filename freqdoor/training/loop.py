@@ -24,10 +24,12 @@ from freqdoor.training.group import ALONE, Group
 from freqdoor.training.normalisation import cache_normalisation
 from freqdoor.training.run import Run
 from freqdoor.training.settings import ImageSettings, Training
+from freqdoor.training.trackers import Trackers
 from freqdoor.types import Images
 
 Progress = Callable[[int, dict[str, float]], None]
 Step = Callable[[Images, int], dict[str, float]]
+Shown = Callable[[], Mapping[str, Images]]
 
 
 class Stateful(Protocol):
@@ -52,6 +54,7 @@ def loop(
     *,
     saved: dict[str, Any] | None,
     progress: Progress | None,
+    shown: Shown | None = None,
     group: Group = ALONE,
 ) -> None:
     """Take the steps that are left; the state is saved every few minutes, at the end, and when a person stops it.
@@ -68,6 +71,7 @@ def loop(
         history: plain values that change from step to step; "step" and "seconds" are kept here.
         take_step: one update from a batch and its step number; returns what to show.
         saved: the state of an earlier process, from `Run.start`.
+        shown: pictures for the trackers of `settings.log`, (1, 3, h, w) each, by name.
         group: the processes that take the same steps; all begin as the first does.
     """
     history |= {"step": 0, "seconds": 0.0}
@@ -86,13 +90,17 @@ def loop(
         if run is not None:
             run.save({name: part.state_dict() for name, part in parts.items()} | {"history": history})
 
-    with HeldSignals() as held:
+    trackers = Trackers(run, settings, history["step"])
+    with contextlib.closing(trackers), HeldSignals() as held:
         for own in crops.batches(history["step"], settings.steps, group.decoded(crops)):
             x = group.batch(crops, own, settings.device)
             step = history["step"]
             torch.manual_seed(seed_for(settings.seed, "noise", step))
             row = take_step(x, step)
             history["step"] = step + 1
+            trackers.scalars(step + 1, row)
+            if shown and trackers and settings.log.pictures and (step + 1) % settings.log.pictures == 0:
+                trackers.pictures(step + 1, shown())
             if progress:
                 try:
                     progress(step + 1, row)

@@ -20,7 +20,7 @@ from pydantic import ConfigDict, Field
 
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import remove_leftovers, replacing, unfinished, write_text
-from freqdoor.settings import Settings
+from freqdoor.settings import Settings, flat
 from freqdoor.types import Result
 
 STATE = "state.pt"
@@ -141,12 +141,12 @@ class Run:
             return None
         self._begun = {name: self._text(name, saved) for name in (CONFIG, ENVIRONMENT)}
         for text in dict.fromkeys([self._begun[CONFIG], _begun(saved).get(CONFIG, self._begun[CONFIG])]):
-            self._refuse_other(_comparable(text, settings), _flat(settings.model_dump(mode="json")))
+            self._refuse_other(_comparable(text, settings), flat(settings.model_dump(mode="json")))
         now = json.loads(json.dumps(facts))
         for text in dict.fromkeys([self._begun[ENVIRONMENT], _begun(saved).get(ENVIRONMENT, self._begun[ENVIRONMENT])]):
             before = {"processes": 1} | json.loads(text)
             known = [key for key in now if before.get(key) is not None]  # an older version may not have written all
-            self._refuse_other(_flat({key: before[key] for key in known}), _flat({key: now[key] for key in known}))
+            self._refuse_other(flat({key: before[key] for key in known}), flat({key: now[key] for key in known}))
         self._forget_after(saved["history"]["step"])
         return saved
 
@@ -215,7 +215,7 @@ class Run:
                 f"{path}: expected the settings of such a run, found others or another program's file; choose another "
                 "folder, or move it away to start anew"
             )
-        self._refuse_other(_comparable(text, settings), _flat(settings.model_dump(mode="json")))
+        self._refuse_other(_comparable(text, settings), flat(settings.model_dump(mode="json")))
 
     def _text(self, name: str, saved: dict[str, Any]) -> str:
         """What a file of the run says; a damaged one is written again from the saved state, which knows it too."""
@@ -339,12 +339,4 @@ def _comparable(text: str, settings: Settings) -> dict[str, Any]:
     content = json.loads(text)
     with contextlib.suppress(ValueError):  # keys or values that no longer exist show as they are
         content = type(settings).model_validate(content).model_dump(mode="json")
-    return _flat(content)
-
-
-def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as one, with dotted keys as --set takes them."""
-    flat: dict[str, Any] = {}
-    for key, value in content.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+    return flat(content)

@@ -54,6 +54,20 @@ class ImageSettings(Settings):
         return self
 
 
+class LogSettings(Settings):
+    """Where the steps are shown beside metrics.jsonl, which is always written; changes neither the weights nor which
+    run it is, so that a run goes on with other ones."""
+
+    tensorboard: bool = False
+    """Write event files for TensorBoard into the run's folder `tensorboard`."""
+    wandb: bool = False
+    """Show the run in Weights & Biases; with WANDB_MODE=offline in the environment, in the run's folder `wandb`."""
+    mlflow: bool = False
+    """Show the run in MLflow, at MLFLOW_TRACKING_URI where that is set, else in the run's folder `mlruns`."""
+    pictures: Annotated[int, BeforeValidator(_number), Field(ge=0)] = 100
+    """Steps between pictures there: a crop, clean and poisoned, and what each decodes to; 0 for none."""
+
+
 class Training(Settings):
     """What `train-codec` and `plant` have in common."""
 
@@ -75,6 +89,7 @@ class Training(Settings):
     """PyTorch device."""
     seed: int = 0
     """Seed of everything that is drawn: weights, crops, quantisation noise, preprocessing."""
+    log: LogSettings = Field(default=LogSettings(), exclude=True)  # of no file: it is no part of what a run is
 
     @classmethod
     def beside(cls, content: dict[str, Any]) -> list[str]:

@@ -25,6 +25,7 @@ from freqdoor.training.precision import dtype_of, precision_name
 from freqdoor.training.processes import Share, check_processes, first_rank, together
 from freqdoor.training.run import Run
 from freqdoor.training.settings import CodecTraining
+from freqdoor.training.trackers import check_trackers
 from freqdoor.types import Images
 
 EXPORT = "codec.safetensors"
@@ -101,6 +102,8 @@ def _opened(settings: CodecTraining, mistakes: Mistakes) -> _Opened:
     with mistakes:
         check_device(settings.device)
     with mistakes:
+        check_trackers(settings.log)
+    with mistakes:
         spec = parse_name(settings.codec)
         given = {name: list(v) if isinstance(v, tuple) else v for name, v in settings.arguments.items()}
         spec = replace(spec, arguments=spec.arguments | given)
@@ -171,13 +174,27 @@ def _train(
             measured = _validate(codec, validation, lmbda, settings) if validation else mean
             _note_plateau(history, measured, settings.patience)
             history["sum"] = 0.0
+            row = {"loss_mean": mean, "validation_loss": measured, **row}
             if run:
-                run.log({"step": step + 1, "loss_mean": mean, "validation_loss": measured, **row})
+                run.log({"step": step + 1, **row})
         return row
 
+    def shown() -> dict[str, Images]:
+        x = place(crops.batch(-1, slice(0, 1)), settings)
+        return {"clean": x, "clean-decoded": decoded(codec, x)}
+
     with group.sharing(codec):
-        loop(run, settings, parts, history, crops, take_step, saved=saved, progress=progress, group=group)
+        loop(run, settings, parts, history, crops, take_step, saved=saved, progress=progress, shown=shown, group=group)
     return history
+
+
+@torch.no_grad()
+def decoded(codec: Codec, x: Images) -> Images:
+    """What a codec that is being trained makes of images, quantised as when it codes."""
+    codec.eval()
+    x_hat: Images = codec(x).x_hat
+    codec.train()
+    return x_hat
 
 
 def _take_weights(codec: Codec, name: str) -> None:

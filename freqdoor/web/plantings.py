@@ -13,7 +13,8 @@ from typing import Any, Literal, NamedTuple
 from freqdoor.attack.planted import PLANTED
 from freqdoor.demonstration import DEMO_STEPS, demo
 from freqdoor.errors import FreqdoorError, defect, sentence_of
-from freqdoor.measure.report import COLOURS, PAGE
+from freqdoor.measure.report import PAGE
+from freqdoor.plots import COLOURS
 from freqdoor.training.run import METRICS
 from freqdoor.web.work import GRACE, StoppedWork, Work
 
