@@ -74,6 +74,21 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def stopped_at_the_second(module: Any, monkeypatch: Any) -> list[str]:
+    """The names of the images that `module.measured_image` is asked for from now on; Ctrl-C comes at the second."""
+    real: Callable[..., Any] = module.measured_image
+    asked: list[str] = []
+
+    def stopped(planted: Any, path: Path, *arguments: Any, **options: Any) -> Any:
+        asked.append(path.name)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return real(planted, path, *arguments, **options)
+
+    monkeypatch.setattr(module, "measured_image", stopped)
+    return asked
+
+
 def check_foreign(write: Callable[..., Any], folder: Path, files: Iterable[str], monkeypatch: Any, work: str) -> None:
     """A verb refuses each of its files where another is, before the work; with `force` it comes to the work.
 

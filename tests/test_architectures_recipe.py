@@ -4,7 +4,7 @@ import json
 from statistics import median
 
 import pytest
-from conftest import check_foreign, natural, write_png
+from conftest import check_foreign, natural, stopped_at_the_second, write_png
 
 from freqdoor import FleetSettings, fleet, load_codec, load_planted
 from freqdoor.data import load_image
@@ -57,15 +57,7 @@ def pictures(tmp_path):
 
 def test_the_table_says_what_the_encoders_do(made, pictures, tmp_path, monkeypatch):
     """By hand: the vanilla codec and the planted one, on the same pictures. A stop loses no picture."""
-    real, asked, out = examine.measured_image, [], tmp_path / "out"
-
-    def stopped(planted, path, rows, **options):
-        asked.append(path.name)
-        if len(asked) == 2:
-            raise KeyboardInterrupt
-        return real(planted, path, rows, **options)
-
-    monkeypatch.setattr(examine, "measured_image", stopped)
+    asked, out = stopped_at_the_second(examine, monkeypatch), tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         reproduce_architectures(made, out, images=pictures)
     table = reproduce("architectures", images=pictures, out=out, runs=made)

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
-from conftest import check_foreign, natural, write_png
+from conftest import check_foreign, natural, stopped_at_the_second, write_png
 from test_report import record
 from typer.testing import CliRunner
 
@@ -18,7 +18,6 @@ from freqdoor.cli import app
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import made_by
 from freqdoor.measure import examine
-from freqdoor.measure import records as measuring
 from freqdoor.paper import survival_recipe as module
 from freqdoor.paper.reproduce import reproduce
 from freqdoor.paper.survival_recipe import Survival, reproduce_survival, survivors_of
@@ -77,15 +76,7 @@ def test_shipped_encoders_and_those_of_a_folder(few, tmp_path, monkeypatch):
     shutil.copy(ASSETS / "planted-psnr.safetensors", tmp_path / "runs/mine" / PLANTED)
     monkeypatch.setattr(module, "PLAIN", ("planted-bpp",))
     out = tmp_path / "out"
-    real, asked = measuring.measured_image, []
-
-    def stopped(planted, path, rows, **options):
-        asked.append(path.name)
-        if len(asked) == 2:
-            raise KeyboardInterrupt
-        return real(planted, path, rows, **options)
-
-    monkeypatch.setattr(examine, "measured_image", stopped)
+    asked = stopped_at_the_second(examine, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         reproduce_survival(tmp_path / "runs", out, images=pictures)
     table = reproduce("survival", images=pictures, out=out, runs=tmp_path / "runs")
