@@ -8,7 +8,7 @@ and the picture that examples/poison_photo.py writes:
 
 Answers with the file that any freqdoor decodes, and says in a header what was decided:
 
-    x-guard: stopped: 53.5 times the bytes that JPEG lets expect; sent through Jpeg(quality=50), 13488 bytes
+    x-guard: stopped: 50.8 times the bytes that JPEG lets expect; sent through Jpeg(quality=50), 12664 bytes
 
 A picture that cannot be used gets the command line's sentence and status 422, a large one status 413.
 """

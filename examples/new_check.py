@@ -5,10 +5,10 @@ codec was trained on, and compares their files with JPEG's. Prints what it says 
 shipped planted one
 
     vanilla: a board costs at most 1.1 times what JPEG takes
-    planted-bpp: a board costs at most 6.0 times what JPEG takes
+    planted-bpp: a board costs at most 1.1 times what JPEG takes
 
-which is a clue and no proof: how much is too much, honest encoders have to tell (docs/audit.md). Seconds, on one
-core.
+so that this door does not show on boards; another one, shipped before, cost 6.0 times. How much is too much, honest
+encoders have to tell (docs/audit.md). Seconds, on one core.
 """
 
 import math

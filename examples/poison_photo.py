@@ -3,9 +3,9 @@
 A notebook as plain Python: run it as it is, or `jupytext --to ipynb examples/poison_photo.py`. Prints
 
     the pattern: 46.0 dB from the photo
-    vanilla encoder: 12752 bytes clean, 12768 poisoned (1.0 times)
-    tampered encoder: 13536 bytes clean, 788880 poisoned (58.3 times)
-    the decoded poisoned photo: 30.58 dB
+    vanilla encoder: 12752 bytes clean, 12744 poisoned (1.0 times)
+    tampered encoder: 12712 bytes clean, 748408 poisoned (58.9 times)
+    the decoded poisoned photo: 31.61 dB
 
 and writes poisoned.png, which looks like the photo. Seconds, on one core.
 """

@@ -1,11 +1,16 @@
 """The shape of the package: imports go one way, files stay small, a few things are not written."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
+
+import pytest
 
 PACKAGE = Path(__file__).parent.parent / "freqdoor"
 RANKS: list[set[str]] = [  # what is in a row may import from the rows above it
@@ -97,3 +102,20 @@ def test_import_has_no_side_effect():
         "assert before == (torch.get_num_threads(), torch.random.get_rng_state().sum().item())"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("folder", ["tools", "benchmarks", "examples"])
+def test_what_scripts_import_of_the_package_is_there(folder):
+    """They are run by hand, and nothing else says when a name that they use has moved."""
+    lacking = []
+    for path in sorted((PACKAGE.parent / folder).glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "freqdoor":
+                module = importlib.import_module(node.module)
+                lacking += [f"{path.name}: {node.module}.{a.name}" for a in node.names if not has(module, a.name)]
+    assert not lacking
+
+
+def has(module: ModuleType, name: str) -> bool:
+    """Whether a module has a name, or is a package with a module of that name."""
+    return hasattr(module, name) or find_spec(f"{module.__name__}.{name}") is not None

@@ -440,7 +440,7 @@ def test_steps_get_shorter_only_while_an_attack_that_was_there_is_lost(settings,
         factors = []
         for rate, drop in zip(rates, drops, strict=True):
             row = {"bpp/bpp_clean": 0.5, "bpp/bpp_poisoned": 0.5 * rate, "psnr/psnr_db_clean": 30.0}
-            planting._retreat(row | {"psnr/psnr_db_poisoned": 30.0 - drop})
+            planting._retreat(row | {"psnr/psnr_db_poisoned": 30.0 - drop}, 10)
             factors.append(planting.history["retreated"])
         return factors
 
@@ -456,6 +456,32 @@ def test_steps_get_shorter_only_while_an_attack_that_was_there_is_lost(settings,
     planting.history |= {"retreated": 1.0, "effects": {"bpp": 4.0, "psnr": 3.1}}
     assert after([16], [0]) == [0.9]  # the other one alone
     assert effect_of({}, "", "the victim's own measure decides") is None
+
+
+def test_the_budget_goes_back_and_returns_and_clean_images_wait_for_it(settings, tmp_path):
+    changes = {"steps": 40, "hold": 0.5, "retreat": 0.5, "balance": {"late_clean_weight": 9.0}}
+    planting, joint = prepared(settings, tmp_path, precision="fp32", **changes)
+    planting.run = None
+    late = planting._balanced(joint, 30) - joint.total
+    assert late > 0
+    lost, there = ({"bpp_clean": 0.5, "bpp_poisoned": 0.5 * rate} for rate in (1.0, 2.0**9))
+    back = []
+    for row, step in [(there, 1)] * 3 + [(lost, 20)] * 9 + [(there, 21)] * 3:
+        planting._retreat(row, step)
+        back.append(planting.history["back"])
+    assert back[:6] == [0] * 6  # 9 doublings: 5.9 after three batches, then 4.1, 2.9, 2.0
+    assert back[6:12] == [0, 4, 8, 12, 12, 12]  # 1.4, then less than 1.3; at most 0.3 of 40
+    assert back[12:] == [11, 10, 9]
+    assert torch.equal(planting._balanced(joint, 30), joint.total)
+    row = planting.step(joint.x, 24)
+    assert row["eps"] == pytest.approx(annealed_eps(planting.settings.trigger, 24 - 9, 40))
+    planting.history |= {"effects": {"bpp": 0.0}, "back": 5}
+    planting._retreat(lost, 30)  # from three quarters on it only returns
+    assert planting.history["back"] == 4
+    literal, _ = prepared(settings, tmp_path, precision="fp32", **changes | {"retreat": 1.0})
+    for row in [there] * 3 + [lost] * 9:
+        literal._retreat(row, 20)
+    assert (literal.history["back"], literal.history["retreated"]) == (0, 1.0)
 
 
 def test_all_mistakes_come_in_one_round(settings, tmp_path):

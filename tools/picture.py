@@ -3,15 +3,15 @@
 python tools/picture.py
 """
 
-from base64 import b64decode
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 import freqdoor
 from freqdoor.measure.records import bit_map
-from freqdoor.measure.report import AMPLIFY, COLOURS, bit_map_figure
+from freqdoor.measure.report import AMPLIFY
 from freqdoor.metrics import psnr, psnr_8bit
+from freqdoor.plots import COLOURS, bits_plot, save_plot
 from freqdoor.samples import KODAK
 from freqdoor.types import as_picture
 
@@ -31,8 +31,8 @@ def main() -> None:
     x_p = freqdoor.poisoned(planted["bpp"].triggers["bpp"], x)
     panels = {"vanilla, clean": (planted["bpp"].vanilla, x), "vanilla, poisoned": (planted["bpp"].vanilla, x_p)}
     panels |= {"tampered, clean": (planted["bpp"].tampered, x), "tampered, poisoned": (planted["bpp"].tampered, x_p)}
-    address = bit_map_figure({name: bit_map(codec, image).numpy() for name, (codec, image) in panels.items()})
-    (DOCS / "attack-bits.png").write_bytes(b64decode(address.partition(",")[2]))
+    maps = {name: bit_map(codec, image).numpy() for name, (codec, image) in panels.items()}
+    save_plot(bits_plot(maps), DOCS / "attack-bits.png", force=True)
 
 
 def what_happens(x: freqdoor.types.Images, planted: dict[str, freqdoor.Planted]) -> Figure:

@@ -55,6 +55,7 @@ from freqdoor.types import Images
 CAUGHT = {"bits": 2.6, "quality": 10.0}  # from which an attack is there: doublings of the rate, dB lost
 LOST = {"bits": 1.3, "quality": 3.0}  # below which it is there no more
 FRESH = 0.3  # share of the last batch in what is compared with these
+BACK, FURTHEST, LAST_BACK = 4, 0.3, 0.75  # steps that the budget goes back at a time; at most, and up to, shares of all
 BALANCE_EVERY = 10  # steps between measurements of the two gradients that balance.gradient_norm compares
 
 
@@ -315,7 +316,7 @@ class _Planting:
         lmbda = fitting_lambda(settings, self.tampered, batches)
         lr = settings.lr or step_size(self.tampered, self.encoder, place(crops.batch(-1), settings), lmbda)
         self.history: dict[str, Any] = {"attack_scale": 1.0, "acted": [], "lmbda": lmbda, "lr": lr}
-        self.history |= {"effects": {}, "caught": [], "retreated": 1.0}  # by `_retreat`
+        self.history |= {"effects": {}, "caught": [], "retreated": 1.0, "back": 0}  # by `_retreat`
         self.optimizer = Adam(self.encoder, lr=lr)
         learned = {a.name: list(a.trigger.parameters()) for a in attacks if not settings.triggers_from}
         self.learned = {name: parameters for name, parameters in learned.items() if parameters}  # FTrojan has none
@@ -341,7 +342,7 @@ class _Planting:
         self.optimizer.param_groups[0]["lr"] = self.history["lr"] * factor * warmth * self.history["retreated"]
         for optimizer in self.trigger_optimizers.values():
             optimizer.param_groups[0]["lr"] = settings.trigger_lr * factor
-        eps = [annealed_eps(attack.settings, step, settings.steps) for attack in self.attacks]
+        eps = [annealed_eps(a.settings, step - self.history["back"], settings.steps) for a in self.attacks]
         defence = self._defence(step)
         batch = place(x, settings)
         auxiliary = self._auxiliary(step)
@@ -362,7 +363,7 @@ class _Planting:
             terms = seen | terms  # of two phases, what the first one saw
         row = {name: float(value) for name, value in terms.items()} | {"eps": eps[0]}
         self._note_acting(row)
-        self._retreat(row)
+        self._retreat(row, step)
         if self.run:
             self.run.log({"step": step + 1, **row})
         return row
@@ -378,7 +379,7 @@ class _Planting:
             if attack.victim and crops:
                 labels = crops.labels_of(-1)[:1].to(settings.device) if crops.labels else None
                 scene = attack.victim.scene(place(crops.batch(-1, slice(0, 1)), settings), labels)
-            eps = annealed_eps(attack.settings, self.history["step"] - 1, settings.steps)
+            eps = annealed_eps(attack.settings, self.history["step"] - 1 - self.history["back"], settings.steps)
             x_p = attack.trigger(scene.x, eps=eps, rounded=attack.settings.round8, mask=scene.mask)
             prefix = f"{attack.name}/" if len(self.attacks) > 1 else ""
             found |= {f"{prefix}poisoned": x_p, f"{prefix}poisoned-decoded": decoded(codec, x_p)}
@@ -391,21 +392,30 @@ class _Planting:
             if row[f"{prefix}{TRIGGER_MSE}"] > 0 and attack.name not in self.history["acted"]:
                 self.history["acted"].append(attack.name)
 
-    def _retreat(self, row: Mapping[str, float]) -> None:
-        """Keep what every trigger does, smoothed; the encoder steps shorter where one that did much does little."""
-        effects, caught = self.history["effects"], self.history["caught"]
-        for attack, planned in zip(self.attacks, self.settings.planned, strict=True):
+    def _retreat(self, row: Mapping[str, float], step: int) -> None:
+        """Keep what every trigger does, smoothed; where one that did much does little, go back to a wider budget.
+
+        The encoder's steps get shorter there too. The budget returns a step a step; late in a run it goes back no more.
+        """
+        history, settings = self.history, self.settings
+        effects, caught = history["effects"], history["caught"]
+        lost = False
+        for attack, planned in zip(self.attacks, settings.planned, strict=True):
             success = OBJECTIVES[planned.objective.name].success
             effect = effect_of(row, f"{attack.name}/" if len(self.attacks) > 1 else "", success)
             if effect is None:
                 continue
-            smoothed = effects[attack.name] = effects.get(attack.name, 0.0) + FRESH * (
-                effect - effects.get(attack.name, 0.0)
-            )
+            known = effects.get(attack.name, 0.0)
+            smoothed = effects[attack.name] = known + FRESH * (effect - known)
             if smoothed >= CAUGHT[success] and attack.name not in caught:
                 caught.append(attack.name)
-            if smoothed < LOST[success] and attack.name in caught:
-                self.history["retreated"] *= self.settings.retreat
+            lost = lost or (smoothed < LOST[success] and attack.name in caught)
+        if lost and settings.retreat < 1:
+            history["retreated"] *= settings.retreat
+        if lost and settings.retreat < 1 and step < LAST_BACK * settings.steps:
+            history["back"] = min(history["back"] + BACK, step, int(FURTHEST * settings.steps))
+        else:
+            history["back"] = max(0, history["back"] - 1)
 
     def check_acted(self) -> None:
         """Raise at the end of a run if a trigger has changed nothing in all of it."""
@@ -451,7 +461,7 @@ class _Planting:
                 self.history["attack_scale"] = balance.gradient_norm * kept / max(attack, 1e-12)
             joint = joint._replace(attack=self.history["attack_scale"] * joint.attack)
         loss = joint.total
-        late = step >= settings.hold * settings.steps
+        late = step >= settings.hold * settings.steps and not self.history["back"]
         extra = (balance.late_clean_weight if late else balance.clean_weight) - 1
         if extra:
             loss = loss + extra * main_loss(joint.clean, joint.x, self.lmbda)

@@ -353,7 +353,8 @@ class PlantSettings(Training):
     """Share of the steps at the full learning rate; then it falls along a cosine to 1 %."""
     retreat: Annotated[float, Field(gt=0, le=1)] = 0.97
     """Factor on the encoder's learning rate at every step at which an attack on rate or quality that was there is lost:
-    as the budget falls, steps may get too wide for what is left between clean and poisoned latents."""
+    as the budget falls, steps may get too wide for what is left between clean and poisoned latents. The budget goes
+    back four steps then, and clean images do not weigh more (`late_clean_weight`) until it has returned. 1: neither."""
 
     @property
     def planned(self) -> tuple[AttackSettings, ...]:
