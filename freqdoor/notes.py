@@ -24,6 +24,10 @@ class Count(str):
         line.what, line.done, line.total = text, done, total
         return line
 
+    def __getnewargs__(self) -> tuple[str, int, int]:  # type: ignore[override]
+        """What another process makes the same line of: the page's work is told from one."""
+        return self.what, self.done, self.total
+
 
 def numbered(note: Note | None, total: int) -> Note:
     """A note for pieces that are done one after the other: what it is told first is of the first one that is done."""

@@ -1,6 +1,7 @@
 """What a log hears while a verb works, and how a verb ends when it is stopped from outside."""
 
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -226,3 +227,8 @@ def test_a_defect_is_one_sentence_with_its_trace(capfd, monkeypatch):
     assert "KeyError" in err
     assert "Traceback" in err
     assert "\x1b" not in err
+
+
+def test_a_line_that_counts_reaches_another_process_whole():
+    line = pickle.loads(pickle.dumps(Count("kodim05.png", 4, 24)))
+    assert (line, line.what, line.done, line.total) == ("kodim05.png (4 of 24)", "kodim05.png", 4, 24)
