@@ -42,6 +42,16 @@ def workers(jobs: int, runner: Runner = "local", *, gpu: bool = False) -> Iterat
         yield pool
 
 
+@contextmanager
+def other_workers(jobs: int, runner: Runner = "local") -> Iterator[Executor | None]:
+    """`workers`, or None where one job at a time is asked of this machine: the caller itself does it then."""
+    if jobs == 1 and runner == "local":
+        yield None
+        return
+    with workers(jobs, runner) as pool:
+        yield pool
+
+
 def check_workers(jobs: int, runner: str) -> None:
     """Raise if there are no such workers."""
     check_choice("runner", runner, Runner)

@@ -410,7 +410,7 @@ class _Planting:
             if smoothed >= CAUGHT[success] and attack.name not in caught:
                 caught.append(attack.name)
             lost = lost or (smoothed < LOST[success] and attack.name in caught)
-        if lost and settings.retreat < 1:
+        if lost:
             history["retreated"] *= settings.retreat
         if lost and settings.retreat < 1 and step < LAST_BACK * settings.steps:
             history["back"] = min(history["back"] + BACK, step, int(FURTHEST * settings.steps))

@@ -1,6 +1,5 @@
 """`freqdoor evaluate`: from a planted encoder and images to a finished folder of records, pictures and report."""
 
-import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
@@ -36,7 +35,7 @@ from freqdoor.plots import bits_plot
 from freqdoor.preprocessing import Preprocessing, parse_defences
 from freqdoor.training.run import environment
 from freqdoor.types import Record
-from freqdoor.workers import Runner, check_workers, workers
+from freqdoor.workers import Runner, check_workers, other_workers
 
 JOURNAL = ".evaluate.journal"
 Source = tuple[Path | str, str | None, Path | str | None]  # what `load_planted` takes, by names
@@ -88,8 +87,7 @@ def evaluate(
     """
     check_workers(jobs, runner)
     source = None if isinstance(planted, Planted) or isinstance(codec, Codec) else (planted, codec, weights)
-    elsewhere = jobs > 1 or runner != "local"
-    if source is None and elsewhere:
+    if source is None and (jobs > 1 or runner != "local"):
         raise FreqdoorError(
             "jobs: other processes open the encoder and its codec by their names; give these, or jobs=1"
         )
@@ -112,12 +110,9 @@ def evaluate(
     seen = [look.facts] if look else []
     identity = fingerprint(encoder, list(encoder.triggers), repr(asked), dataset_hash(usable), *seen)
     journal = Journal(out / JOURNAL, identity, note)
-    with contextlib.ExitStack() as stack:
-        pool, there = None, measure_one
-        if source and elsewhere:
-            pool = stack.enter_context(workers(jobs, runner))
-            there = partial(measured_there, source, asked=asked, perceptual=perceptual)
-        rows = list(measured_records(journal, usable, measure_one, there, pool, note))
+    there = partial(measured_there, source, asked=asked, perceptual=perceptual) if source else measure_one
+    with other_workers(jobs, runner) as pool:
+        rows = list(measured_records(journal, usable, measure_one, there, pool))
     if not kept:  # measured by another process, which did not keep the pictures
         again = measured_image(encoder, usable[0], shown.values(), note=note)
         kept = dict(zip(shown, again, strict=True))
@@ -147,15 +142,12 @@ def measured_records(
     here: Callable[[Path], list[dict[str, Any]]],
     there: Callable[[Path], list[dict[str, Any]]],
     pool: Executor | None = None,
-    note: Note | None = None,
 ) -> Iterator[Record]:
     """The records of every image in their order: from the journal, from a worker that calls `there`, or by `here`."""
     waiting = {path: pool.submit(there, path) for path in paths[journal.known :]} if pool else {}
 
     def measure(path: Path) -> list[dict[str, Any]]:
-        if path not in waiting:
-            return here(path)
-        return waiting[path].result()
+        return waiting[path].result() if path in waiting else here(path)
 
     for rows in journal.each(paths, measure):
         yield from map(Record.model_validate, rows)
@@ -182,7 +174,7 @@ def encoder_records(
     def here(path: Path) -> list[dict[str, Any]]:
         return [row.record.to_dict() for row in measured_image(planted, path, asked, note=note)]
 
-    return list(measured_records(kept, paths, here, partial(measured_there, source, asked=asked), pool, note)), kept
+    return list(measured_records(kept, paths, here, partial(measured_there, source, asked=asked), pool)), kept
 
 
 def measured_there(

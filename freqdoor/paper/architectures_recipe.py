@@ -1,7 +1,6 @@
 """`freqdoor reproduce architectures`: the planted members of a fleet beside the codecs that they were planted in."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Literal
@@ -24,7 +23,7 @@ from freqdoor.samples import held_out
 from freqdoor.training.run import Environment, environment
 from freqdoor.training.train import EXPORT
 from freqdoor.types import Record, Result
-from freqdoor.workers import Runner, check_workers, workers
+from freqdoor.workers import Runner, check_workers, other_workers
 
 JOURNAL = ".architectures-{}.journal"
 ATTACK_COLUMNS = (
@@ -97,8 +96,7 @@ def reproduce_architectures(
     rows: list[Attacked] = []
     codecs: dict[str, MemberFacts] = {}
     journals: list[Journal] = []
-    with ExitStack() as stack:
-        pool = stack.enter_context(workers(jobs, runner)) if jobs > 1 or runner != "local" else None
+    with other_workers(jobs, runner) as pool:
         for member in planted:
             base = str(fleet / member.base / EXPORT)
             vanilla = load_member(fleet / member.base, members[member.base])

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -24,7 +23,7 @@ from freqdoor.preprocessing import FILES, Crop, Jpeg, Preprocessing, Resize, pre
 from freqdoor.samples import held_out
 from freqdoor.training.run import Environment, environment
 from freqdoor.types import Record, Result
-from freqdoor.workers import Runner, check_workers, workers
+from freqdoor.workers import Runner, check_workers, other_workers
 
 PLAIN = ("planted-bpp", "planted-psnr")  # shipped, planted without any preprocessing
 BEHIND: tuple[Preprocessing | None, ...] = (None, *FILES)
@@ -104,8 +103,7 @@ def reproduce_survival(
     check_outputs(files, "reproduce", force=force)
     survivors: list[Survivor] = []
     journals: list[Journal] = []
-    with ExitStack() as stack:
-        pool = stack.enter_context(workers(jobs, runner)) if jobs > 1 or runner != "local" else None
+    with other_workers(jobs, runner) as pool:
         for name, source in encoders(Path(runs)).items():
             planted = load_planted(source)
             kept = out / JOURNAL.format(name)
