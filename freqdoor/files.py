@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import os
 import platform
 import re
@@ -232,6 +233,12 @@ def marked_markdown(text: str, verb: str) -> str:
 def unmarked(text: str) -> str:
     """A page of Markdown as people read it: without the mark."""
     return re.sub(MARKDOWN_MARK.decode(), "", text).rstrip() + "\n"
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def made_by(path: Path) -> str | None:

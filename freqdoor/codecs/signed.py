@@ -5,12 +5,12 @@ the files are those of the statement is checked wherever a codec is loaded; who 
 """
 
 import base64
-import hashlib
 import os
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from freqdoor.errors import FreqdoorError
+from freqdoor.files import sha256_of
 from freqdoor.limits import LONGEST_HEADER, parse_json, read_whole
 from freqdoor.types import Result
 
@@ -57,12 +57,6 @@ def check_signed(path: Path) -> None:
             f"{path}: expected the file that {signature.name} signs (SHA-256 {names[name][:12]}), found another "
             f"({found[:12]}); get both again"
         )
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digests(signature: Path) -> dict[str, str]:

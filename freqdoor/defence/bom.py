@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from freqdoor import __version__
-from freqdoor.codecs.signed import sha256_of
 from freqdoor.defence.pipelines import Looked
-from freqdoor.files import mark
+from freqdoor.files import mark, sha256_of
 
 MALICIOUS_CODE = 506  # CWE: embedded malicious code
 PICTURE = "picture, 8-bit RGB"

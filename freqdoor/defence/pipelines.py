@@ -10,9 +10,8 @@ from urllib.parse import quote
 from xml.etree import ElementTree
 
 from freqdoor import __version__
-from freqdoor.codecs.signed import sha256_of
 from freqdoor.errors import FreqdoorError
-from freqdoor.files import check_outputs, mark, refuse_overwriting, refuse_picture_name
+from freqdoor.files import check_outputs, mark, refuse_overwriting, refuse_picture_name, sha256_of
 
 Level = Literal["error", "warning", "note", "none"]  # SARIF's; none is what was looked at and found in order
 SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"

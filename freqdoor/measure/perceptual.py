@@ -1,6 +1,5 @@
 """How different two pictures look to people: a learned measure, whose network's weights are a file that users have."""
 
-import hashlib
 import warnings
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from torch import nn
 
 from freqdoor.codecs.loading import read_state
 from freqdoor.errors import FreqdoorError
-from freqdoor.files import name_and_file
+from freqdoor.files import name_and_file, sha256_of
 from freqdoor.types import Images, from_uint8, to_uint8
 
 LPIPS = "lpips"
@@ -44,8 +43,7 @@ class Lpips:
             )
         self._net = _network()
         _fill(self._net, path)
-        with path.open("rb") as content:
-            digest = hashlib.file_digest(content, "sha256").hexdigest()
+        digest = sha256_of(path)
         self.facts = f"LPIPS 0.1 on AlexNet, weights of SHA-256 {digest[:16]}"
         if not digest.startswith(TRUNK.removesuffix(".pth").rpartition("-")[2]):
             self.facts += f", which are not those of {TRUNK}: compare with no other figures"
