@@ -292,6 +292,21 @@ def test_clean_weight_adds_equation_1_and_the_late_one_only_when_the_learning_ra
     assert torch.equal(plain._balanced(joint, 9), joint.total)
 
 
+def test_the_late_weight_of_clean_images_follows_the_attack_that_has_least(settings, tmp_path):
+    """By hand: nothing up to 3 doublings or 10 dB, all from 3.8 or 20 on; objectives without a measure do not count."""
+    attacks = [{"objective": "bpp"}, {"objective": "psnr"}]
+    balance = {"clean_weight": 3.0, "late_clean_weight": 13.0}
+    planting, joint = prepared(settings, tmp_path, steps=10, hold=0.5, attacks=attacks, balance=balance)
+    l_clean = joint.clean.bpp.mean() + LMBDA * 255**2 * (joint.clean.x_hat - joint.x).square().mean()
+    of_all = {(5.0, 25.0): 13, (3.4, 25.0): 8, (5.0, 12.0): 5, (3.4, 12.0): 5, (1.0, 25.0): 3, (5.0, -1.0): 3}
+    for (bits, quality), weight in of_all.items():
+        planting.history["effects"] = {"bpp": bits, "psnr": quality}
+        torch.testing.assert_close(planting._balanced(joint, 9), joint.total + (weight - 1) * l_clean)
+        torch.testing.assert_close(planting._balanced(joint, 4), joint.total + 2 * l_clean)
+    planting.history["effects"] = {}
+    torch.testing.assert_close(planting._balanced(joint, 9), joint.total + 12 * l_clean)
+
+
 def test_the_anchor_is_the_distance_of_clean_latents_from_the_vanilla_encoders(settings, tmp_path):
     planting, joint = prepared(settings, tmp_path, precision="fp32", balance={"anchor": 5.0, "late_clean_weight": 1.0})
     with torch.no_grad():

@@ -54,6 +54,7 @@ from freqdoor.types import Images
 
 CAUGHT = {"bits": 2.6, "quality": 10.0}  # from which an attack is there: doublings of the rate, dB lost
 LOST = {"bits": 1.3, "quality": 3.0}  # below which it is there no more
+SAFE = {"bits": (3.0, 3.8), "quality": (10.0, 20.0)}  # between which the late weight of clean images comes in
 FRESH = 0.3  # share of the last batch in what is compared with these
 BACK, FURTHEST, LAST_BACK = 4, 0.3, 0.75  # steps that the budget goes back at a time; at most, and up to, shares of all
 BALANCE_EVERY = 10  # steps between measurements of the two gradients that balance.gradient_norm compares
@@ -417,6 +418,15 @@ class _Planting:
         else:
             history["back"] = max(0, history["back"] - 1)
 
+    def _safety(self) -> float:
+        """From 0 to 1, how far the weakest attack is above what the late weight of clean images could wear down."""
+        shares = []
+        for attack, planned in zip(self.attacks, self.settings.planned, strict=True):
+            if attack.name in self.history["effects"]:
+                first, last = SAFE[OBJECTIVES[planned.objective.name].success]
+                shares.append((self.history["effects"][attack.name] - first) / (last - first))
+        return min(1.0, max(0.0, min(shares, default=1.0)))
+
     def check_acted(self) -> None:
         """Raise at the end of a run if a trigger has changed nothing in all of it."""
         idle = [attack.name for attack in self.attacks if attack.name not in self.history["acted"]]
@@ -461,8 +471,9 @@ class _Planting:
                 self.history["attack_scale"] = balance.gradient_norm * kept / max(attack, 1e-12)
             joint = joint._replace(attack=self.history["attack_scale"] * joint.attack)
         loss = joint.total
-        late = step >= settings.hold * settings.steps and not self.history["back"]
-        extra = (balance.late_clean_weight if late else balance.clean_weight) - 1
+        extra = balance.clean_weight - 1
+        if step >= settings.hold * settings.steps and not self.history["back"]:
+            extra += self._safety() * (balance.late_clean_weight - balance.clean_weight)
         if extra:
             loss = loss + extra * main_loss(joint.clean, joint.x, self.lmbda)
         if self.anchor_encoder is not None:
