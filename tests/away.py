@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "away"
@@ -58,7 +57,7 @@ class Away(Tensor):
 def computed(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The operator on the values, after a look at where its tensors are."""
     name, schema = function._schema.name, function._schema
-    leaves = tree_leaves((args, kwargs))
+    leaves = [leaf for value in (*args, *kwargs.values()) for leaf in (value if type(value) is list else [value])]
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     goal = kwargs.get("device")
     away = any(isinstance(tensor, Away) for tensor in tensors) if goal is None else torch.device(goal).type == NAME
@@ -75,8 +74,7 @@ def computed(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
             raise RuntimeError(f"{name}: expected all tensors on the same device, found {found}")
     if away and any(isinstance(leaf, torch.Generator) for leaf in leaves):
         raise RuntimeError(f"{name}: expected a generator of {NAME}, found one of the CPU")
-    values = tree_map_only(Away, lambda tensor: tensor.here, args)
-    options = tree_map_only(Away, lambda tensor: tensor.here, kwargs)
+    values, options = _here(args), {key: _here(value) for key, value in kwargs.items()}
     if goal is not None:
         options["device"] = "cpu" if away else goal
     options.pop("pin_memory", None)
@@ -92,9 +90,20 @@ def computed(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     else:
         result = function(*values, **options)
     if schema.is_mutable:  # what is written in place is given back as it came
-        own = {id(tensor.here): tensor for tensor in tensors if isinstance(tensor, Away)}
-        return tree_map_only(Tensor, lambda tensor: own.get(id(tensor), tensor), result)
-    return tree_map_only(Tensor, Away, result) if away else result
+        own = {id(_here(tensor)): tensor for tensor in tensors}
+        return _mapped(lambda tensor: own[id(tensor)], result)
+    return _mapped(Away, result) if away else result
+
+
+def _here(value: Any) -> Any:
+    return _mapped(lambda tensor: tensor.here if isinstance(tensor, Away) else tensor, value)
+
+
+def _mapped(change: Any, value: Any) -> Any:
+    """A value with its tensors changed, as operators take and return them: alone, or in lists."""
+    if isinstance(value, Tensor):
+        return change(value)
+    return type(value)(_mapped(change, part) for part in value) if type(value) in (list, tuple) else value
 
 
 def register() -> None:
@@ -102,6 +111,8 @@ def register() -> None:
     module: Any = types.ModuleType(f"torch.{NAME}")
     module.device_count, module.current_device, module.is_available = lambda: 1, lambda: 0, lambda: True
     module._is_in_bad_fork, module.manual_seed_all = lambda: False, draws.manual_seed
+    module.get_rng_state = lambda device=NAME: draws.get_state()
+    module.set_rng_state = lambda state, device=NAME: draws.set_state(state)
     module.get_amp_supported_dtype = lambda: [torch.bfloat16]
     _setup_privateuseone_for_python_backend(NAME, backend_module=module)
     for qualified in torch._C._dispatch_get_all_op_names():
@@ -118,6 +129,14 @@ def register() -> None:
         operators.impl(name, partial(_cast, function), "AutocastPrivateUse1")
     rest.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
     torch.__future__.set_swap_module_params_on_conversion(True)  # parameters that are moved stay the same, as on a GPU
+    torch.utils.swap_tensors = _swap
+
+
+def _swap(a: Any, b: Any) -> None:
+    """What each of two is, even where a graph of an earlier pass still knows one, which PyTorch's own refuses."""
+    a.__class__, b.__class__ = b.__class__, a.__class__
+    a.__dict__, b.__dict__ = b.__dict__, a.__dict__
+    torch._C._swap_tensor_impl(a, b)
 
 
 def _on_values(function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -127,4 +146,4 @@ def _on_values(function: Any, *args: Any, **kwargs: Any) -> Any:
 def _cast(function: Any, *args: Any, **kwargs: Any) -> Any:
     lower = torch.get_autocast_dtype(NAME)
     with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)):
-        return function(*tree_map_only(Tensor, lambda tensor: tensor.to(lower), args), **kwargs)
+        return function(*_mapped(lambda tensor: tensor.to(lower), args), **kwargs)
