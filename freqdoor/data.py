@@ -466,6 +466,13 @@ def seed_for(seed: int, *purpose: int | str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
+def forked(device: torch.device | str = "cpu") -> contextlib.AbstractContextManager[None]:
+    """A block after which the random numbers of the CPU and of a device go on as if none had been drawn in it."""
+    where = torch.device(device)
+    devices = [] if where.type in ("cpu", "mps", "xla") else [where]  # mps and xla have no state that takes a device
+    return torch.random.fork_rng(devices, device_type=where.type if devices else "cuda")
+
+
 class Crops:
     """Random square crops, or whole resized images, with horizontal flips; a function of seed and step alone.
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from freqdoor.attack.victims import Victim
-from freqdoor.data import Crops, check_image, load_image, load_labels
+from freqdoor.data import Crops, check_image, forked, load_image, load_labels
 from freqdoor.errors import FreqdoorError
 from freqdoor.types import Images
 
@@ -31,7 +31,7 @@ def check_presence(name: str, victim: Victim, crops: Crops, device: str) -> None
     indices = range(0, len(crops.paths), step)
     shares: Counter[str] = Counter()
     tiles = 0
-    with torch.random.fork_rng(devices=[]):  # a victim may draw
+    with forked(device):  # a victim may draw
         for index in indices:
             for x, labels in _tiles(crops, index):
                 acts, shown = victim.look(x.to(device), None if labels is None else labels.to(device))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from freqdoor.codecs.adapter import Codec
-from freqdoor.data import centre, load_image, seed_for
+from freqdoor.data import centre, forked, load_image, seed_for
 from freqdoor.defence import patterns
 from freqdoor.defence.inversion import inverted
 from freqdoor.measure.records import through, through_png
@@ -188,7 +188,7 @@ def random_patterns(subject: Subject) -> Finding:
     """How the encoder answers to random patterns of equal strength: what the other scores are set against."""
     rows = []
     for i in range(NOISES):
-        with torch.random.fork_rng(devices=[]):
+        with forked(subject.device):
             torch.manual_seed(seed_for(subject.seed, "random pattern", i))
             pattern = Pattern(16, ("low", "mid", "high", "all")[i % 4], eps=PAPER_EPS, multiple=subject.codec.multiple)
         rows.append(scores_of(subject.respond(pattern.eval())))

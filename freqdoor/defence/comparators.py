@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from freqdoor.codecs.adapter import Codec
-from freqdoor.data import seed_for
+from freqdoor.data import forked, seed_for
 from freqdoor.defence.checks import Check, Finding, Subject
 from freqdoor.defence.inversion import frozen
 from freqdoor.metrics import mse
@@ -44,7 +44,7 @@ def smallest_norm(subject: Subject) -> Finding:
 
 
 def _smallest(codec: Codec, x: Images, goal: str, seed: int) -> float:
-    with torch.random.fork_rng(devices=[]):
+    with forked(x.device):
         torch.manual_seed(seed_for(seed, "smallest norm", goal))
         start = START_RMS * torch.randn(1, 3, TILE, TILE)
     tile = start.to(x.device).requires_grad_()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from freqdoor.codecs.adapter import Codec
-from freqdoor.data import seed_for
+from freqdoor.data import forked, seed_for
 from freqdoor.triggers.arguments import Goal
 from freqdoor.triggers.base import Trigger
 from freqdoor.triggers.pattern import GOALS, LR, Seen, falling_budget
@@ -51,7 +51,7 @@ def inverted(
         lr: Adam's.
     """
     aim, name = (goal, "another") if callable(goal) else (GOALS[goal], goal)
-    with torch.random.fork_rng(devices=[]):
+    with forked(x.device):
         torch.manual_seed(seed_for(seed, "inversion", name))
         pattern = make().to(x.device).train()
         optimizer = torch.optim.Adam(pattern.parameters(), lr=lr)

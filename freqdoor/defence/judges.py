@@ -47,7 +47,12 @@ def judged_by(network: Network) -> Check:
         return difference(network, seen.clean.clamp(0, 1), seen.patterned.x_hat) - at_once
 
     def check(subject: Subject) -> Finding:
-        witnesses = subject.respond(inverted_on(subject, part, added, patterns.Own), part)
+        network.to(subject.device)
+        try:
+            pattern = inverted_on(subject, part, added, patterns.Own)
+        finally:
+            network.to("cpu")
+        witnesses = subject.respond(pattern, part)
         values = [added_by_codec(subject, network, witness) for witness in witnesses]
         score = upper(values)
         strongest = witnesses[values.index(max(values))]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from freqdoor.codecs.adapter import Codec
-from freqdoor.data import Crops, seed_for
+from freqdoor.data import Crops, forked, seed_for
 from freqdoor.dct import block_idct, ycbcr_to_rgb
 from freqdoor.defence.inversion import inverted
 from freqdoor.defence.settings import RepairSettings
@@ -123,7 +123,7 @@ class Patterns:
         seed = seed_for(self.settings.seed, "pattern", number)
         draw = random.Random(seed)
         least, largest = map(math.log, self.settings.eps)
-        with torch.random.fork_rng(devices=[]):
+        with forked(self.device):
             torch.manual_seed(seed)
             kind = Modulated if number % 2 else Pattern  # of an even number of turns
             pattern = kind(draw.choice(BLOCKS), draw.choice(FREQUENCIES), multiple=self.codec.multiple)

@@ -16,7 +16,7 @@ from freqdoor.attack.robust import survival_scores
 from freqdoor.attack.settings import RobustSettings
 from freqdoor.codecs.adapter import Codec
 from freqdoor.codecs.sides import SIDE, padding
-from freqdoor.data import image_paths, load_image, usable_images
+from freqdoor.data import forked, image_paths, load_image, usable_images
 from freqdoor.dct import block_dct, blockify, rgb_to_ycbcr
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import check_outputs, marked_json, write_together
@@ -306,7 +306,7 @@ def survival(
     crops = [crop for path in images if (crop := whole_blocks(load_image(path), trigger.block, multiple)).numel()]
     if not crops:
         return None
-    with torch.random.fork_rng():
+    with forked():
         torch.manual_seed(0)  # noise is one of the defences
         scores = torch.stack([survival_scores(trigger, crop, stages) for crop in crops]).double()
     mean = scores.clamp_min(torch.finfo(torch.float32).tiny).log().mean(0).exp()

@@ -10,7 +10,7 @@ import torch
 
 from freqdoor.attack.planted import Planted, opened
 from freqdoor.codecs.adapter import Codec
-from freqdoor.data import image_paths, load_image, usable_images
+from freqdoor.data import forked, image_paths, load_image, usable_images
 from freqdoor.errors import FreqdoorError
 from freqdoor.measure.records import Condition, input_of, measure, through_png
 from freqdoor.metrics import psnr, rms
@@ -59,7 +59,7 @@ def pgd_images(
     check_choice("goal", goal, Goal)
     if not (eps > 0 and steps > 0 and step > 0):
         raise FreqdoorError(f"pgd: expected eps, steps and step above 0, found {eps}, {steps} and {step}")
-    with _differentiable(codec), torch.random.fork_rng():
+    with _differentiable(codec), forked(x.device):
         torch.manual_seed(seed)
         delta = project(x, torch.randn_like(x), eps)
         for _ in range(steps):
