@@ -7,11 +7,11 @@ Not pretended are pinned memory, streams, kernels that round otherwise, and what
 """
 
 import types
-from functools import partial
+from functools import partial, partialmethod
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "away"
@@ -128,8 +128,16 @@ def register() -> None:
         function = getattr(torch.ops.aten, name.partition(".")[0])
         operators.impl(name, partial(_cast, function), "AutocastPrivateUse1")
     rest.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
-    torch.__future__.set_swap_module_params_on_conversion(True)  # parameters that are moved stay the same, as on a GPU
-    torch.utils.swap_tensors = _swap
+    torch.utils.swap_tensors, nn.Module._apply = _swap, partialmethod(_move, nn.Module._apply)
+
+
+def _move(module: nn.Module, apply: Any, *args: Any, **kwargs: Any) -> nn.Module:
+    """Move a module, whose parameters stay the same objects, as they do on a GPU."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        return apply(module, *args, **kwargs)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
 
 
 def _swap(a: Any, b: Any) -> None:
