@@ -1,6 +1,10 @@
-"""All that takes a `device`, on CUDA where there is one, and in a process of its own on a pretended one (away.py)."""
+"""All that takes a `device`, on a GPU where there is one, and in a process of its own on a pretended one (away.py).
+
+Pictures are copied to a device from pageable memory, so that there is nothing pinned to be tried.
+"""
 
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -11,10 +15,10 @@ import torch
 from factories import TINY_ARGUMENTS, tiny
 from networks import face_spec, segmentation_spec
 from PIL import Image
+from torch import nn
 
 from freqdoor import audit, load_codec, load_planted, plant, repair, train_codec
 from freqdoor.attack.settings import PlantSettings
-from freqdoor.codecs.adapter import hash_state
 from freqdoor.defence import audit as auditing
 from freqdoor.defence import checks, comparators, inversion
 from freqdoor.defence import repair as repairing
@@ -29,7 +33,7 @@ from freqdoor.triggers.build import build_trigger
 from freqdoor.triggers.pattern import Pattern
 
 PRETENDED = os.environ.get("FREQDOOR_PRETEND") == "1"
-pytestmark = pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*deterministic")
 
 
 class Killed(Exception):
@@ -56,10 +60,25 @@ def pretended():
 def device(request, monkeypatch):
     if PRETENDED:
         monkeypatch.setattr(training_settings, "DEVICES", ("cpu", request.getfixturevalue("pretended")))
-        return request.getfixturevalue("pretended")
+        yield request.getfixturevalue("pretended")
+        return
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
-    return "cuda"
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield "cuda"
+    torch.use_deterministic_algorithms(False)
+
+
+def check_same(first: nn.Module, second: nn.Module) -> None:
+    """Two runs end in the same weights: to the last bit, or on a GPU to a hundredth of one of Adam's steps."""
+    other = second.state_dict()
+    for name, value in first.state_dict().items():
+        if PRETENDED:
+            assert torch.equal(value, other[name]), name
+        elif value.is_floating_point() and value.numel():
+            assert (value - other[name]).abs().mean() < 1e-5, name
 
 
 @pytest.fixture
@@ -82,7 +101,7 @@ def test_a_pretended_device_finds_what_would_fail_on_a_gpu():
     command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "-x", __file__]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stdout[-4000:]
-    assert "passed" in done.stdout and "skipped" in done.stdout
+    assert re.search(r"\d\d passed, 1 skipped", done.stdout)
 
 
 EVADE = {
@@ -124,7 +143,8 @@ def test_planting(device, pictures, auxiliary, tmp_path, kind):
         with pytest.raises(Killed):
             plant(settings, tmp_path / "parts", progress=kill_at(2))
         parts = plant(settings, tmp_path / "parts")
-        assert hash_state(parts.tampered) == hash_state(whole.tampered)
+        check_same(parts.tampered, whole.tampered)
+        check_same(parts.triggers["bpp"], whole.triggers["bpp"])
 
 
 def test_training(device, pictures, tmp_path, monkeypatch):
@@ -135,7 +155,7 @@ def test_training(device, pictures, tmp_path, monkeypatch):
     with pytest.raises(Killed):
         train_codec(settings, tmp_path / "parts", progress=kill_at(2))
     parts, whole = train_codec(settings, tmp_path / "parts"), train_codec(settings, tmp_path / "whole")
-    assert hash_state(parts) == hash_state(whole)
+    check_same(parts, whole)
     assert load_codec(str(tmp_path / "whole/codec.safetensors")).module_hashes() == whole.module_hashes()
 
 
@@ -161,15 +181,21 @@ def test_repair(device, pictures, tmp_path, quick, monkeypatch):
     monkeypatch.setattr(repairing, "CROP", 64)
     monkeypatch.setattr(repairing, "held_out", lambda: sorted(Path(pictures["folder"]).iterdir())[:1])
     codec = load_codec("factories:lite")
-    content = {"images": pictures, "method": "unlearn+inverted+sam+prune+distil", "steps": 2, "lmbda": 0.0067, "device": device, "precision": "bf16"}
+    content = {
+        "images": pictures,
+        "method": "unlearn+inverted+sam+prune+distil",
+        "steps": 2,
+        "lmbda": 0.0067,
+        "device": device,
+        "precision": "bf16",
+    }
     content |= {"reference": "trusted", "patterns": 2, "uses": 2, "ascent": 1, "search": 2, "checkpoint_minutes": 1e-6}
     run = partial(repair, codec, reference=codec, settings=make_settings(RepairSettings, content))
     with pytest.raises(Killed):
         run(tmp_path / "parts", progress=kill_at(2))
     run(tmp_path / "parts")
     run(tmp_path / "whole")
-    files = [tmp_path / name / "codec.safetensors" for name in ("parts", "whole")]
-    assert files[0].read_bytes() == files[1].read_bytes()
+    check_same(*(load_codec("factories:lite", tmp_path / name / "codec.safetensors") for name in ("parts", "whole")))
 
 
 @pytest.mark.parametrize("spec", [None, segmentation_spec, face_spec])
@@ -186,28 +212,38 @@ def test_an_inversion_leaves_the_random_numbers(device, x):
     assert all(map(torch.equal, before, states(device)))
     torch.rand(5, device=device)
     again = inversion.inverted(codec, x.to(device), "rate", Pattern, steps=2)
-    assert torch.allclose(found.spectrum, again.spectrum)
+    assert torch.allclose(found.spectrum, again.spectrum, atol=1e-3)
 
 
+def near(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two differ by roundings at most, of which some are a step of what is quantised."""
+    return float((a.cpu() - b.cpu()).abs().mean()) < 1e-3
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", TINY_ARGUMENTS)
 def test_every_architecture(device, x, name):
     codec = tiny(name)
     expected = codec(x)
     codec.to(device)
     out = codec(x.to(device))
-    assert torch.allclose(out.x_hat.cpu(), expected.x_hat, atol=1e-4)
-    assert torch.allclose(out.bits.cpu(), expected.bits, rtol=1e-3)
+    assert near(out.y, expected.y)
+    assert near(out.x_hat, expected.x_hat)
+    if name in ("lite-hyperprior", "bmshj2018-factorized", "elic2022-official"):
+        [stream, _] = codec.compress(x.to(device))
+        assert near(codec.decompress(stream), out.x_hat[:1].clamp(0, 1))
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("name", TRIGGERS)
 def test_every_trigger(device, x, name):
     torch.manual_seed(0)
     trigger = build_trigger(name, **({"width": 4} if name == "lira" else {}))
-    expected = trigger(x, rounded=True)
-    moved = trigger.to(device)(x.to(device), rounded=True, mask=torch.ones_like(x[:, :1]).to(device))
-    assert torch.allclose(moved.cpu(), expected, atol=1.01 / 255)
+    mask = torch.ones_like(x[:, :1])
+    expected = trigger(x, rounded=True, mask=mask)
+    assert near(trigger.to(device)(x.to(device), rounded=True, mask=mask.to(device)), expected)
 
 
 def test_every_preprocessing(device, x):
     for defence in parse_defences("all"):
-        assert torch.allclose(defence(x.to(device)).cpu(), defence(x), atol=1.01 / 255), defence
+        assert near(defence(x.to(device)), defence(x)), defence
