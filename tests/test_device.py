@@ -23,6 +23,7 @@ from freqdoor.defence import audit as auditing
 from freqdoor.defence import checks, comparators, inversion
 from freqdoor.defence import repair as repairing
 from freqdoor.defence.settings import RepairSettings
+from freqdoor.measure.records import Condition, measured_image
 from freqdoor.preprocessing import parse_defences
 from freqdoor.samples import pictures as kodak
 from freqdoor.settings import make_settings
@@ -139,6 +140,9 @@ def test_planting(device, pictures, auxiliary, tmp_path, kind):
     again = load_planted(tmp_path / "whole", settings.codec.name)
     assert again.tampered.module_hashes() == whole.tampered.module_hashes()
     assert whole.tampered.module_hashes()["g_a"] != whole.vanilla.module_hashes()["g_a"]
+    [name] = whole.triggers if kind != "two" else ["bpp"]
+    shown = measured_image(whole, Path(pictures["folder"]) / "0.png", [Condition("tampered", name)])
+    assert all(row.record.bpp_real > 0 for row in shown)
     if kind == "bpp":
         with pytest.raises(Killed):
             plant(settings, tmp_path / "parts", progress=kill_at(2))
