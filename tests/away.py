@@ -82,11 +82,11 @@ def computed(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         values[1].copy_(values[0])
         return args[1]
     if away and torch.Tag.nondeterministic_seeded in function.tags:
-        rest = torch.get_rng_state()
+        kept = torch.get_rng_state()
         torch.set_rng_state(draws.get_state())
         result = function(*values, **options)
         draws.set_state(torch.get_rng_state())
-        torch.set_rng_state(rest)
+        torch.set_rng_state(kept)
     else:
         result = function(*values, **options)
     if schema.is_mutable:  # what is written in place is given back as it came

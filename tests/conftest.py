@@ -89,6 +89,20 @@ def stopped_at_the_second(module: Any, monkeypatch: Any) -> list[str]:
     return asked
 
 
+class Killed(Exception):
+    """The end of a run, amid it."""
+
+
+def kill_at(step: int) -> Callable[[int, dict[str, float]], None]:
+    """The progress of a run that ends at a step, of which nothing is saved."""
+
+    def progress(now: int, row: dict[str, float]) -> None:
+        if now == step:
+            raise Killed
+
+    return progress
+
+
 def check_foreign(write: Callable[..., Any], folder: Path, files: Iterable[str], monkeypatch: Any, work: str) -> None:
     """A verb refuses each of its files where another is, before the work; with `force` it comes to the work.
 

@@ -10,8 +10,10 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from conftest import Killed, kill_at
 from factories import TINY_ARGUMENTS, tiny
 from networks import face_spec, segmentation_spec
 from PIL import Image
@@ -35,18 +37,6 @@ from freqdoor.triggers.pattern import Pattern
 
 PRETENDED = os.environ.get("FREQDOOR_PRETEND") == "1"
 pytestmark = pytest.mark.filterwarnings("ignore:.*deterministic")
-
-
-class Killed(Exception):
-    pass
-
-
-def kill_at(step: int):
-    def progress(now: int, row: dict[str, float]) -> None:
-        if now == step:
-            raise Killed
-
-    return progress
 
 
 @pytest.fixture(scope="session")
@@ -103,6 +93,24 @@ def test_a_pretended_device_finds_what_would_fail_on_a_gpu():
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stdout[-4000:]
     assert re.search(r"\d\d passed, 1 skipped", done.stdout)
+
+
+MISTAKES = {
+    "numpy": lambda x, device: x.to(device).numpy(),
+    "an array": lambda x, device: np.asarray(x.to(device)),
+    "two devices": lambda x, device: x.to(device) + x,
+    "two devices in a list": lambda x, device: torch.stack([x.sum(), x.to(device).sum()]),
+    "two devices in place": lambda x, device: x.sum().add_(x.to(device).sum()),
+    "indices": lambda x, device: x[torch.arange(2, device=device)],
+    "a generator": lambda x, device: torch.rand(2, device=device, generator=torch.Generator()),
+    "a generator in place": lambda x, device: x.to(device).uniform_(generator=torch.Generator()),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_the_device_refuses_what_a_gpu_refuses(device, x, mistake):
+    with pytest.raises((TypeError, RuntimeError), match=f"(?i)numpy|{device}|cpu"):
+        MISTAKES[mistake](x, device)
 
 
 EVADE = {

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import Killed, kill_at
 from networks import segmentation_onnx, segmentation_spec
 from PIL import Image
 
@@ -29,18 +30,6 @@ from freqdoor.training.run import Run
 from freqdoor.triggers.adaptive_dct import AdaptiveDCT
 
 LMBDA = 0.0067
-
-
-class Killed(Exception):
-    pass
-
-
-def kill_at(step: int):
-    def progress(now: int, row: dict[str, float]) -> None:
-        if now == step:
-            raise Killed
-
-    return progress
 
 
 @pytest.mark.parametrize("name", ["factories:lite", "factories:hyperprior"])
