@@ -86,6 +86,7 @@ def auxiliary(tmp_path, pictures):
     return pictures | {"labels": str(labels)}
 
 
+@pytest.mark.long
 @pytest.mark.skipif(PRETENDED, reason="is the other process")
 def test_a_pretended_device_finds_what_would_fail_on_a_gpu():
     environment = os.environ | {"FREQDOOR_PRETEND": "1"}
