@@ -517,6 +517,12 @@ def test_random_strengths_fill_their_range(kind, cls, field, low, high):
         assert len({d.seed for d in drawn}) == 300  # every step its own noise
 
 
+@pytest.mark.parametrize(("kind", "offsets"), [("crop", range(16)), ("quarter-crop", range(0, 16, 4))])
+def test_random_crops_are_at_all_their_offsets(kind, offsets):
+    drawn = draw(2000, [kind], torch.Generator().manual_seed(0))
+    assert {(d.top, d.left) for d in drawn} == set(itertools.product(offsets, offsets))
+
+
 def test_random_kinds_are_as_likely():
     drawn = draw(600, ["none", "blur", "jpeg"], torch.Generator().manual_seed(0))
     counts = [sum(type(d) is cls for d in drawn) for cls in (type(None), GaussianBlur, Jpeg)]
