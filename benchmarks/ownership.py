@@ -88,11 +88,11 @@ def stolen(owner: Codec, alteration: Alteration) -> Codec:
     return changed
 
 
-def trained_on(codec: Path, scope: str, photos: Path, out: Path) -> Codec:
+def trained_on(codec: Path, scope: str, photos: Path, out: Path, steps: int = 500, lr: float = 3e-4) -> Codec:
     """A copy that a thief has trained on."""
     images = {"folder": str(photos), "crop": 128, "batch_size": 8, "skip_broken": True}
     settings = CodecTraining.model_validate(
-        {"codec": BUNDLED, "start_from": str(codec), "scope": scope, "steps": 500, "lr": 3e-4, "schedule": "constant"}
+        {"codec": BUNDLED, "start_from": str(codec), "scope": scope, "steps": steps, "lr": lr, "schedule": "constant"}
         | {"seed": 7, "images": images}
     )
     return train_codec(settings, out)
