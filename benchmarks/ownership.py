@@ -4,26 +4,39 @@ Keys are the triggers of a fleet's members with a BPP attack that is caught, eac
   strangers  all other members of the same codec, honest ones and tampered ones: those with triggers of the same kind
              live in the same frequencies, and are the hardest
   thieves    of every key's own encoder: copies with noise, with 30 % of the weights pruned, with weights of 8 bits, and
-             trained on by a thief for 500 steps (the encoder alone; the whole codec for every fourth)
-  claims     a pattern that was searched in the stolen encoder is called a key, which only a deposited hash refutes
+             trained on by a thief for 500 steps, as it is and with its channels in another order and of other sizes;
+             of some, with other learning rates, for 2,000 steps, the whole codec, and a trigger of the thief's own
+             planted over the owner's
+  claims     of a thief who calls what he made of the stolen encoder his own, of the owner's encoder: with a pattern
+             that he searched in it for a key, and beside it what he trained on for the owner's encoder; only a
+             deposited hash refutes these
 
     python benchmarks/ownership.py --fleets fleets/bundled fleets/adaptive --photos FOLDER --out ownership
 
 Asked on 14 bundled pictures, crops of 256 pixels from their centres. What is in OUT/answers.json is not asked again.
+The bound on likeness, watermark.LIKENESS, was chosen by every second key; what the others' strangers make of it is
+printed.
 """
 
 import argparse
 import copy
 import json
+from collections import Counter
 from collections.abc import Callable
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from scipy.stats import binomtest  # type: ignore[import-untyped]
+from torch import nn
 
-from freqdoor.attack.planted import Planted, load_planted
+from freqdoor.attack.plant import plant
+from freqdoor.attack.planted import PLANTED, Planted, load_planted
+from freqdoor.attack.settings import PlantSettings
 from freqdoor.codecs.adapter import Codec
+from freqdoor.codecs.lite import Residual
 from freqdoor.codecs.loading import load_codec
 from freqdoor.data import centre, load_image, save_image
 from freqdoor.defence.fleet import MANIFEST, Manifest, MemberFacts, alter, load_member
@@ -31,7 +44,7 @@ from freqdoor.defence.inversion import inverted
 from freqdoor.defence.settings import Alteration
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import write_text
-from freqdoor.measure.watermark import Answer, false_positives, verify_owner
+from freqdoor.measure.watermark import LIKENESS, Answer, deposit_of, false_positives, verify_owner
 from freqdoor.samples import BUNDLED, KODAK
 from freqdoor.training.settings import CodecTraining
 from freqdoor.training.train import train_codec
@@ -46,7 +59,13 @@ ALTERATIONS = {
 }
 CAUGHT = 2.0  # times the clean bits, from which a fleet's trigger is a key
 PICTURES = 14  # 13 of which have to answer
-EVERY = 4  # of the keys, whose thief trains the whole codec too
+SELDOM = {  # what thieves do with the encoders of these keys alone, by their numbers
+    "trained on, lr 1e-4": (0, 1),
+    "trained on, lr 1e-3": (0, 1),
+    "trained on, 2,000 steps": (0,),
+    "the whole codec trained on": (3,),
+}
+PLANTED_OVER = (0, 2)
 
 
 class Answers:
@@ -98,27 +117,87 @@ def trained_on(codec: Path, scope: str, photos: Path, out: Path, steps: int = 50
     return train_codec(settings, out)
 
 
-def claim(owner: Planted, pictures: Path) -> list[Answer]:
-    """What the same encoder answers to a pattern that was searched in it; nothing where it does not answer."""
-    x = torch.cat([centre(load_image(path), 256) for path in sorted(KODAK.glob("*.png"))[-4:]])
-    pattern = inverted(owner.tampered, x, "rate", lambda: Pattern(multiple=owner.tampered.multiple))
-    thief = Planted(owner.vanilla, owner.tampered, {"claimed": pattern}, owner.header)
+def planted_over(codec: Path, photos: Path, out: Path) -> Planted:
+    """A copy in which a thief has planted a trigger of his own."""
+    images = {"folder": str(photos), "crop": 128, "batch_size": 8, "skip_broken": True}
+    settings = PlantSettings.model_validate(
+        {"codec": {"name": str(codec)}, "objective": "bpp", "images": images, "steps": 350, "seed": 77}
+    )
+    there = (out / PLANTED).exists()
+    return load_planted(out, str(codec)) if there else plant(settings, out)
+
+
+@torch.no_grad()
+def disguised(codec: Codec) -> Codec:
+    """A copy that encodes the same, with the channels inside g_a in another order, and of other sizes."""
+    changed, generator = copy.deepcopy(codec), torch.Generator().manual_seed(0)
+    g_a = changed.part("g_a")
+    blocks = [i for i, module in enumerate(g_a) if isinstance(module, Residual)]
+    first, second = blocks[: len(blocks) // 2], blocks[len(blocks) // 2 :]
+    for i in blocks:
+        into, between, out_of = (g_a[i].branch[j] for j in (0, 2, 4))
+        _disguise([into], [between], generator)
+        _disguise([between], [out_of], generator)
+    for before, same, after in ((g_a[0], first, g_a[second[0] - 1]), (g_a[second[0] - 1], second, g_a[-1])):
+        writers = [before, *(g_a[i].branch[4] for i in same)]
+        _disguise(writers, [*(g_a[i].branch[0] for i in same), after], generator)
+    return changed
+
+
+def _disguise(writers: list[nn.Conv2d], readers: list[nn.Conv2d], generator: torch.Generator) -> None:
+    """Give channels that some convolutions write and others read another order, and sizes from 0.4 to 2.7 times."""
+    count = len(writers[0].weight)
+    order = torch.randperm(count, generator=generator)
+    size = torch.exp(2 * torch.rand(count, generator=generator) - 1)
+    for layer in writers:
+        layer.weight.copy_((layer.weight * size[:, None, None, None])[order])
+        layer.bias.copy_((layer.bias * size)[order])
+    for layer in readers:
+        layer.weight.copy_((layer.weight / size[None, :, None, None])[:, order])
+
+
+def claim(owner: Planted, make: Callable[[], Planted], pictures: Path, committed: str | None) -> list[Answer]:
+    """What the owner's encoder answers to the claim of a thief; nothing where it is refused."""
     try:
-        return verify_owner(thief, [owner.tampered], pictures)
+        return verify_owner(make(), [owner.tampered], pictures, committed=committed)
     except FreqdoorError:
         return []
 
 
-def thefts(folder: Path, owner: Planted, out: Path, photos: Path, *, whole: bool) -> dict[str, Callable[[], Codec]]:
-    """What thieves make of an encoder, by what they do to it."""
+def claims(owner: Planted, over: Callable[[], Planted] | None) -> dict[str, Callable[[], Planted]]:
+    """What a thief may say was his before: the stolen encoder with another key, or what he planted over it."""
+
+    def searched() -> Planted:
+        x = torch.cat([centre(load_image(path), 256) for path in sorted(KODAK.glob("*.png"))[-4:]])
+        pattern = inverted(owner.tampered, x, "rate", lambda: Pattern(multiple=owner.tampered.multiple))
+        return Planted(owner.vanilla, owner.tampered, {"claimed": pattern}, owner.header)
+
+    def planted() -> Planted:
+        assert over is not None
+        made = over()
+        header = made.header.model_copy(update={"modules_before": owner.header.modules_before})
+        return Planted(owner.vanilla, made.tampered, made.triggers, header)
+
+    made = {"claim: a searched pattern is his key": cache(searched)}
+    return made | ({"claim: what he planted over it was first": cache(planted)} if over else {})
+
+
+def thefts(folder: Path, number: int, owner: Planted, out: Path, photos: Path) -> dict[str, Callable[[], Codec]]:
+    """What thieves make of the encoder of a key of this number, by what they do to it."""
+    weights = folder / "codec.safetensors"
+    trained = partial(trained_on, weights, "g_a", photos)
+    once = cache(partial(trained, out / f"{folder.name}-g_a"))
     made: dict[str, Callable[[], Codec]] = {
         what: partial(stolen, owner.tampered, alteration) for what, alteration in ALTERATIONS.items()
     }
-    weights = folder / "codec.safetensors"
-    made["encoder trained on"] = partial(trained_on, weights, "g_a", photos, out / f"{folder.name}-g_a")
-    if whole:
-        made["whole codec trained on"] = partial(trained_on, weights, "all", photos, out / f"{folder.name}-all")
-    return made
+    made |= {"trained on": once, "trained on and disguised": lambda: disguised(once())}
+    seldom: dict[str, Callable[[], Codec]] = {
+        "trained on, lr 1e-4": partial(trained, out / f"{folder.name}-g_a-1e-4", lr=1e-4),
+        "trained on, lr 1e-3": partial(trained, out / f"{folder.name}-g_a-1e-3", lr=1e-3),
+        "trained on, 2,000 steps": partial(trained, out / f"{folder.name}-g_a-2000", steps=2000),
+        "the whole codec trained on": partial(trained_on, weights, "all", photos, out / f"{folder.name}-all"),
+    }
+    return made | {what: make for what, make in seldom.items() if number in SELDOM[what]}
 
 
 def main() -> None:
@@ -136,7 +215,15 @@ def main() -> None:
     answers, members = Answers(options.out / "answers.json"), members_of(options.fleets)
     encoder = cache(lambda name: load_member(*members[name]))
     asked: dict[str, list[Answer]] = {}
+    strangers: list[list[Answer]] = []  # by key
     keys: list[str] = []
+    claimed: Counter[str] = Counter()
+
+    def ask(name: str, what: str, function: Callable[[], list[Answer]]) -> list[Answer]:
+        rows = answers.of(f"{name}: {what}", function)
+        asked.setdefault(what, []).extend(rows)
+        return rows
+
     for name, (folder, facts) in members.items():
         trigger = key_of(facts)
         if trigger is None or len(keys) == options.keys:
@@ -145,23 +232,45 @@ def main() -> None:
         owner = load_planted(folder, load_codec(base))
         if isinstance(owner.triggers[trigger], FTrojan):
             continue  # which has no weights to keep secret
+        number = len(keys)
         keys.append(name)
         verify = partial(verify_owner, owner, images=pictures, trigger=trigger)
+        strangers.append([])
         for kind, tampered in (("honest strangers", False), ("tampered strangers", True)):
             others = [other for other, (_, m) in members.items() if other != name and m.tampered == tampered]
-            rows = answers.of(f"{name}: {kind}", lambda v=verify, o=others: v([encoder(other) for other in o]))
-            asked.setdefault(kind, []).extend(rows)
-        for what, make in thefts(folder, owner, options.out, options.photos, whole=len(keys) % EVERY == 0).items():
-            rows = answers.of(f"{name}: {what}", lambda v=verify, m=make: v([m()]))
-            asked.setdefault(f"the owner's, {what}", []).extend(rows)
-        rows = answers.of(f"{name}: claim", partial(claim, owner, pictures))
-        asked.setdefault("a pattern that a thief has found, for a key", []).extend(rows)
+            rows = ask(name, kind, lambda v=verify, o=others: v([encoder(other) for other in o]))
+            strangers[-1].extend(rows)
+        for what, make in thefts(folder, number, owner, options.out, options.photos).items():
+            ask(name, what, lambda v=verify, m=make: v([m()]))
+        over = partial(planted_over, folder / "codec.safetensors", options.photos, options.out / f"{name}-over")
+        if number in PLANTED_OVER:
+            ask(name, "another trigger planted over it", lambda v=verify, o=over: v([o().tampered]))
+        deposit = deposit_of(owner, owner.triggers[trigger])
+        for what, make in claims(owner, over if number in PLANTED_OVER else None).items():
+            for known, committed in ((what, None), (f"{what}, but the owner's hash is deposited", deposit)):
+                claimed[known] += 1
+                ask(name, known, partial(claim, owner, make, pictures, committed))
         print(f"{name}: {len(keys)} keys asked", flush=True)
-    print(f"\n{len(keys)} keys: {', '.join(keys)}\n\n| asked | pass for the owner's |\n|---|---|")
+    print(
+        f"\n{len(keys)} keys: {', '.join(keys)}\n\n| asked | pass for the owner's | by files | by weights | likeness |"
+    )
+    print("|---|---|---|---|---|")
     for what, rows in asked.items():
-        print(f"| {what} | {sum(answer.owner for answer in rows)} of {len(rows)} |")
-    passed, count, upper = false_positives(asked["honest strangers"] + asked["tampered strangers"])
-    print(f"\nStrangers: {passed} of {count} pass, at most {100 * upper:.2f} % (exact 95 % interval)")
+        files, weights = (sum(by in answer.evidence for answer in rows) for by in ("files", "weights"))
+        alike = [answer.likeness for answer in rows if answer.likeness is not None]
+        spread = f"{min(alike):.2f} to {max(alike):.2f}" if alike else ""
+        count = claimed[what] or len(rows)
+        print(f"| {what} | {sum(answer.owner for answer in rows)} of {count} | {files} | {weights} | {spread} |")
+    print()
+    everyone = list(chain.from_iterable(strangers))
+    passed, count, upper = false_positives(everyone)
+    print(f"Strangers: {passed} of {count} pass, at most {100 * upper:.2f} % (exact 95 % interval)")
+    for what, part in (("LIKENESS was chosen by", strangers[::2]), ("others", strangers[1::2])):
+        alike = [answer.likeness for answer in chain.from_iterable(part) if answer.likeness is not None]
+        high = sum(value >= LIKENESS for value in alike)
+        upper = float(binomtest(high, len(alike)).proportion_ci(0.95, "exact").high)
+        print(f"Weights, keys that {what}: {high} of {len(alike)} strangers, at most {100 * upper:.2f} %; ", end="")
+        print(f"the nearest has {max(alike):.2f}")
 
 
 if __name__ == "__main__":

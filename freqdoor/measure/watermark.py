@@ -32,7 +32,7 @@ RATIO = 1.5  # the least that an encoder that answers spends on the trigger, in 
 SHARE = 0.5  # and the least share of the ratio that the owner's encoder has on the same image
 LEVEL = 1e-3  # chance that an encoder which answers on every second image passes
 BLOCK = 16  # of the control's spectrum
-LIKENESS = 0.4  # least share of what planting changed in the filters of a copy: twice what the nearest strangers have
+LIKENESS = 0.5  # of a copy's weights, at least: half way from the nearest stranger's to the furthest copy's
 SEEN, CROP = 4, 256  # images, and pixels a side, that channels are recognised by
 
 Evidence = Literal["files", "weights"]
