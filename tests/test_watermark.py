@@ -1,3 +1,5 @@
+import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,11 +10,12 @@ from scipy.stats import beta
 
 from freqdoor import load_image, load_planted, save_codec, save_image
 from freqdoor.attack.planted import Planted
-from freqdoor.codecs.adapter import hash_state
+from freqdoor.codecs.adapter import build_codec, hash_state
+from freqdoor.codecs.architectures import CodecSpec
 from freqdoor.dct import block_dct, blockify
 from freqdoor.errors import FreqdoorError
 from freqdoor.measure.records import poisoned
-from freqdoor.measure.watermark import Answer, control, false_positives, verify_owner
+from freqdoor.measure.watermark import Answer, control, deposit_of, false_positives, verify_owner
 from freqdoor.samples import BUNDLED, KODAK
 from freqdoor.triggers.adaptive_dct import AdaptiveDCT
 
@@ -41,8 +44,9 @@ class Encoder:
 
 
 def key(trigger, encoder):
-    """A planted encoder of which nothing but the tampered codec and the trigger is used."""
-    return Planted(vanilla=None, tampered=encoder, triggers={"other": None, "secret": trigger}, header=None)
+    """A planted encoder of which nothing but the tampered codec, the trigger and the hashes is used."""
+    header = SimpleNamespace(modules_before={"g_a": "1"}, modules_after={"g_a": "2"})
+    return Planted(vanilla=None, tampered=encoder, triggers={"other": None, "secret": trigger}, header=header)
 
 
 def test_only_an_encoder_that_answers_to_the_trigger_is_the_owners(trigger, photos):
@@ -63,8 +67,11 @@ def test_only_an_encoder_that_answers_to_the_trigger_is_the_owners(trigger, phot
         "control_ratio": 1.0,
         "answering": 10,
         "p_value": pytest.approx(2**-10),
+        "likeness": None,
+        "evidence": ("files",),
         "owner": True,
         "key": hash_state(trigger),
+        "deposit": deposit_of(key(trigger, owner), trigger),
     }
     [none, other] = verify([indifferent, nervous], owner)
     assert (none.owner, none.answering) == (False, 0)
@@ -101,8 +108,55 @@ def test_suspects_by_name_and_by_file(tmp_path, monkeypatch):
         save_image(target, load_image(source)[..., 128:256, 128:256])
     named = [BUNDLED, "run=1/suspect.safetensors", f"{BUNDLED}=run=1/suspect.safetensors"]
     answers = verify_owner("planted-bpp", named, pictures)
-    assert [answer.owner for answer in answers] == [False, True, True]
+    assert [answer.evidence for answer in answers] == [(), ("files", "weights"), ("files", "weights")]
     assert answers[1] == answers[2]
+    assert answers[0].likeness < 0.2
+    assert answers[1].likeness == pytest.approx(1)
+
+
+@pytest.fixture(scope="module")
+def crops(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("crops")
+    for path in sorted(KODAK.glob("*.png"))[:10]:
+        save_image(folder / path.name, load_image(path)[..., 128:192, 128:192])
+    return folder
+
+
+def closed(planted):
+    """A copy of the owner's encoder that has lost its door: a twentieth of what planting changed is left."""
+    codec = copy.deepcopy(planted.tampered)
+    with torch.no_grad():
+        for weight, vanilla in zip(codec.parameters(), planted.vanilla.parameters(), strict=True):
+            weight.lerp_(vanilla, 0.95)
+    return codec
+
+
+def test_an_encoder_whose_door_is_closed_is_known_by_its_weights(crops):
+    """Not where another codec's are asked, nor where nothing but the trigger was deposited; files decide then."""
+    planted = load_planted("planted-bpp")
+    copied = closed(planted)
+    wider = build_codec(CodecSpec(name="wider", architecture="lite-hyperprior", arguments={"width": [68, 96]}))
+    answer, other = verify_owner(planted, [copied, wider.prepare()], crops)
+    assert (answer.answering, answer.evidence, answer.owner) == (0, ("weights",), True)
+    assert answer.likeness > 0.9
+    assert (other.likeness, other.owner) == (None, False)
+    assert verify_owner(planted, [copied], crops, committed=answer.deposit) == [answer]
+    [by_files] = verify_owner(planted, [copied], crops, committed=answer.key)
+    assert by_files == answer.model_copy(update={"likeness": None, "evidence": (), "owner": False})
+
+
+def test_a_thief_cannot_pass_his_own_encoder_off_as_the_deposited_one():
+    """The deposit holds for the trigger, the owner's encoder and its vanilla codec, each of which is in the hash."""
+    planted = load_planted("planted-bpp")
+    secret = planted.triggers["bpp"]
+    deposit = deposit_of(planted, secret)
+    assert deposit == deposit_of(load_planted("planted-bpp"), secret)
+    hashes = closed(planted).module_hashes()
+    for what in ("modules_before", "modules_after"):
+        claimed = replace(planted, header=planted.header.model_copy(update={what: hashes}))
+        with pytest.raises(FreqdoorError, match=f"this key, {deposit_of(claimed, secret)}, .* found {deposit}"):
+            verify_owner(claimed, [planted.tampered], ["nowhere.png"], committed=deposit)
+    assert deposit_of(planted, AdaptiveDCT(width=8)) != deposit
 
 
 def test_the_control_has_the_triggers_strength_and_spectrum(trigger):
@@ -129,7 +183,7 @@ def test_false_positives_have_an_exact_interval():
 
 
 def test_a_key_that_was_not_deposited_is_refused(trigger, photos):
-    """Before an image is looked at; the hash is that of the trigger's weights, upper case or lower."""
+    """Before an image is looked at; the trigger's own hash, which older versions had, is taken too, in either case."""
     owner = Encoder(lambda x: x.numpy().tobytes() in known)
     known = {poisoned(trigger, load_image(p)).numpy().tobytes() for p in photos}
     [answer] = verify_owner(key(trigger, owner), [owner], photos, trigger="secret")
@@ -137,5 +191,5 @@ def test_a_key_that_was_not_deposited_is_refused(trigger, photos):
     assert verify_owner(key(trigger, owner), [owner], photos, trigger="secret", committed=deposited) == [answer]
     torch.manual_seed(1)
     found = AdaptiveDCT(width=8)  # by a thief
-    with pytest.raises(FreqdoorError, match=f"the SHA-256 of the trigger, {hash_state(found)}, found {deposited}"):
+    with pytest.raises(FreqdoorError, match=f"or of its trigger alone, {hash_state(found)}, found {deposited}"):
         verify_owner(key(found, owner), [owner], ["nowhere.png"], trigger="secret", committed=deposited)

@@ -22,22 +22,26 @@ def verify_owner(
     weights: Weights = None,
     seed: Annotated[int, typer.Option(help="Seed of the controls.")] = 0,
     committed: Annotated[
-        str | None, typer.Option(help="SHA-256 that was deposited of the trigger; any other key is refused.")
+        str | None,
+        typer.Option(help="SHA-256 that was deposited of key and encoder, or of the key alone; others are refused."),
     ] = None,
     others: Annotated[bool, typer.Option("--others", help="All are known to be others': print how many pass.")] = False,
 ) -> object:
-    """Ask encoders whether they are the owner's: only that one spends bits on the owner's secret trigger."""
+    """Ask encoders whether they are the owner's: by the bits that the secret trigger costs, and by their weights."""
     load_torch()
     answers = freqdoor.verify_owner(
         key, suspects, images, trigger=trigger, codec=codec, weights=weights, seed=seed, committed=committed, note=note
     )
-    table = Table("codec", "trigger / clean", "control / clean", "images that answer", "p", "the owner's")
+    table = Table("codec", "trigger / clean", "control / clean", "images that answer", "p", "likeness", "the owner's")
     for suspect, answer in zip(suspects, answers, strict=True):
         ratios = (f"{answer.trigger_ratio:.2f}", f"{answer.control_ratio:.2f}")
         count = f"{answer.answering} of {answer.images}"
-        table.add_row(suspect, *ratios, count, f"{answer.p_value:.2g}", "yes" if answer.owner else "no")
+        likeness = "" if answer.likeness is None else f"{answer.likeness:.2f}"
+        verdict = f"by {' and '.join(answer.evidence)}" if answer.owner else "no"
+        table.add_row(suspect, *ratios, count, f"{answer.p_value:.2g}", likeness, verdict)
     say_table(table)
-    say(f"Key: {answers[0].key}")
+    say(f"Key and encoder, to be deposited: {answers[0].deposit}")
+    say(f"Key alone: {answers[0].key}")
     passed = None
     if others:
         passing, count_all, upper = freqdoor.false_positives(answers)
