@@ -7,9 +7,9 @@ Keys are the triggers of a fleet's members with a BPP attack that is caught, eac
              trained on by a thief for 500 steps, as it is and with its channels in another order and of other sizes;
              of some, with other learning rates, for 2,000 steps, the whole codec, and a trigger of the thief's own
              planted over the owner's
-  claims     of a thief who calls what he made of the stolen encoder his own, of the owner's encoder: with a pattern
-             that he searched in it for a key, and beside it what he trained on for the owner's encoder; only a
-             deposited hash refutes these
+  claims     of a thief, who asks the owner's encoder with a pattern that he searched in it for a key, and with what he
+             planted over it for the owner's encoder; only a deposited hash refutes these. And what he can make of
+             honest encoders where he may choose the vanilla codec
 
     python benchmarks/ownership.py --fleets fleets/bundled fleets/adaptive --photos FOLDER --out ownership
 
@@ -58,7 +58,9 @@ ALTERATIONS = {
     "8-bit weights": Alteration(kind="quantise", amount=8),
 }
 CAUGHT = 2.0  # times the clean bits, from which a fleet's trigger is a key
-PICTURES = 14  # 13 of which have to answer
+PICTURES = "pictures"  # the folder that all are asked on
+HONEST, TAMPERED = "honest strangers", "tampered strangers"
+FOREIGN = "trained-q3-1"  # a member that was trained by itself
 SELDOM = {  # what thieves do with the encoders of these keys alone, by their numbers
     "trained on, lr 1e-4": (0, 1),
     "trained on, lr 1e-3": (0, 1),
@@ -200,6 +202,37 @@ def thefts(folder: Path, number: int, owner: Planted, out: Path, photos: Path) -
     return made | {what: make for what, make in seldom.items() if number in SELDOM[what]}
 
 
+def questions(
+    number: int, name: str, owner: Planted, trigger: str, members: dict[str, tuple[Path, MemberFacts]], options: Any
+) -> dict[str, Callable[[], list[Answer]]]:
+    """All that is asked with a key of this number, of strangers, of what thieves make of it, and by thieves."""
+    pictures, photos, out, folder = options.out / PICTURES, options.photos, options.out, members[name][0]
+    verify = partial(verify_owner, images=pictures, trigger=trigger)
+
+    def of_strangers(key: Planted, names: list[str]) -> list[Answer]:
+        return verify(key, [load_member(*members[other]) for other in names])
+
+    honest, tampered = (
+        [other for other, (_, facts) in members.items() if other != name and facts.tampered == is_tampered]
+        for is_tampered in (False, True)
+    )
+    asked = {HONEST: partial(of_strangers, owner, honest), TAMPERED: partial(of_strangers, owner, tampered)}
+    if number == 0:
+        chosen = Planted(load_member(*members[FOREIGN]), owner.tampered, owner.triggers, owner.header)
+        rest = [other for other in honest if other != FOREIGN]
+        asked[f"{HONEST}, where a thief chose the vanilla codec"] = partial(of_strangers, chosen, rest)
+    for what, make in thefts(folder, number, owner, out, photos).items():
+        asked[what] = lambda m=make: verify(owner, [m()])
+    over = partial(planted_over, folder / "codec.safetensors", photos, out / f"{name}-over")
+    if number in PLANTED_OVER:
+        asked["another trigger planted over it"] = lambda: verify(owner, [over().tampered])
+    deposit = deposit_of(owner, owner.triggers[trigger])
+    for what, claimed in claims(owner, over if number in PLANTED_OVER else None).items():
+        asked[what] = partial(claim, owner, claimed, pictures, None)
+        asked[f"{what}, but the owner's hash is deposited"] = partial(claim, owner, claimed, pictures, deposit)
+    return asked
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fleets", type=Path, nargs="+", required=True)
@@ -207,23 +240,16 @@ def main() -> None:
     parser.add_argument("--keys", type=int, help="so many of the fleets' keys, by default all")
     parser.add_argument("--out", type=Path, default=Path("ownership"))
     options = parser.parse_args()
-    pictures = options.out / "pictures"
+    pictures = options.out / PICTURES
     pictures.mkdir(parents=True, exist_ok=True)
-    for path in sorted(KODAK.glob("*.png"))[:PICTURES]:
+    for path in sorted(KODAK.glob("*.png"))[:14]:  # 13 of which have to answer
         if not (pictures / path.name).exists():
             save_image(pictures / path.name, centre(load_image(path), 256))
     answers, members = Answers(options.out / "answers.json"), members_of(options.fleets)
-    encoder = cache(lambda name: load_member(*members[name]))
-    asked: dict[str, list[Answer]] = {}
+    rows: dict[str, list[Answer]] = {}
+    asked: Counter[str] = Counter()
     strangers: list[list[Answer]] = []  # by key
     keys: list[str] = []
-    claimed: Counter[str] = Counter()
-
-    def ask(name: str, what: str, function: Callable[[], list[Answer]]) -> list[Answer]:
-        rows = answers.of(f"{name}: {what}", function)
-        asked.setdefault(what, []).extend(rows)
-        return rows
-
     for name, (folder, facts) in members.items():
         trigger = key_of(facts)
         if trigger is None or len(keys) == options.keys:
@@ -232,40 +258,25 @@ def main() -> None:
         owner = load_planted(folder, load_codec(base))
         if isinstance(owner.triggers[trigger], FTrojan):
             continue  # which has no weights to keep secret
-        number = len(keys)
+        found = {}
+        for what, function in questions(len(keys), name, owner, trigger, members, options).items():
+            found[what] = answers.of(f"{name}: {what}", function)
+            asked[what] += len(found[what]) or 1  # a claim that is refused has no answer
+            rows.setdefault(what, []).extend(found[what])
+        strangers.append(found[HONEST] + found[TAMPERED])
         keys.append(name)
-        verify = partial(verify_owner, owner, images=pictures, trigger=trigger)
-        strangers.append([])
-        for kind, tampered in (("honest strangers", False), ("tampered strangers", True)):
-            others = [other for other, (_, m) in members.items() if other != name and m.tampered == tampered]
-            rows = ask(name, kind, lambda v=verify, o=others: v([encoder(other) for other in o]))
-            strangers[-1].extend(rows)
-        for what, make in thefts(folder, number, owner, options.out, options.photos).items():
-            ask(name, what, lambda v=verify, m=make: v([m()]))
-        over = partial(planted_over, folder / "codec.safetensors", options.photos, options.out / f"{name}-over")
-        if number in PLANTED_OVER:
-            ask(name, "another trigger planted over it", lambda v=verify, o=over: v([o().tampered]))
-        deposit = deposit_of(owner, owner.triggers[trigger])
-        for what, make in claims(owner, over if number in PLANTED_OVER else None).items():
-            for known, committed in ((what, None), (f"{what}, but the owner's hash is deposited", deposit)):
-                claimed[known] += 1
-                ask(name, known, partial(claim, owner, make, pictures, committed))
         print(f"{name}: {len(keys)} keys asked", flush=True)
-    print(
-        f"\n{len(keys)} keys: {', '.join(keys)}\n\n| asked | pass for the owner's | by files | by weights | likeness |"
-    )
-    print("|---|---|---|---|---|")
-    for what, rows in asked.items():
-        files, weights = (sum(by in answer.evidence for answer in rows) for by in ("files", "weights"))
-        alike = [answer.likeness for answer in rows if answer.likeness is not None]
+    print(f"\n{len(keys)} keys: {', '.join(keys)}\n")
+    print("| asked | pass for the owner's | by files | by weights | likeness |\n|---|---|---|---|---|")
+    for what, answered in rows.items():
+        files, weights = (sum(by in answer.evidence for answer in answered) for by in ("files", "weights"))
+        alike = [answer.likeness for answer in answered if answer.likeness is not None]
         spread = f"{min(alike):.2f} to {max(alike):.2f}" if alike else ""
-        count = claimed[what] or len(rows)
-        print(f"| {what} | {sum(answer.owner for answer in rows)} of {count} | {files} | {weights} | {spread} |")
-    print()
-    everyone = list(chain.from_iterable(strangers))
-    passed, count, upper = false_positives(everyone)
-    print(f"Strangers: {passed} of {count} pass, at most {100 * upper:.2f} % (exact 95 % interval)")
-    for what, part in (("LIKENESS was chosen by", strangers[::2]), ("others", strangers[1::2])):
+        passed = sum(answer.owner for answer in answered)
+        print(f"| {what} | {passed} of {asked[what]} | {files} | {weights} | {spread} |")
+    passed, count, upper = false_positives(list(chain.from_iterable(strangers)))
+    print(f"\nStrangers: {passed} of {count} pass, at most {100 * upper:.2f} % (exact 95 % interval)")
+    for what, part in (("LIKENESS was chosen by", strangers[::2]), ("had no say in it", strangers[1::2])):
         alike = [answer.likeness for answer in chain.from_iterable(part) if answer.likeness is not None]
         high = sum(value >= LIKENESS for value in alike)
         upper = float(binomtest(high, len(alike)).proportion_ci(0.95, "exact").high)

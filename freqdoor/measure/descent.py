@@ -77,7 +77,7 @@ def _median_cosine(
     for name, layer in own.items():
         v, o, s = (_filters(each) for each in (vanilla[name], layer, suspect[name]))
         cosines.append(torch.cosine_similarity(s - v, o - v, dim=1))
-    return float(torch.cat(cosines).median())
+    return float(torch.cat(cosines).nan_to_num().median())
 
 
 def _filters(layer: Convolution) -> Tensor:
@@ -97,6 +97,7 @@ def _counterparts(own: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     """For every own channel: which of the other's it is, and how much larger than that it is."""
     sizes, others = (channels.norm(dim=1).clamp_min(torch.finfo(own.dtype).tiny) for channels in (own, other))
     correlations = (own / sizes[:, None]) @ (other / others[:, None]).T
+    correlations = correlations.nan_to_num()  # of channels that a stranger's weights made infinite
     rows, columns = map(torch.as_tensor, linear_sum_assignment(correlations.numpy(), maximize=True))
     known = correlations[rows, columns] > RECOGNISED
     return columns, torch.where(known, sizes / others[columns], torch.ones_like(sizes))
