@@ -65,6 +65,7 @@ SELDOM = {  # what thieves do with the encoders of these keys alone, by their nu
     "trained on, lr 1e-4": (0, 1),
     "trained on, lr 1e-3": (0, 1),
     "trained on, 2,000 steps": (0,),
+    "trained on and mixed": (0,),
     "the whole codec trained on": (3,),
 }
 PLANTED_OVER = (0, 2)
@@ -130,32 +131,42 @@ def planted_over(codec: Path, photos: Path, out: Path) -> Planted:
 
 
 @torch.no_grad()
-def disguised(codec: Codec) -> Codec:
-    """A copy that encodes the same, with the channels inside g_a in another order, and of other sizes."""
+def disguised(codec: Codec, *, mixed: bool = False) -> Codec:
+    """A copy that encodes the same, with the channels inside g_a in another order, and of 0.4 to 2.7 times the size.
+
+    Args:
+        mixed: those between the residual blocks, which go through nothing that is not linear, are rotated instead.
+    """
     changed, generator = copy.deepcopy(codec), torch.Generator().manual_seed(0)
     g_a = changed.part("g_a")
     blocks = [i for i, module in enumerate(g_a) if isinstance(module, Residual)]
     first, second = blocks[: len(blocks) // 2], blocks[len(blocks) // 2 :]
     for i in blocks:
         into, between, out_of = (g_a[i].branch[j] for j in (0, 2, 4))
-        _disguise([into], [between], generator)
-        _disguise([between], [out_of], generator)
+        for writer, reader in ((into, between), (between, out_of)):
+            _replace([writer], [reader], _shuffling(len(writer.weight), generator))
     for before, same, after in ((g_a[0], first, g_a[second[0] - 1]), (g_a[second[0] - 1], second, g_a[-1])):
-        writers = [before, *(g_a[i].branch[4] for i in same)]
-        _disguise(writers, [*(g_a[i].branch[0] for i in same), after], generator)
+        count = len(before.weight)
+        rotation = torch.linalg.qr(torch.randn(count, count, generator=generator, dtype=torch.double)).Q
+        matrix = rotation if mixed else _shuffling(count, generator)
+        _replace([before, *(g_a[i].branch[4] for i in same)], [*(g_a[i].branch[0] for i in same), after], matrix)
     return changed
 
 
-def _disguise(writers: list[nn.Conv2d], readers: list[nn.Conv2d], generator: torch.Generator) -> None:
-    """Give channels that some convolutions write and others read another order, and sizes from 0.4 to 2.7 times."""
-    count = len(writers[0].weight)
+def _shuffling(count: int, generator: torch.Generator) -> torch.Tensor:
+    """The matrix that gives channels another order and other sizes."""
     order = torch.randperm(count, generator=generator)
-    size = torch.exp(2 * torch.rand(count, generator=generator) - 1)
+    return torch.diag(torch.exp(2 * torch.rand(count, generator=generator, dtype=torch.double) - 1))[order]
+
+
+def _replace(writers: list[nn.Conv2d], readers: list[nn.Conv2d], matrix: torch.Tensor) -> None:
+    """Let convolutions write the matrix times the channels that they wrote, and the others read as if they had not."""
     for layer in writers:
-        layer.weight.copy_((layer.weight * size[:, None, None, None])[order])
-        layer.bias.copy_((layer.bias * size)[order])
+        layer.weight.copy_(torch.einsum("ij,jkhw->ikhw", matrix, layer.weight.double()))
+        layer.bias.copy_(matrix @ layer.bias.double())
+    inverse = torch.linalg.inv(matrix)
     for layer in readers:
-        layer.weight.copy_((layer.weight / size[None, :, None, None])[:, order])
+        layer.weight.copy_(torch.einsum("kihw,ij->kjhw", layer.weight.double(), inverse))
 
 
 def claim(owner: Planted, make: Callable[[], Planted], pictures: Path, committed: str | None) -> list[Answer]:
@@ -197,6 +208,7 @@ def thefts(folder: Path, number: int, owner: Planted, out: Path, photos: Path) -
         "trained on, lr 1e-4": partial(trained, out / f"{folder.name}-g_a-1e-4", lr=1e-4),
         "trained on, lr 1e-3": partial(trained, out / f"{folder.name}-g_a-1e-3", lr=1e-3),
         "trained on, 2,000 steps": partial(trained, out / f"{folder.name}-g_a-2000", steps=2000),
+        "trained on and mixed": lambda: disguised(once(), mixed=True),
         "the whole codec trained on": partial(trained_on, weights, "all", photos, out / f"{folder.name}-all"),
     }
     return made | {what: make for what, make in seldom.items() if number in SELDOM[what]}
