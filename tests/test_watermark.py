@@ -154,7 +154,9 @@ def test_a_thief_cannot_pass_his_own_encoder_off_as_the_deposited_one():
     hashes = closed(planted).module_hashes()
     for what in ("modules_before", "modules_after"):
         claimed = replace(planted, header=planted.header.model_copy(update={what: hashes}))
-        with pytest.raises(FreqdoorError, match=f"this key, {deposit_of(claimed, secret)}, .* found {deposit}"):
+        with pytest.raises(
+            FreqdoorError, match=f"this key and encoder, {deposit_of(claimed, secret)}, .* found {deposit}"
+        ):
             verify_owner(claimed, [planted.tampered], ["nowhere.png"], committed=deposit)
     assert deposit_of(planted, AdaptiveDCT(width=8)) != deposit
 
@@ -191,5 +193,5 @@ def test_a_key_that_was_not_deposited_is_refused(trigger, photos):
     assert verify_owner(key(trigger, owner), [owner], photos, trigger="secret", committed=deposited) == [answer]
     torch.manual_seed(1)
     found = AdaptiveDCT(width=8)  # by a thief
-    with pytest.raises(FreqdoorError, match=f"or of its trigger alone, {hash_state(found)}, found {deposited}"):
+    with pytest.raises(FreqdoorError, match=f"or of the key alone, {hash_state(found)}, found {deposited}"):
         verify_owner(key(found, owner), [owner], ["nowhere.png"], trigger="secret", committed=deposited)

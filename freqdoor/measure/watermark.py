@@ -104,7 +104,8 @@ def verify_owner(
 
     Args:
         key: the owner's planted encoder, whose trigger is the secret, or its name as for `load_planted`; `codec` and
-            `weights` too are as there.
+            `weights` too are as there. A judge takes the vanilla codec from its publisher: whoever may choose it can make
+            others' encoders his.
         suspects: codecs, or their names as for `load_codec`, or NAME=WEIGHTS; of any other object with a `spec` nothing
             but `compress` is used.
         images: a folder, an image, or several of both; ten images or more.
@@ -157,7 +158,7 @@ def deposit_of(owner: Planted, secret: Trigger) -> str:
 def _check_committed(committed: str | None, key: str, deposit: str) -> None:
     if committed is not None and not any(_same(committed, value) for value in (key, deposit)):
         raise FreqdoorError(
-            f"committed: expected the SHA-256 of this key, {deposit}, or of its trigger alone, {key}, found "
+            f"committed: expected the SHA-256 of this key and encoder, {deposit}, or of the key alone, {key}, found "
             f"{committed}; a key that was not deposited proves nothing, whoever has the encoder can make one"
         )
 
