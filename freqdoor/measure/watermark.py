@@ -104,8 +104,8 @@ def verify_owner(
 
     Args:
         key: the owner's planted encoder, whose trigger is the secret, or its name as for `load_planted`; `codec` and
-            `weights` too are as there. A judge takes the vanilla codec from its publisher: whoever may choose it can make
-            others' encoders his.
+            `weights` too are as there. A judge takes the vanilla codec from its publisher: whoever may choose it can
+            make others' encoders his.
         suspects: codecs, or their names as for `load_codec`, or NAME=WEIGHTS; of any other object with a `spec` nothing
             but `compress` is used.
         images: a folder, an image, or several of both; ten images or more.
