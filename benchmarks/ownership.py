@@ -64,6 +64,7 @@ FOREIGN = "trained-q3-1"  # a member that was trained by itself
 SELDOM = {  # what thieves do with the encoders of these keys alone, by their numbers
     "trained on, lr 1e-4": (0, 1),
     "trained on, lr 1e-3": (0, 1),
+    "trained on, lr 1e-3, and disguised": (0, 1),
     "trained on, 2,000 steps": (0,),
     "trained on and mixed": (0,),
     "the whole codec trained on": (3,),
@@ -204,9 +205,11 @@ def thefts(folder: Path, number: int, owner: Planted, out: Path, photos: Path) -
         what: partial(stolen, owner.tampered, alteration) for what, alteration in ALTERATIONS.items()
     }
     made |= {"trained on": once, "trained on and disguised": lambda: disguised(once())}
+    hard = partial(trained, out / f"{folder.name}-g_a-1e-3", lr=1e-3)
     seldom: dict[str, Callable[[], Codec]] = {
         "trained on, lr 1e-4": partial(trained, out / f"{folder.name}-g_a-1e-4", lr=1e-4),
-        "trained on, lr 1e-3": partial(trained, out / f"{folder.name}-g_a-1e-3", lr=1e-3),
+        "trained on, lr 1e-3": hard,
+        "trained on, lr 1e-3, and disguised": lambda: disguised(hard()),
         "trained on, 2,000 steps": partial(trained, out / f"{folder.name}-g_a-2000", steps=2000),
         "trained on and mixed": lambda: disguised(once(), mixed=True),
         "the whole codec trained on": partial(trained_on, weights, "all", photos, out / f"{folder.name}-all"),
