@@ -148,8 +148,7 @@ def disguised(codec: Codec, *, mixed: bool = False) -> Codec:
             _replace([writer], [reader], _shuffling(len(writer.weight), generator))
     for before, same, after in ((g_a[0], first, g_a[second[0] - 1]), (g_a[second[0] - 1], second, g_a[-1])):
         count = len(before.weight)
-        rotation = torch.linalg.qr(torch.randn(count, count, generator=generator, dtype=torch.double)).Q
-        matrix = rotation if mixed else _shuffling(count, generator)
+        matrix = _rotation(count, generator) if mixed else _shuffling(count, generator)
         _replace([before, *(g_a[i].branch[4] for i in same)], [*(g_a[i].branch[0] for i in same), after], matrix)
     return changed
 
@@ -157,7 +156,12 @@ def disguised(codec: Codec, *, mixed: bool = False) -> Codec:
 def _shuffling(count: int, generator: torch.Generator) -> torch.Tensor:
     """The matrix that gives channels another order and other sizes."""
     order = torch.randperm(count, generator=generator)
-    return torch.diag(torch.exp(2 * torch.rand(count, generator=generator, dtype=torch.double) - 1))[order]
+    return torch.diag(torch.exp(2 * torch.rand(count, generator=generator) - 1).double())[order]
+
+
+def _rotation(count: int, generator: torch.Generator) -> torch.Tensor:
+    """A random orthogonal matrix."""
+    return torch.linalg.qr(torch.randn(count, count, generator=generator).double()).Q
 
 
 def _replace(writers: list[nn.Conv2d], readers: list[nn.Conv2d], matrix: torch.Tensor) -> None:
