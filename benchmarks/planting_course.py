@@ -65,7 +65,10 @@ def main() -> None:
         (bpp, db), *after = course
         rates, qualities = [b / bpp - 1 for b, _ in after], [d - db for _, d in after]
         print(f"{settings.codec.name}: lambda {told['lmbda']:g}, learning rate {told['lr']:g}, {seconds:.0f} s")
-        print(f"clean crops, worst of {len(after)} steps: {max(rates):+.1%} bits, {min(qualities):+.2f} dB")
+        print(
+            f"clean crops, worst of {len(after)} steps: {max(rates):+.1%} bits at step {1 + rates.index(max(rates))}, "
+            f"{min(qualities):+.2f} dB at step {1 + qualities.index(min(qualities))}"
+        )
         print(f"median of the steps: {statistics.median(rates):+.1%} bits, {statistics.median(qualities):+.2f} dB")
         summary = evaluate(planted, held_out(), out)
     changed, poisoned = summary.clean_cost_bpp_percent, summary.poisoned_8bit
