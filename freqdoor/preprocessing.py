@@ -415,11 +415,6 @@ def _crop_at(place: int) -> Crop:
     return Crop(place // 16, place % 16)
 
 
-def _quarter_crop_at(place: int) -> Crop:
-    """The crop whose offset is the n-th of those by quarters of a block of 16."""
-    return Crop(4 * (place // 4), 4 * (place % 4))
-
-
 def _profile_at(number: int) -> ColourProfile:
     """The first profile, or the second."""
     return ColourProfile("adobe-rgb" if number else "display-p3")
@@ -436,7 +431,6 @@ RANDOM: dict[str, tuple[Callable[..., Preprocessing], float, float] | None] = {
     "round8": (SqueezeBits, 8, 8),
     "webp": (WebP, 60, 95),
     "crop": (_crop_at, 0, 255),
-    "quarter-crop": (_quarter_crop_at, 0, 15),
     "rotate": (Rotate, -1.0, 1.0),
     "screenshot": (Screenshot, 1.1, 2.0),
     "profile": (_profile_at, 0, 1),

@@ -517,10 +517,9 @@ def test_random_strengths_fill_their_range(kind, cls, field, low, high):
         assert len({d.seed for d in drawn}) == 300  # every step its own noise
 
 
-@pytest.mark.parametrize(("kind", "offsets"), [("crop", range(16)), ("quarter-crop", range(0, 16, 4))])
-def test_random_crops_are_at_all_their_offsets(kind, offsets):
-    drawn = draw(2000, [kind], torch.Generator().manual_seed(0))
-    assert {(d.top, d.left) for d in drawn} == set(itertools.product(offsets, offsets))
+def test_random_crops_are_at_all_offsets():
+    drawn = draw(2000, ["crop"], torch.Generator().manual_seed(0))
+    assert {(d.top, d.left) for d in drawn} == set(itertools.product(range(16), range(16)))
 
 
 def test_random_kinds_are_as_likely():
