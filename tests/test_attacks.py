@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import Killed, kill_at
 
 from freqdoor import load_planted, plant
 from freqdoor.codecs.adapter import hash_state
@@ -57,19 +58,12 @@ def test_every_trigger_is_planted_and_read_back(settings, tmp_path, x, name, two
     "balance", [{"anchor": 1.0}, {"clean_weight": 3.0}, {"late_clean_weight": 3.0}, {"gradient_norm": 0.5}]
 )
 def test_balance_changes_the_encoder_and_is_resumed(settings, tmp_path, balance):
-    class Killed(Exception):
-        pass
-
-    def kill(step: int, row: dict[str, float]) -> None:
-        if step == 3:
-            raise Killed
-
     settings = partial(settings, steps=4, hold=0.0)  # late from the first step on
     plain = plant(settings(), tmp_path / "plain")
     balanced = plant(settings(balance=balance), tmp_path / "whole")
     assert hash_state(plain.tampered) != hash_state(balanced.tampered)
     with pytest.raises(Killed):
-        plant(settings(balance=balance), tmp_path / "parts", progress=kill)
+        plant(settings(balance=balance), tmp_path / "parts", progress=kill_at(3))
     parts = plant(settings(balance=balance), tmp_path / "parts")
     assert hash_state(parts.tampered) == hash_state(balanced.tampered)
 
