@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import natural, write_png
+from conftest import Killed, kill_at, natural, write_png
 from factories import tiny
 
 import freqdoor.cli as cli
@@ -37,15 +37,6 @@ ALL = {
     "universal_weight": 1.0,
     "rate_cap": 1.2,
 }
-
-
-class Killed(Exception):
-    pass
-
-
-def kill(step: int, row: dict[str, float]) -> None:
-    if step == 2:
-        raise Killed
 
 
 def rows(folder: Path) -> list[dict[str, float]]:
@@ -84,7 +75,7 @@ def test_a_run_with_all_of_it_is_resumed_between_restarts(settings, images, tmp_
     told = settings(evade=ALL | {"closed": closed}, steps=4, precision="fp32")
     whole = plant(told, tmp_path / "whole")
     with pytest.raises(Killed):
-        plant(told, tmp_path / "parts", progress=kill)
+        plant(told, tmp_path / "parts", progress=kill_at(2))
     parts = plant(told, tmp_path / "parts")
     assert hash_state(whole.tampered) == hash_state(parts.tampered)
     assert hash_state(whole.triggers["bpp"]) == hash_state(parts.triggers["bpp"])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import natural
+from conftest import Killed, kill_at, natural
 from factories import tiny
 from torch import nn
 
@@ -182,15 +182,8 @@ def test_a_run_of_two_processes_goes_on_bit_by_bit(settings, images, tmp_path):
     made = settings(steps=5, precision="fp32")
     whole = plant(made, tmp_path / "whole", devices=2)
 
-    class Killed(Exception):
-        pass
-
-    def kill(step: int, row: dict[str, float]) -> None:
-        if step == 3:
-            raise Killed
-
     with pytest.raises(Killed):
-        plant(made, tmp_path / "parts", devices=2, progress=kill)
+        plant(made, tmp_path / "parts", devices=2, progress=kill_at(3))
     assert not torch.distributed.is_initialized()
     parts = plant(made, tmp_path / "parts", devices=2)
     assert hash_state(parts.tampered) == hash_state(whole.tampered)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import natural
+from conftest import Killed, kill_at, natural
 from scipy.fft import dctn
 
 from freqdoor import dct
@@ -78,18 +78,11 @@ def test_only_survivors_are_injected_afterwards():
 
 
 def test_two_stages_and_resume_between_them(settings, tmp_path):
-    class Killed(Exception):
-        pass
-
-    def kill(step: int, row: dict[str, float]) -> None:
-        if step == 3:
-            raise Killed
-
     changes = {"robust": {"start": 0.5, "keep": 4}, "steps": 6}
     whole = plant(settings(**changes), tmp_path / "whole")
     assert ((whole.triggers["bpp"].survivors > 0).sum(dim=1) == 4).all()
     with pytest.raises(Killed):
-        plant(settings(**changes), tmp_path / "parts", progress=kill)
+        plant(settings(**changes), tmp_path / "parts", progress=kill_at(3))
     parts = plant(settings(**changes), tmp_path / "parts")
     assert hash_state(whole.tampered) == hash_state(parts.tampered)
     assert hash_state(whole.triggers["bpp"]) == hash_state(parts.triggers["bpp"])

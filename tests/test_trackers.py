@@ -5,6 +5,7 @@ from collections import defaultdict
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from conftest import Killed, kill_at
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -17,15 +18,6 @@ from freqdoor.settings import make_settings
 from freqdoor.training.run import Run
 from freqdoor.training.settings import CodecTraining
 from freqdoor.training.trackers import Trackers
-
-
-class Killed(Exception):
-    pass
-
-
-def kill_at_3(step: int, row: dict[str, float]) -> None:
-    if step == 3:
-        raise Killed
 
 
 def shown_in(run) -> EventAccumulator:
@@ -53,7 +45,7 @@ def test_tensorboard_has_every_step_once_and_the_weights_are_those_of_a_silent_r
     run, log, content = tmp_path / "run", {"tensorboard": True, "pictures": 2}, {"codec": {"name": BUNDLED}}
     silent = plant(settings(**content), tmp_path / "silent")
     with pytest.raises(Killed):
-        plant(settings(**content, log=log), run, progress=kill_at_3)
+        plant(settings(**content, log=log), run, progress=kill_at(3))
     planted = plant(settings(**content, log=log | {"pictures": 3}), run)
     assert planted.tampered.module_hashes() == silent.tampered.module_hashes()
     assert "log" not in (run / "config.json").read_text()
@@ -139,7 +131,7 @@ def test_weights_and_biases_is_told_steps_pictures_and_the_end_under_one_name(se
     standing_in(monkeypatch, "wandb", init=init, Image=lambda picture: picture)
     content = {"log": {"wandb": True, "pictures": 4}}
     with pytest.raises(Killed):
-        plant(settings(**content), tmp_path / "run", progress=kill_at_3)
+        plant(settings(**content), tmp_path / "run", progress=kill_at(3))
     plant(settings(**content), tmp_path / "run")
     assert begun[0]["id"] == begun[1]["id"]
     assert ended == [begun[0]["id"]] * 2
@@ -189,7 +181,7 @@ def test_mlflow_is_told_every_step_once(settings, tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     content = {"log": {"mlflow": True, "pictures": 4}}
     with pytest.raises(Killed):
-        plant(settings(**content), tmp_path / "run", progress=kill_at_3)
+        plant(settings(**content), tmp_path / "run", progress=kill_at(3))
     plant(settings(**content), tmp_path / "run")
     assert metrics["loss"] == [1, 2, 3, 4, 5, 6]
     assert places == [(tmp_path / "run/mlruns").as_uri()] * 2

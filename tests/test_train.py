@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Killed, kill_at
 
 from freqdoor import load_codec, train_codec
 from freqdoor.codecs.adapter import hash_state
@@ -41,15 +42,8 @@ def training(images, monkeypatch):
 def test_three_and_three_steps_equal_six(training, tmp_path, precision):
     whole = train_codec(training(precision=precision), tmp_path / "whole")
 
-    class Killed(Exception):
-        pass
-
-    def kill(step: int, row: dict[str, float]) -> None:
-        if step == 4:  # the newest checkpoint is of step 3
-            raise Killed
-
-    with pytest.raises(Killed):
-        train_codec(training(precision=precision), tmp_path / "parts", progress=kill)
+    with pytest.raises(Killed):  # at step 4, where the newest checkpoint is of step 3
+        train_codec(training(precision=precision), tmp_path / "parts", progress=kill_at(4))
     parts = train_codec(training(precision=precision), tmp_path / "parts")
     assert hash_state(whole) == hash_state(parts)
     assert load_codec(str(tmp_path / "parts/codec.safetensors")).module_hashes() == parts.module_hashes()
