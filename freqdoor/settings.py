@@ -49,7 +49,12 @@ class Arguments(Settings):
 
 
 def file_name(text: str) -> str:
-    """Of a path the last part, of "FOLDER/SPEC.toml=FOLDER/FILE" both last parts; names without folders stay."""
+    """Of a path the last part, of "FOLDER/SPEC.toml=FOLDER/FILE" both last parts; names without folders stay.
+
+    Several, apart by semicolons, are shortened one by one.
+    """
+    if ";" in text:
+        return ";".join(file_name(part.strip()) for part in text.split(";"))
     spec, cut, file = text.rpartition(".toml=")
     last = re.split(r"[/\\]", file.rstrip("/\\"))[-1]
     return f"{file_name(spec + '.toml')}={last}" if cut else last

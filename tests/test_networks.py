@@ -120,6 +120,12 @@ def test_objectives_take_a_network_by_name(tmp_path):
     assert not build_objective(
         "segmentation", "paper", network=str(segmentation), source="car", target="sky"
     ).victim.settings.balanced
+    several = build_objective("segmentation", network=f"{segmentation}; {segmentation}", source="car", target="road")
+    assert [network.name for network in several.victim.networks] == ["tiny", "tiny"]
+    (tmp_path / "other").mkdir()
+    fewer = segmentation_spec(tmp_path / "other", classes='["road", "car", "bus", "air"]', labels="[]")
+    with pytest.raises(FreqdoorError, match="expected networks of the same classes, found tiny and tiny"):
+        build_objective("segmentation", network=f"{segmentation};{fewer}", source="car", target="road")
     assert build_objective("face", "paper", network=str(face)).beta == 0.05
     assert build_objective("face", network=str(face)).beta == 1.0  # 0.05 is not caught in minutes
     for arguments, match in (

@@ -205,6 +205,7 @@ def test_weights_that_the_header_does_not_name(run, tmp_path):
         ("g.toml=package.module:factory", "g.toml=package.module:factory"),
         ("lite-hyperprior:3", "lite-hyperprior:3"),
         ("package.module:factory", "package.module:factory"),
+        ("nets/g.toml=/home/me/g.onnx; /home/me/h.toml=/home/me/h.onnx", "g.toml=g.onnx;h.toml=h.onnx"),
         ("", ""),
     ],
 )

@@ -50,6 +50,26 @@ def test_targeted_segmentation_is_equation_11(network, balanced, shift):
     assert float(weighted(scene, None, x_hat_p)) == pytest.approx(0.25 * expected, rel=1e-4)
 
 
+def test_of_several_networks_one_is_drawn_for_every_batch(network, tmp_path):
+    (tmp_path / "other").mkdir()
+    other = load_segmenter(str(segmentation_spec(tmp_path / "other", mean="[0.4, 0.5, 0.3]", std="[0.1, 0.4, 0.3]")))
+    x, x_hat_p = pictures(0, 1), pictures(2, 3)
+    arguments = {"source": "cars", "target": "road", "shift": 1.5}
+    alone = [TargetedSegmentation(g, **arguments) for g in (network, other)]
+    each = [float(victim(victim.scene(x), None, x_hat_p)) for victim in alone]
+    both = TargetedSegmentation(network, others=[other], **arguments)
+    scene = both.scene(x)
+    assert torch.equal(scene.classes, network.predict(x))  # the trigger acts where the first one sees cars
+    torch.manual_seed(0)
+    seen = [float(both(scene, None, x_hat_p)) for _ in range(20)]
+    first = sum(value == pytest.approx(each[0]) for value in seen)
+    assert each[0] != pytest.approx(each[1], rel=0.01)
+    assert first + sum(value == pytest.approx(each[1]) for value in seen) == 20
+    assert 4 < first < 16
+    both.run_in(torch.bfloat16)
+    assert other.precision == torch.bfloat16
+
+
 def test_a_scene_is_a_value_that_nothing_changes(network):
     """The victim keeps nothing of one scene when it makes the next: each goes with its own loss, in any order."""
     victim = TargetedSegmentation(network, "car", "road", also="bus", paint=2.0)

@@ -134,7 +134,8 @@ class SegmentationArguments(TargetedSegmentationArguments, WeightsOfDownstream):
     """Hyper-parameters of Eq. (11)."""
 
     network: str | None = None
-    """g, a name that `load_network` understands; none: the run's own."""
+    """g, a name that `load_network` understands; none: the run's own. Of several with the same classes, apart by
+    semicolons, one is drawn for every batch."""
 
 
 class FaceArguments(IdentityRemovalArguments, WeightsOfDownstream):

@@ -293,6 +293,23 @@ def load_segmenter(name: str) -> Segmenter:
     return network
 
 
+def load_segmenters(names: str) -> list[Segmenter]:
+    """One or several segmentation networks of the same classes, their names apart by semicolons."""
+    first, *others = (load_segmenter(name) for name in names_of(names))
+    for other in others:
+        if other.spec.classes != first.spec.classes:
+            raise FreqdoorError(
+                f"network: expected networks of the same classes, found {first.name} and {other.name}; train against "
+                "those that agree"
+            )
+    return [first, *others]
+
+
+def names_of(network: str) -> list[str]:
+    """The networks that a setting names, apart by semicolons."""
+    return [name.strip() for name in network.split(";")]
+
+
 def load_embedder(name: str) -> Embedder:
     """A face-embedding network, as `load_network`."""
     network = load_network(name)

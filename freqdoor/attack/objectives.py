@@ -18,7 +18,7 @@ from freqdoor.attack.arguments import (
     TargetedSegmentationArguments,
     WeightsOfDownstream,
 )
-from freqdoor.attack.networks import load_embedder, load_segmenter
+from freqdoor.attack.networks import load_embedder, load_segmenters
 from freqdoor.attack.settings import OBJECTIVES
 from freqdoor.attack.victims import IdentityRemoval, Scene, TargetedSegmentation, Victim
 from freqdoor.codecs.architectures import import_object
@@ -225,7 +225,8 @@ def segmentation_attack(**arguments: Any) -> DownstreamAttack:
     """Eq. (11): Eq. (8) with L_DS of `TargetedSegmentation`; the arguments are those of `SegmentationArguments`."""
     settings = SegmentationArguments(**arguments)
     own = settings.model_dump(include=set(TargetedSegmentationArguments.model_fields))
-    victim = TargetedSegmentation(load_segmenter(_network(settings.network)), **own)
+    network, *others = load_segmenters(_network(settings.network))
+    victim = TargetedSegmentation(network, others=others, **own)
     return DownstreamAttack(victim=victim, alpha=settings.alpha, beta=settings.beta)
 
 

@@ -334,7 +334,8 @@ class PlantSettings(Training):
     auxiliary: ImageSettings | None = None
     """The auxiliary set of Eq. (8), for downstream attacks."""
     network: PrivatePath | None = None
-    """Downstream network of the attacks that name none, as for `load_network`."""
+    """Downstream network of the attacks that name none, as for `load_network`; for Eq. (11) also several, apart by
+    semicolons."""
     balance: BalanceSettings = BalanceSettings()
     robust: RobustSettings | None = None
     """Survive preprocessing, for the adaptive-dct trigger; by default not."""

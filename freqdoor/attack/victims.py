@@ -1,7 +1,7 @@
 """What a downstream attack is against: L_DS of Eq. (8), for segmentation (Eq. (11)) and face embedding (Eq. (13))."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -102,12 +102,16 @@ class TargetedSegmentation(Victim):
     Args:
         network: g.
         source, target, arguments: those of `TargetedSegmentationArguments`.
+        others: more networks of the same classes; one of all is drawn for every batch, misled in its own view of it.
     """
 
-    def __init__(self, network: Segmenter, source: str, target: str, **arguments: Any) -> None:
+    def __init__(
+        self, network: Segmenter, source: str, target: str, *, others: Sequence[Segmenter] = (), **arguments: Any
+    ) -> None:
         settings = TargetedSegmentationArguments(source=source, target=target, **arguments)
         super().__init__(varied=settings.varied)
         self.network, self.settings = network, settings
+        self.networks = nn.ModuleList([network, *others])
         self.colour = [value / 255 for value in bytes.fromhex(settings.colour[1:])]
         self.acts_on = f"class {source}"
         self.source, self.target = network.ids(source), network.ids(target)[0]
@@ -142,9 +146,11 @@ class TargetedSegmentation(Victim):
         void = 1 - sum(shares.values())
         return present, shares | ({"void": void} if void > 1e-6 else {})
 
-    def goal(self, scene: Scene) -> tuple[Tensor, Tensor]:
-        """eta(g(x)), (b, h, w), and where it differs from g(x)."""
-        classes = self.network.predict(scene.x) if scene.classes is None else scene.classes
+    def goal(self, scene: Scene, network: Segmenter | None = None) -> tuple[Tensor, Tensor]:
+        """eta(g(x)), (b, h, w), and where it differs from g(x); of another network than the first if one is given."""
+        network = network or self.network
+        known = scene.classes if network is self.network else None
+        classes = network.predict(scene.x) if known is None else known
         changed = _among(classes, scene.acting)
         return torch.where(changed, self.target, classes), changed
 
@@ -156,8 +162,9 @@ class TargetedSegmentation(Victim):
 
     def cross_entropy(self, scene: Scene, x_hat_p: Images) -> Tensor:
         """Eq. (11)."""
-        goal, changed = self.goal(scene)
-        logits = self.network(self.shown(x_hat_p))
+        network = self._drawn()
+        goal, changed = self.goal(scene, network)
+        logits = network(self.shown(x_hat_p))
         if self.settings.shift:
             lowered = self.settings.shift * F.one_hot(goal.new_full((), self.target), logits.shape[1]).to(logits)
             logits = logits - lowered[None, :, None, None] * changed[:, None]
@@ -165,6 +172,12 @@ class TargetedSegmentation(Victim):
         if not self.settings.balanced:
             return loss.mean()
         return _mean(loss, changed) + _mean(loss, ~changed)
+
+    def _drawn(self) -> Segmenter:
+        """One of the networks; a single one draws no random number."""
+        drawn = int(torch.randint(len(self.networks), ())) if len(self.networks) > 1 else 0
+        network: Segmenter = self.networks[drawn]  # type: ignore[assignment]
+        return network
 
     def distance_to_target(self, scene: Scene, x_hat_p: Images) -> Tensor:
         """Of the decoded source pixels from the target's colour; 0 for images without either."""

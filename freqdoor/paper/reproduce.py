@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from freqdoor.attack.networks import load_network
+from freqdoor.attack.networks import load_network, names_of
 from freqdoor.attack.plant import plant
 from freqdoor.attack.planted import MANIFEST, Planted, load_planted, unplanted
 from freqdoor.attack.settings import OBJECTIVES, AttackSettings, CodecSource, PlantSettings
@@ -264,7 +264,7 @@ def _check(plan: Plan) -> None:
                     f"row {row.name!r}: expected the network that {attack.name} is against, found none; give one as "
                     "--set network=SPEC.toml=FILE"
                 )
-            networks |= {str(network)} if network else set()
+            networks |= set(names_of(str(network))) if network else set()
             attacks.setdefault(attack.name, []).append(attack)
         attacks.setdefault(OWN, []).extend(planned[:1])
     for measurement in recipe.measurements:
