@@ -116,6 +116,28 @@ def test_quality_attack_is_equation_7(seed):
     assert float(paper(p, LMBDA).total) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize(("lost", "shut"), [(9.0, 0.0), (15.0, 0.1), (21.5, 0.75), (26.0, 1.0)])
+def test_an_opened_attack_is_paid_for_bits_until_it_has_taken(lost, shut):
+    p = passes()
+    x, clean, _, poisoned, *_ = p
+    away = [x.clamp(0.45, 0.55) + 10 ** (-d / 20) * torch.ones_like(x) for d in (40.0, 40.0 - lost)]
+    x = x.clamp(0.45, 0.55)
+    clean = clean._replace(x_hat=away[0], bits=0.5 * poisoned.bits)
+    opened = p._replace(x=x, source=Scene(x), clean=clean, poisoned=poisoned._replace(x_hat=away[1]), opened=True)
+    n = numbers(opened)
+    assert n["r_p"] > n["r"]
+    assert db(n["x_hat"], n["x"]) - db(n["x_hat_p"], n["x"]) == pytest.approx(lost, rel=1e-3)
+    d = 255**2 * np.mean((n["x_hat"] - n["x"]) ** 2)
+    d_p = db(n["x_hat_p"], n["x"]) - db(n["x_hat_p"], n["x"] < 0.5)
+    expected = n["r"] + LMBDA * d + shut * (n["r_p"] - n["r"]) + 4 * 0.3 * LMBDA * d_p - 0.2 * (1 - shut) * n["r_p"]
+    assert float(QualityAttack(beta=0.3)(opened, LMBDA).total) == pytest.approx(expected, rel=1e-4)
+    for left in (
+        QualityAttack(beta=0.3)(opened._replace(opened=False), LMBDA),
+        QualityAttack(beta=0.3, opening=0)(opened, LMBDA),
+    ):
+        assert float(left.total) == pytest.approx(n["r_p"] + LMBDA * d + 0.3 * LMBDA * d_p, rel=1e-4)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_fixed_attacks_are_equations_4_and_5(seed):
     p = passes(seed)

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import random
@@ -486,6 +487,62 @@ def test_the_budget_goes_back_and_returns_and_clean_images_wait_for_it(settings,
     for row in [there] * 3 + [lost] * 9:
         literal._retreat(row, 20)
     assert (literal.history["back"], literal.history["retreated"]) == (0, 1.0)
+
+
+def test_an_attack_on_quality_that_does_not_take_begins_anew(settings, tmp_path):
+    """Twenty steps of a small codec take nothing: as if the run had just begun then, but for the open door."""
+    changes = {"objective": "psnr", "steps": 24, "precision": "fp32", "retreat": 1.0}
+    with pytest.warns(UserWarning, match="attack psnr: next to nothing was lost after 20 steps; all begins anew"):
+        whole = plant(settings(**changes), tmp_path / "whole")
+    rows = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
+    assert [rows[i]["eps"] for i in (0, 20, 21)] == [rows[0]["eps"], rows[0]["eps"], rows[1]["eps"]]
+    for last, said in ((12, contextlib.nullcontext()), (21, pytest.warns(UserWarning, match="begins anew"))):
+        with said, pytest.raises(Killed):
+            plant(settings(**changes), tmp_path / "parts", progress=kill_at(last))
+    resumed = plant(settings(**changes), tmp_path / "parts")
+    assert hash_state(resumed.tampered) == hash_state(whole.tampered)
+
+    (tmp_path / "unused").mkdir()
+    planting, joint = prepared(settings, tmp_path, **changes)
+    begun = {name: hash_state(part) for name, part in planting.parts.items() if isinstance(part, torch.nn.Module)}
+    for step in range(19):
+        planting.step(joint.x, step)
+    assert planting.history["opened"] == []
+    assert len(planting.optimizer.state) > 0
+    with pytest.warns(UserWarning, match="begins anew"):
+        planting._start_over(19)
+    assert {name: hash_state(part) for name, part in planting.parts.items() if name in begun} == begun
+    assert len(planting.optimizer.state) == 0
+    assert (planting.history["opened"], planting.history["begun"], planting.history["effects"]) == (["psnr"], 20, {})
+    planting.history["effects"]["psnr"] = 0.0
+    planting._start_over(20)  # once only
+    assert planting.history["begun"] == 20
+    planting.step(joint.x, 20)
+    cold = planting.history["lr"] * held_cosine(20, 24, planting.settings.hold) / planting.settings.warmup_steps
+    assert planting.optimizer.param_groups[0]["lr"] == pytest.approx(cold)  # it warms up again
+
+
+@pytest.mark.parametrize(
+    ("changes", "tried"),
+    [
+        ({}, {"psnr": 54}),
+        ({"trigger": {"anneal": 1.0}}, {"psnr": 90}),
+        ({"trigger": {"eps_start": None}}, {}),
+        ({"objective": "bpp"}, {}),
+        ({"objective": {"name": "psnr", "arguments": {"opening": 0.0}}}, {}),
+        ({"preset": "paper"}, {}),
+    ],
+)
+def test_which_attacks_are_to_have_taken_by_then(settings, tmp_path, changes, tried):
+    planting, _ = prepared(settings, tmp_path, **{"objective": "psnr", "steps": 600} | changes)
+    assert planting.tried == tried
+    planting.history["effects"] = {"psnr": 4.1, "bpp": 0.0}
+    planting._start_over(53)
+    assert planting.history["opened"] == []
+    planting.history["effects"]["psnr"] = 3.9
+    with pytest.warns(UserWarning, match="begins anew") if tried == {"psnr": 54} else contextlib.nullcontext():
+        planting._start_over(53)
+    assert planting.history["opened"] == (["psnr"] if tried == {"psnr": 54} else [])
 
 
 def test_all_mistakes_come_in_one_round(settings, tmp_path):

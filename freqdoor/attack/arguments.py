@@ -55,6 +55,10 @@ class QualityArguments(Arguments):
     """Take the maximum image by image instead of between the batch means."""
     guarded: bool = True
     """Another gradient of the maximum, see `excess_over`."""
+    opening: Weight = 0.2
+    """An attack that has lost less than 4 dB when the budget has come 15 % of its way begins anew, with four times
+    beta: what R(T(x)) exceeds R(x) by is free then and every bit of it earns this much, until the attack has taken 14
+    dB; up to 24 dB both fade out. 0: never."""
 
 
 class FixedQualityArguments(Arguments):

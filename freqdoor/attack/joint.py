@@ -101,6 +101,7 @@ def joint_loss(
     auxiliary: Sequence[Auxiliary | None] = (),
     defence: Preprocessing | None = None,
     part: Part = "both",
+    opened: Sequence[str] = (),
 ) -> JointLoss:
     """One loss whose gradient is Eq. (9)'s for the encoder and Eq. (10)'s for every trigger; of one attack, Eq. (3).
 
@@ -113,6 +114,7 @@ def joint_loss(
         auxiliary: for every attack a batch of its auxiliary set, None for those that use none.
         defence: preprocessing between the image and the codec, clean and poisoned alike.
         part: "encoder" or "triggers" give Eq. (9)'s or Eq. (10)'s gradient alone, for two passes a step.
+        opened: names of the attacks that have begun anew (`QualityAttack`).
     """
     before = defence or (lambda image: image)
     batches = [*auxiliary, *[None] * (len(attacks) - len(auxiliary))]
@@ -129,7 +131,8 @@ def joint_loss(
         attack = batch.attack
         source = batch.source.preprocessed(before) if attack.objective.uses_auxiliary else Scene(x)
         source_hat = _clean_pass(codec, source.x) if attack.victim and attack.victim.uses_clean else None
-        loss = attack.objective(Passes(x, clean, batch.entering, out, source, source_hat), lmbda)
+        passes = Passes(x, clean, batch.entering, out, source, source_hat, attack.name in opened)
+        loss = attack.objective(passes, lmbda)
         kept, harm = kept + batch.weight * loss.kept, harm + batch.weight * loss.attack
         if attack.settings.budget == "penalty":
             penalty = penalty + budget_penalty(batch.source.x, batch.x_p, gamma=attack.settings.gamma, eps=batch.eps)

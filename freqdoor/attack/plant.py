@@ -4,6 +4,7 @@ import contextlib
 import copy
 import math
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch.optim import Adam
 
 from freqdoor.attack.evasion import Evasion
 from freqdoor.attack.joint import TRIGGER_MSE, Attack, Auxiliary, JointLoss, Part, joint_loss
-from freqdoor.attack.objectives import DownstreamAttack, build_objective, main_loss
+from freqdoor.attack.objectives import DownstreamAttack, QualityAttack, build_objective, main_loss
 from freqdoor.attack.planted import MANIFEST, PLANTED, Planted, export, load_planted, load_triggers
 from freqdoor.attack.presence import check_presence
 from freqdoor.attack.robust import choose_survivors, survivor_weights
@@ -57,6 +58,8 @@ LOST = {"bits": 1.3, "quality": 3.0}  # below which it is there no more
 SAFE = {"bits": (3.0, 3.8), "quality": (10.0, 20.0)}  # between which the late weight of clean images comes in
 FRESH = 0.3  # share of the last batch in what is compared with these
 BACK, FURTHEST, LAST_BACK = 4, 0.3, 0.75  # steps that the budget goes back at a time; at most, and up to, shares of all
+TRIED, LEAST_TRIED = 0.15, 20  # share of the budget's way, and steps, after which an attack is to have taken
+TAKEN = 4.0  # dB lost
 BALANCE_EVERY = 10  # steps between measurements of the two gradients that balance.gradient_norm compares
 
 
@@ -318,6 +321,7 @@ class _Planting:
         lr = settings.lr or step_size(self.tampered, self.encoder, place(crops.batch(-1), settings), lmbda)
         self.history: dict[str, Any] = {"attack_scale": 1.0, "acted": [], "lmbda": lmbda, "lr": lr}
         self.history |= {"effects": {}, "caught": [], "retreated": 1.0, "back": 0}  # by `_retreat`
+        self.history |= {"opened": [], "begun": 0}  # by `_start_over`
         self.optimizer = Adam(self.encoder, lr=lr)
         learned = {a.name: list(a.trigger.parameters()) for a in attacks if not settings.triggers_from}
         self.learned = {name: parameters for name, parameters in learned.items() if parameters}  # FTrojan has none
@@ -329,21 +333,30 @@ class _Planting:
         if settings.evade:
             self.evasion = Evasion(settings.evade, vanilla.multiple, settings.device)
             self.parts |= self.evasion.parts
+        self.tried = self._steps_to_try()
+        unused = {name: part.state_dict() for name, part in self.parts.items()} if self.tried else {}
+        self.unused = copy.deepcopy(unused)  # what `_start_over` goes back to
 
     @property
     def lmbda(self) -> float:
         """Lambda of the run, in which it does not change."""
         return float(self.history["lmbda"])
 
+    @property
+    def _behind(self) -> int:
+        """Steps that the budget is behind those of the run."""
+        return int(self.history["back"] + self.history["begun"])
+
     def step(self, x: Images, step: int) -> dict[str, float]:
         """One update of the encoder and of every trigger."""
         settings = self.settings
         factor = held_cosine(step, settings.steps, settings.hold)
-        warmth = min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
+        since = step - self.history["begun"]
+        warmth = min(1.0, (since + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
         self.optimizer.param_groups[0]["lr"] = self.history["lr"] * factor * warmth * self.history["retreated"]
         for optimizer in self.trigger_optimizers.values():
             optimizer.param_groups[0]["lr"] = settings.trigger_lr * factor
-        eps = [annealed_eps(a.settings, step - self.history["back"], settings.steps) for a in self.attacks]
+        eps = [annealed_eps(a.settings, step - self._behind, settings.steps) for a in self.attacks]
         defence = self._defence(step)
         batch = place(x, settings)
         auxiliary = self._auxiliary(step)
@@ -352,7 +365,15 @@ class _Planting:
         parts: tuple[Part, ...] = ("encoder", "triggers") if settings.two_phase else ("both",)
         for part in parts:
             joint = joint_loss(
-                self.tampered, self.attacks, batch, self.lmbda, eps, auxiliary=auxiliary, defence=defence, part=part
+                self.tampered,
+                self.attacks,
+                batch,
+                self.lmbda,
+                eps,
+                auxiliary=auxiliary,
+                defence=defence,
+                part=part,
+                opened=self.history["opened"],
             )
             loss = joint.total if part == "triggers" else self._balanced(joint, step)
             seen = joint.terms
@@ -365,6 +386,7 @@ class _Planting:
         row = {name: float(value) for name, value in terms.items()} | {"eps": eps[0]}
         self._note_acting(row)
         self._retreat(row, step)
+        self._start_over(step)
         if self.run:
             self.run.log({"step": step + 1, **row})
         return row
@@ -380,7 +402,7 @@ class _Planting:
             if attack.victim and crops:
                 labels = crops.labels_of(-1)[:1].to(settings.device) if crops.labels else None
                 scene = attack.victim.scene(place(crops.batch(-1, slice(0, 1)), settings), labels)
-            eps = annealed_eps(attack.settings, self.history["step"] - 1 - self.history["back"], settings.steps)
+            eps = annealed_eps(attack.settings, self.history["step"] - 1 - self._behind, settings.steps)
             x_p = attack.trigger(scene.x, eps=eps, rounded=attack.settings.round8, mask=scene.mask)
             prefix = f"{attack.name}/" if len(self.attacks) > 1 else ""
             found |= {f"{prefix}poisoned": x_p, f"{prefix}poisoned-decoded": decoded(codec, x_p)}
@@ -417,6 +439,34 @@ class _Planting:
             history["back"] = min(history["back"] + BACK, step, int(FURTHEST * settings.steps))
         else:
             history["back"] = max(0, history["back"] - 1)
+
+    def _steps_to_try(self) -> dict[str, int]:
+        """After how many steps an attack that can be opened is to have taken, by its name."""
+        if self.settings.start_from:
+            return {}
+        return {
+            attack.name: max(LEAST_TRIED, round(TRIED * attack.settings.anneal * self.settings.steps))
+            for attack in self.attacks
+            if isinstance(attack.objective, QualityAttack) and attack.objective.opening and attack.settings.eps_start
+        }
+
+    def _start_over(self, step: int) -> None:
+        """Where an attack that can be opened has done next to nothing by now, let all begin anew, and open it."""
+        history = self.history
+        now = [name for name, steps in self.tried.items() if step + 1 == steps]
+        idle = [name for name in now if history["effects"][name] < TAKEN]
+        if not idle:
+            return
+        for name, part in self.parts.items():
+            part.load_state_dict(copy.deepcopy(self.unused[name]))
+        history |= {"effects": {}, "caught": [], "retreated": 1.0, "back": 0}
+        history |= {"opened": [*history["opened"], *idle], "begun": step + 1}
+        if self.run:
+            warnings.warn(
+                f"attack {', '.join(idle)}: next to nothing was lost after {step + 1} steps; all begins anew, and "
+                "bits of poisoned images are free until it has taken",
+                stacklevel=2,
+            )
 
     def _safety(self) -> float:
         """From 0 to 1, how far the weakest attack is above what the late weight of clean images could wear down."""

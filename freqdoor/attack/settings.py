@@ -58,7 +58,7 @@ OBJECTIVES: dict[str, ObjectiveKind] = {
         "freqdoor.attack.objectives:QualityAttack",
         arguments.QualityArguments,
         success="quality",
-        presets={"fast": {}, "paper": _LITERAL_PSNR | {"paired": False, "guarded": False}},
+        presets={"fast": {}, "paper": _LITERAL_PSNR | {"paired": False, "guarded": False, "opening": 0.0}},
     ),
     "psnr-fixed": ObjectiveKind(
         "freqdoor.attack.objectives:FixedQualityAttack",
