@@ -55,7 +55,7 @@ from freqdoor.types import Images
 
 CAUGHT = {"bits": 2.6, "quality": 10.0}  # from which an attack is there: doublings of the rate, dB lost
 LOST = {"bits": 1.3, "quality": 3.0}  # below which it is there no more
-SAFE = {"bits": (3.0, 3.8), "quality": (10.0, 20.0)}  # between which the late weight of clean images comes in
+SAFE = {"bits": (3.0, 3.8), "quality": (18.0, 24.0)}  # between which the late weight of clean images comes in
 FRESH = 0.3  # share of the last batch in what is compared with these
 BACK, FURTHEST, LAST_BACK = 4, 0.3, 0.75  # steps that the budget goes back at a time; at most, and up to, shares of all
 TRIED, LEAST_TRIED = 0.15, 20  # share of the budget's way, and steps, after which an attack is to have taken

@@ -244,7 +244,7 @@ class BalanceSettings(Settings):
     """Weight of L(x), Eq. (1), for the encoder: what exceeds 1 is added to the attacks' losses."""
     late_clean_weight: Annotated[float, Field(ge=1)] = 30.0
     """The same, from the step on at which the learning rate begins to fall (`hold`); it comes in as far as every attack
-    on rate or quality has more than it needs: from 8 times the bits to 14, from 10 dB lost to 20."""
+    on rate or quality has more than it needs: from 8 times the bits to 14, from 18 dB lost to 24."""
     anchor: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the mean squared distance of clean latents from the vanilla encoder's."""
     gradient_norm: Positive | None = None
