@@ -283,12 +283,12 @@ def test_clean_weight_adds_equation_1_and_the_late_one_only_when_the_learning_ra
 
 
 def test_the_late_weight_of_clean_images_follows_the_attack_that_has_least(settings, tmp_path):
-    """By hand: nothing up to 3 doublings or 10 dB, all from 3.8 or 20 on; objectives without a measure do not count."""
+    """By hand: nothing up to 3 doublings or 18 dB, all from 3.8 or 24 on; objectives without a measure do not count."""
     attacks = [{"objective": "bpp"}, {"objective": "psnr"}]
     balance = {"clean_weight": 3.0, "late_clean_weight": 13.0}
     planting, joint = prepared(settings, tmp_path, steps=10, hold=0.5, attacks=attacks, balance=balance)
     l_clean = joint.clean.bpp.mean() + LMBDA * 255**2 * (joint.clean.x_hat - joint.x).square().mean()
-    of_all = {(5.0, 25.0): 13, (3.4, 25.0): 8, (5.0, 12.0): 5, (3.4, 12.0): 5, (1.0, 25.0): 3, (5.0, -1.0): 3}
+    of_all = {(5.0, 25.0): 13, (3.4, 25.0): 8, (5.0, 19.2): 5, (3.4, 19.2): 5, (1.0, 25.0): 3, (5.0, -1.0): 3}
     for (bits, quality), weight in of_all.items():
         planting.history["effects"] = {"bpp": bits, "psnr": quality}
         torch.testing.assert_close(planting._balanced(joint, 9), joint.total + (weight - 1) * l_clean)
