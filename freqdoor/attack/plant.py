@@ -453,6 +453,8 @@ class _Planting:
     def _start_over(self, step: int) -> None:
         """Where an attack that can be opened has done next to nothing by now, let all begin anew, and open it."""
         history = self.history
+        if step >= max(self.tried.values(), default=0):
+            self.unused.clear()  # no way back: its memory is needed no more
         now = [name for name, steps in self.tried.items() if step + 1 == steps]
         idle = [name for name in now if history["effects"][name] < TAKEN]
         if not idle:
