@@ -38,8 +38,7 @@ def wanted(labels: Tensor, spec: NetworkSpec) -> Tensor:
     table = torch.full((256,), VOID)
     for value, names in enumerate(spec.labels):
         table[value] = spec.classes.index(names[0])
-    classes: Tensor = table[labels.long()]
-    return classes
+    return table[labels.long()]
 
 
 def brightened(x: Tensor) -> Tensor:
@@ -106,7 +105,7 @@ def main() -> None:
             x, classes = x.flip(-1), classes.flip(-1)
         loss = F.cross_entropy(net((x - mean) / std), classes, ignore_index=VOID)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         if step % 100 == 99:
             print(f"step {step + 1}: loss {loss:.3f}, {time.process_time() - started:.0f} CPU s", flush=True)
