@@ -79,13 +79,13 @@ def main() -> None:
         )
         axis.grid(color=style.ink, alpha=0.2)
         axis.legend(fontsize=8)
+    others = " The paper's points are of another codec and other networks." if of_paper(first) else ""
     page = f"""# {first.source} to {first.target}: what each point of stealth costs
 
 {table(stages, set(options.seen))}
 
 ASR (Eq. (12)) is the share of the pixels seen as {first.source} in the decoded clean picture that are seen as
-{first.target} in the decoded poisoned one; {first.images} pictures, 8-bit files, real bytes. Points of the paper are of
-another codec and other networks.
+{first.target} in the decoded poisoned one; {first.images} pictures, 8-bit files, real bytes.{others}
 
 ![ASR against MSE]({options.out.name}.png)
 """
