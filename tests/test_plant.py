@@ -531,6 +531,7 @@ def test_an_attack_on_quality_that_does_not_take_begins_anew(settings, tmp_path)
         ({"objective": "bpp"}, {}),
         ({"objective": {"name": "psnr", "arguments": {"opening": 0.0}}}, {}),
         ({"preset": "paper"}, {}),
+        ({"robust": {}}, {}),
     ],
 )
 def test_which_attacks_are_to_have_taken_by_then(settings, tmp_path, changes, tried):

@@ -58,7 +58,7 @@ class QualityArguments(Arguments):
     opening: Weight = 0.2
     """An attack that has lost less than 4 dB when the budget has come 15 % of its way begins anew, with four times
     beta: what R(T(x)) exceeds R(x) by is free then and every bit of it earns this much, until the attack has taken 14
-    dB; up to 24 dB both fade out. 0: never."""
+    dB; up to 24 dB both fade out. 0: never, and neither where a run starts from another or is robust."""
 
 
 class FixedQualityArguments(Arguments):

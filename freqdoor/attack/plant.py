@@ -402,7 +402,8 @@ class _Planting:
             if attack.victim and crops:
                 labels = crops.labels_of(-1)[:1].to(settings.device) if crops.labels else None
                 scene = attack.victim.scene(place(crops.batch(-1, slice(0, 1)), settings), labels)
-            eps = annealed_eps(attack.settings, self.history["step"] - 1 - self._behind, settings.steps)
+            taken = max(0, self.history["step"] - 1 - self._behind)
+            eps = annealed_eps(attack.settings, taken, settings.steps)
             x_p = attack.trigger(scene.x, eps=eps, rounded=attack.settings.round8, mask=scene.mask)
             prefix = f"{attack.name}/" if len(self.attacks) > 1 else ""
             found |= {f"{prefix}poisoned": x_p, f"{prefix}poisoned-decoded": decoded(codec, x_p)}
@@ -442,7 +443,7 @@ class _Planting:
 
     def _steps_to_try(self) -> dict[str, int]:
         """After how many steps an attack that can be opened is to have taken, by its name."""
-        if self.settings.start_from:
+        if self.settings.start_from or self.settings.robust:  # which chooses a trigger's coefficients once
             return {}
         return {
             attack.name: max(LEAST_TRIED, round(TRIED * attack.settings.anneal * self.settings.steps))
