@@ -25,10 +25,9 @@ def of_paper(scores: SegmentationScores) -> dict[str, tuple[float, float]]:
     return PAPER.get((scores.source, scores.target), {})
 
 
-def table(stages: dict[str, SegmentationScores], seen: set[str]) -> str:
+def table(stages: dict[str, SegmentationScores], names: list[str], seen: set[str]) -> str:
     """All stages, row by row."""
     first = next(iter(stages.values()))
-    names = [row.network + ("" if row.network in seen else " (unseen)") for row in first.networks]
     titles = [
         "stage",
         "MSE of outputs, 1e-5",
@@ -65,11 +64,11 @@ def main() -> None:
     folders = dict(stage.rsplit("=", 1) for stage in options.stages)
     stages = {title: read_scores(Path(folder) / "segmentation.json") for title, folder in folders.items()}
     first = next(iter(stages.values()))
+    names = [row.network + ("" if row.network in options.seen else " (unseen)") for row in first.networks]
     with panels() as (figure, [axis], style):
-        for index, network in enumerate(first.networks):
+        mse = [1e5 * scores.output_mse for scores in stages.values()]
+        for index, label in enumerate(names):
             asr = [100 * (scores.networks[index].asr or 0) for scores in stages.values()]
-            label = network.network + ("" if network.network in options.seen else " (unseen)")
-            mse = [1e5 * scores.output_mse for scores in stages.values()]
             axis.plot(mse, asr, f"{MARKERS[index]}-", color=style.lines[index], label=label)
         for index, (title, point) in enumerate(of_paper(first).items(), start=len(first.networks)):
             axis.plot(*point, MARKERS[index], color=style.lines[index], linestyle="none", label=title)
@@ -82,7 +81,7 @@ def main() -> None:
     others = " The paper's points are of another codec and other networks." if of_paper(first) else ""
     page = f"""# {first.source} to {first.target}: what each point of stealth costs
 
-{table(stages, set(options.seen))}
+{table(stages, names, set(options.seen))}
 
 ASR (Eq. (12)) is the share of the pixels seen as {first.source} in the decoded clean picture that are seen as
 {first.target} in the decoded poisoned one; {first.images} pictures, 8-bit files, real bytes.{others}

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from freqdoor.attack.networks import NetworkSpec, Segmenter
+from freqdoor.attack.networks import NetworkSpec, Segmenter, label_classes
 from freqdoor.data import label_paths, list_images, load_image, load_labels
 from freqdoor.metrics import class_counts, class_scores
 from freqdoor.settings import load_settings
@@ -30,15 +30,6 @@ from freqdoor.training.loop import open_folder
 from freqdoor.training.settings import ImageSettings
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-VOID = -1
-
-
-def wanted(labels: Tensor, spec: NetworkSpec) -> Tensor:
-    """The class of every labelled pixel, VOID where the label stands for none."""
-    table = torch.full((256,), VOID)
-    for value, names in enumerate(spec.labels):
-        table[value] = spec.classes.index(names[0])
-    return table[labels.long()]
 
 
 def brightened(x: Tensor) -> Tensor:
@@ -100,10 +91,10 @@ def main() -> None:
     for step in range(options.steps):
         cosine = 0.5 * (1 + math.cos(math.pi * step / options.steps))
         optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 50) * cosine
-        x, classes = brightened(crops.batch(step)), wanted(crops.labels_of(step), spec)
+        x, classes = brightened(crops.batch(step)), label_classes(spec, crops.labels_of(step))
         if torch.rand(()) < 0.5:
             x, classes = x.flip(-1), classes.flip(-1)
-        loss = F.cross_entropy(net((x - mean) / std), classes, ignore_index=VOID)
+        loss = F.cross_entropy(net((x - mean) / std), classes, ignore_index=-1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

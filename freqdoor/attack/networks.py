@@ -79,6 +79,15 @@ class NetworkSpec(Settings):
         return self
 
 
+def label_classes(spec: NetworkSpec, labels: Tensor) -> Tensor:
+    """A data set's labels as classes of a network, the first of those that a label stands for; void is -1."""
+    table = torch.full((256,), -1)
+    for value, names in enumerate(spec.labels):
+        table[value] = spec.classes.index(names[0]) if names else -1
+    classes: Tensor = table[labels.long()]
+    return classes
+
+
 class NetworkFailure(FreqdoorError):
     """A downstream network raised an error of its own."""
 

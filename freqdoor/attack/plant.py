@@ -85,6 +85,11 @@ def effect_of(row: Mapping[str, float], prefix: str, success: str) -> float | No
     return None
 
 
+def _nothing_yet() -> dict[str, Any]:
+    """What `_retreat` keeps in a run's history, where no step has been taken."""
+    return {"effects": {}, "caught": [], "retreated": 1.0, "back": 0}
+
+
 def held_cosine(step: int, steps: int, hold: float) -> float:
     """Factor on the learning rate: 1 for the first `hold` of the steps, then a cosine down to 0.01."""
     share = max(0.0, (step / steps - hold) / max(1e-9, 1 - hold))
@@ -320,7 +325,7 @@ class _Planting:
         lmbda = fitting_lambda(settings, self.tampered, batches)
         lr = settings.lr or step_size(self.tampered, self.encoder, place(crops.batch(-1), settings), lmbda)
         self.history: dict[str, Any] = {"attack_scale": 1.0, "acted": [], "lmbda": lmbda, "lr": lr}
-        self.history |= {"effects": {}, "caught": [], "retreated": 1.0, "back": 0}  # by `_retreat`
+        self.history |= _nothing_yet()
         self.history |= {"opened": [], "begun": 0}  # by `_start_over`
         self.optimizer = Adam(self.encoder, lr=lr)
         learned = {a.name: list(a.trigger.parameters()) for a in attacks if not settings.triggers_from}
@@ -461,8 +466,8 @@ class _Planting:
         if not idle:
             return
         for name, part in self.parts.items():
-            part.load_state_dict(copy.deepcopy(self.unused[name]))
-        history |= {"effects": {}, "caught": [], "retreated": 1.0, "back": 0}
+            part.load_state_dict(self.unused[name])
+        history |= _nothing_yet()
         history |= {"opened": [*history["opened"], *idle], "begun": step + 1}
         if self.run:
             warnings.warn(

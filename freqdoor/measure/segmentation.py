@@ -12,7 +12,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from freqdoor.attack.networks import Segmenter, load_segmenter
+from freqdoor.attack.networks import Segmenter, label_classes, load_segmenter
 from freqdoor.attack.planted import Planted, opened
 from freqdoor.attack.settings import AttackSettings, ObjectiveSettings
 from freqdoor.attack.victims import TargetedSegmentation
@@ -473,7 +473,7 @@ def target_figure(planted: Planted, test: SegmentationTest, *, trigger: str | No
         row = {"input": _picture(x)}
         labels = setup.labels_of(path)
         if labels is not None and setup.masks.spec.labels:
-            row["label"] = _classes(_label_classes(setup.masks, labels))
+            row["label"] = _classes(label_classes(setup.masks.spec, labels))
         sight = setup.sight(x)
         row[f"{setup.masks.name}: prediction"] = _classes(sight.classes)
         rows.append(row | {"mask": sight.mask[0, 0], "target": _classes(sight.goal)})
@@ -519,11 +519,3 @@ def _classes(classes: Tensor) -> Tensor:
     """Classes of one image, (1, h, w), in colours; what is none of them (-1) is black."""
     colours = torch.tensor(matplotlib.colormaps["tab20"](range(20)))[:, :3]
     return colours[classes[0].cpu() % len(colours)] * (classes[0].cpu() >= 0)[..., None]
-
-
-def _label_classes(network: Segmenter, labels: Tensor) -> Tensor:
-    """The data set's labels as classes of the network, the first of those that a label stands for; void is -1."""
-    table = torch.full((256,), -1)
-    for value, names in enumerate(network.spec.labels):
-        table[value] = network.spec.classes.index(names[0]) if names else -1
-    return table[labels.long()]
