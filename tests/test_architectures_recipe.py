@@ -103,6 +103,40 @@ def test_the_minutes_are_those_that_the_codec_s_file_says(made, pictures, tmp_pa
     assert module._as_trained(member, codec) == member
 
 
+def test_a_table_in_parts(made, pictures, tmp_path):
+    """What the fleet lacks stays as the earlier table says, unless its codec was trained anew; no part is measured."""
+    out = tmp_path / "out"
+    table = reproduce("architectures", images=pictures, out=out, runs=made, add=True)  # with nothing to add to
+    first = json.loads((out / "architectures.json").read_text())
+    assert not first["earlier"]
+    for name, other in (("elsewhere", "an older processor"), ("own", None)):
+        part = json.loads(json.dumps(first))
+        part["codecs"][0]["name"] = part["rows"][0]["codec"] = name
+        part["rows"][0]["member"] = f"{name}-psnr-2"
+        part["rows"][0]["clean"]["psnr_db"] = 12.34
+        part["environment"]["processor"] = other
+        if name == "own":
+            part["rows"][0]["header"]["modules_before"]["g_a"] = "0"
+        (out / "architectures.json").write_text(json.dumps(part))
+        added = reproduce("architectures", images=pictures, out=out, runs=made, add=True, force=True)
+        result = Architectures.read(out / "architectures.json", "")
+        page = (out / "architectures.md").read_text()
+        assert result.earlier == (Architectures.model_validate(part).environment,)
+        if name == "own":
+            assert added == table
+            assert "12.34" not in page
+        else:
+            assert list(added) == ["elsewhere, psnr", "own, psnr"]
+            assert added["own, psnr"] == table["own, psnr"]
+            assert added["elsewhere, psnr"]["clean dB"].mean == 12.34
+            assert [codec.name for codec in result.codecs] == ["elsewhere", "own"]
+            assert "measured on\nan older processor, " in page
+    assert reproduce("architectures", images=pictures, out=out, runs=made) == table
+    assert not Architectures.read(out / "architectures.json", "").earlier
+    with pytest.raises(FreqdoorError, match=r"table of the same images to add rows to, found 0\.png, 1\.png; give"):
+        reproduce("architectures", images=pictures / "0.png", out=out, runs=made, add=True)
+
+
 def test_what_cannot_be_a_table(made, pictures, tmp_path, monkeypatch):
     def write(**options):
         reproduce_architectures(made, tmp_path / "other", images=pictures, **options)

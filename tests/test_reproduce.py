@@ -581,6 +581,69 @@ def test_only_the_rows_that_are_named(run, base):
         run("small", base, rows=["x", "LIRA"])
 
 
+@pytest.mark.usefixtures("_recipe")
+def test_a_table_in_parts(run, base, tmp_path, counted):
+    """Rows that are not asked for stay, where codec, settings and images are the same; others are refused at once."""
+    out = tmp_path / "out"
+    whole = run("small", base, seeds=2, runs=tmp_path / "whole")
+    complete = json.loads((out / "small.json").read_text())
+    for name in ("md", "json", "png"):
+        (out / f"small.{name}").unlink()
+    run("small", base, seeds=2, rows=["universal"], add=True)  # to nothing
+    part = json.loads((out / "small.json").read_text())
+    assert "earlier" not in part
+    part["environment"]["commit"] = "before"
+    (out / "small.json").write_text(json.dumps(part))
+    planted = len(counted)
+    table = run("small", base, rows=["ours", "vanilla"], add=True, force=True)
+    assert [settings.steps for settings in counted[planted:]] == [2]
+    assert list(table) == ["vanilla", "ours", "universal"]
+    assert table["universal"] == whole["universal"]
+    assert table["ours"]["clean dB"].values == whole["ours"]["clean dB"].values[:1]
+    content = json.loads((out / "small.json").read_text())
+    assert content["earlier"] == [part["environment"]]
+    assert len(content["seconds_planting"]) == 3
+    page = (out / "small.md").read_text()
+    assert "over 2 seed(s) from 0 on" in page
+    assert "Of fewer seeds: vanilla (1), ours (1)." in page
+    assert "3 plantings" in page
+    assert "\nMade in 2 parts, with freqdoor at before, " in page
+    assert run("small", base, seeds=2, rows=["ours", "vanilla"], add=True) == whole
+    content = json.loads((out / "small.json").read_text())
+    assert {k: content[k] for k in ("table", "settings", "images")} == {
+        k: complete[k] for k in ("table", "settings", "images")
+    }
+    assert content["earlier"][0]["commit"] == "before"
+    kept, planted = contents(out), len(counted)
+    with pytest.warns(UserWarning, match="stays as it is"):
+        late = run("small", base, rows=["ours"], budget=0, runs=tmp_path / "x")
+    assert not late["ours"]
+    assert contents(out) == kept
+    for other, words in (
+        ({"steps": 3}, r"one of other steps; give another --out"),
+        ({"lr": 0.5, "lmbda": 0.5}, "one of other lmbda, lr;"),
+    ):
+        with pytest.raises(FreqdoorError, match=words):
+            run("small", base.model_copy(update=other), rows=["ours"], add=True)
+    with pytest.raises(FreqdoorError, match="one of other images;"):
+        run("small", base, rows=["ours"], images=list_images(Path(base.images.folder))[:1], add=True)
+    assert len(counted) == planted
+    for damaged in ("[]", "{", "{}", json.dumps(content | {"table": {"ours": 3}})):
+        (out / "small.json").write_text(damaged)
+        with pytest.raises(FreqdoorError, match=r"small\.json: expected what `reproduce` wrote, to add rows to"):
+            run("small", base, rows=["ours"], add=True, force=True)
+
+
+def test_rows_that_there_was_no_time_for_do_not_empty_the_earlier_ones():
+    cell, facts = Cell((1.0,), None), tables.Facts(None, [], [], 1, [2.0])
+    now = {"a": {}, "b": {}, "c": {"x": cell}}
+    before = {"a": {"x": cell}, "d": {"x": cell}}
+    known = dataclasses.replace(facts, seeds=3, seconds=[1.0], earlier=["before"])
+    table, both = tables.together(list("dabc"), (now, facts), (before, known))
+    assert (list(table), table["a"], table["b"]) == (list("dabc"), {"x": cell}, {})
+    assert (both.seeds, both.seconds, both.earlier) == (3, [1.0, 2.0], ["before"])
+
+
 def test_bd_rate_of_every_planted_row_over_four_qualities():
     """Clean curves that take 10 % more bits at every PSNR, and poisoned ones far below."""
     table = {}

@@ -56,6 +56,9 @@ def reproduce(
         Path | None,
         typer.Option(help="TOML file of what downstream attacks are measured on: tables segmentation and faces."),
     ] = None,
+    add: Annotated[
+        bool, typer.Option("--add", help="Leave rows of the earlier table that are not asked for as they are.")
+    ] = False,
     force: Force = False,
     overrides: Overrides = None,
 ) -> object:
@@ -82,6 +85,7 @@ def reproduce(
             runner=runner,
             budget=budget,
             test=networks,
+            add=add,
             force=force,
             announce=announce,
             note=note,

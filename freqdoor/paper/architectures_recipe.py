@@ -55,6 +55,7 @@ class Architectures(Result):
     codecs: tuple[MemberFacts, ...]  # how they were trained
     rows: tuple[Attacked, ...]
     environment: Environment = Environment()
+    earlier: tuple[Environment, ...] = ()  # of parts of the table that were made before, oldest first
 
 
 @alone("reproduce")
@@ -65,6 +66,7 @@ def reproduce_architectures(
     images: Path | str | Sequence[Path] | None = None,
     jobs: int | None = None,
     runner: Runner = "local",
+    add: bool = False,
     force: bool = False,
     note: Note | None = None,
 ) -> Table:
@@ -77,18 +79,23 @@ def reproduce_architectures(
         images: what is measured on; by default the six bundled images held out.
         jobs: images measured side by side; by default 1.
         runner: where (`workers`).
+        add: leave what an earlier table in `out` says of members that the fleet does not have, so that the table is
+            made in parts; it must be of the same images.
 
     Returns:
         Of every attack the means that its page shows.
 
     Raises:
-        FreqdoorError: no such fleet, none planted in a member, images that cannot be used, or a file in the way.
+        FreqdoorError: no such fleet, none planted in a member, images that cannot be used, a file in the way, or an
+            earlier table of other images.
     """
     fleet, out, jobs = Path(fleet), Path(out), jobs or 1
     check_workers(jobs, runner)
     paths = usable_images(held_out() if images is None else image_paths(images), decode=True)
     files = [out / f"{ARCHITECTURES}{ending}" for ending in (".md", ".json")]
     check_outputs(files, "reproduce", force=force)
+    names = tuple(path.name for path in paths)
+    before = _earlier(files[1], names) if add else None
     members = {member.name: member for member in Manifest.read(fleet / MANIFEST, "a fleet's manifest").members}
     planted = [member for member in members.values() if member.tampered and member.base]
     if not planted:
@@ -112,12 +119,9 @@ def reproduce_architectures(
             records, journal = encoder_records(encoder, source, asked, paths, kept, pool, note)
             journals.append(journal)
             rows += [_attacked(member, encoder.header, trigger, records) for trigger in encoder.triggers]
-    result = Architectures(
-        images=tuple(path.name for path in paths),
-        codecs=tuple(codecs.values()),
-        rows=tuple(rows),
-        environment=environment(),
-    )
+    result = Architectures(images=names, codecs=tuple(codecs.values()), rows=tuple(rows), environment=environment())
+    if before:
+        result = _together(before, result)
     page, values = files
     write_together(
         {
@@ -128,6 +132,32 @@ def reproduce_architectures(
     for journal in journals:
         journal.remove()
     return table_of(result)
+
+
+def _earlier(path: Path, images: tuple[str, ...]) -> Architectures | None:
+    """The earlier table of the same images, if there is one."""
+    if not path.exists():
+        return None
+    before = Architectures.read(path, "a table of architectures, to add rows to")
+    if before.images != images:
+        raise FreqdoorError(
+            f"{path}: expected a table of the same images to add rows to, found {', '.join(before.images)}; give "
+            "another --out, or leave --add away to make it anew"
+        )
+    return before
+
+
+def _together(before: Architectures, now: Architectures) -> Architectures:
+    """Both tables in one; of what both have, what is measured now, and nothing of a codec that was trained anew."""
+    trained = {codec.name: codec for codec in (*before.codecs, *now.codecs)}
+    old = [row for row in before.rows if row.header.modules_before == trained[row.codec].module_hashes]
+    planted = {(row.member, row.trigger): row for row in (*old, *now.rows)}
+    content = {
+        "rows": tuple(planted.values()),
+        "codecs": tuple(trained.values()),
+        "earlier": (*before.earlier, before.environment),
+    }
+    return now.model_copy(update=content)
 
 
 def _as_trained(member: MemberFacts, codec: Codec) -> MemberFacts:
@@ -170,6 +200,7 @@ def page_of(result: Architectures) -> str:
     where = result.environment
     attacks = "\n".join(_attack_line(row) for row in result.rows)
     codecs = "\n".join(_codec_line(codec) for codec in result.codecs)
+    machines = ", ".join(dict.fromkeys(str(part.processor or part.machine) for part in (*result.earlier, where)))
     cost_db = [row.vanilla.psnr_db - row.clean.psnr_db for row in result.rows]
     cost = [100 * (row.clean.bpp_real / row.vanilla.bpp_real - 1) for row in result.rows]
     lost, added = ", ".join(map("{:.2f}".format, _range(cost_db))), ", ".join(map("{:+.1f}".format, _range(cost)))
@@ -194,7 +225,7 @@ Clean images lose (dB: median over encoders, most) {lost}, and take more bits (%
 {codecs}
 
 Minutes of planting and training are those of the machine that did it; all else was measured on
-{where.processor or where.machine}, torch {where.versions["torch"]}.
+{machines}, torch {where.versions["torch"]}.
 All hashes and settings are in {ARCHITECTURES}.json.
 """
 

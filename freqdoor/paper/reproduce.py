@@ -33,7 +33,7 @@ from freqdoor.paper.defence_recipe import reproduce_defence
 from freqdoor.paper.recipe import OWN, Material, Recipe, Row, recipe_for
 from freqdoor.paper.settings import ARCHITECTURES, DEFENCE, SURVIVAL, recipe_settings
 from freqdoor.paper.survival_recipe import reproduce_survival
-from freqdoor.paper.tables import Cell, Facts, Table, values_in, write
+from freqdoor.paper.tables import Cell, Facts, Table, earlier_part, number_of_values, together, values_in, write
 from freqdoor.samples import held_out
 from freqdoor.settings import file_name, make_settings, merge
 from freqdoor.training.loop import Progress
@@ -82,6 +82,7 @@ def reproduce(
     runner: Runner = "local",
     budget: float | None = None,
     test: DownstreamTest | None = None,
+    add: bool = False,
     force: bool = False,
     announce: Announce | None = None,
     note: Note | None = None,
@@ -92,7 +93,7 @@ def reproduce(
         recipe: one of `recipe_names`, or "defence": `reproduce_defence` on the fleets in the folder `runs`, which takes
             `out`, `jobs`, `runner`, `budget`, `force` and `note` besides; or "survival": `reproduce_survival` on the
             planted encoders in it, which takes `images` instead of `budget`; or "architectures":
-            `reproduce_architectures` on the fleet in it, which takes the same as "survival".
+            `reproduce_architectures` on the fleet in it, which takes the same as "survival", and `add`.
         settings: codec, training images, steps; a row changes what its name says. By default `recipe_settings`.
         images: what is measured on: a folder, a file or several files; by default the six bundled images held out.
         codec: plant in each of these, NAME or NAME=WEIGHTS, instead of in the settings' codec, for curves.
@@ -105,13 +106,15 @@ def reproduce(
         budget: minutes after which nothing new is started; the table then has gaps, does not replace one that has more
             values, and the same call goes on.
         test: what attacks on downstream networks are measured on, for the recipes with such attacks.
+        add: leave the rows of an earlier table in `out` that are not asked for as they are, so that a large table is
+            made in parts; it must be one of the same codecs, settings, images and tests.
         force: overwrite tables and pictures of these names that `reproduce` did not make.
         announce: told what is planted next, and in how many steps, where one encoder is planted after the other.
         note: told which encoder is planted and measured, and how many there are.
 
     Raises:
         FreqdoorError: an unknown recipe, one that needs a test and gets none, unusable images or settings, a file in
-            the way. Earlier tables are replaced together, at the end.
+            the way, an earlier table that nothing can be added to. Earlier tables are replaced together, at the end.
     """
     out, runs = Path(out), Path(runs)
     if recipe == DEFENCE:
@@ -119,7 +122,9 @@ def reproduce(
     if recipe == SURVIVAL:
         return reproduce_survival(runs, out, images=images, jobs=jobs, runner=runner, force=force, note=note)
     if recipe == ARCHITECTURES:
-        return reproduce_architectures(runs, out, images=images, jobs=jobs, runner=runner, force=force, note=note)
+        return reproduce_architectures(
+            runs, out, images=images, jobs=jobs, runner=runner, add=add, force=force, note=note
+        )
     check_workers(1 if jobs is None else jobs, runner)
     if seeds < 1:
         raise FreqdoorError(f"seeds: expected 1 or more, found {seeds}")
@@ -127,26 +132,31 @@ def reproduce(
     base = settings or recipe_settings(None, (), runs)
     paths = usable_images(held_out() if images is None else image_paths(images), decode=True)
     material = Material(tuple(paths), test or DownstreamTest())
-    chosen = _only(recipe_for(recipe, material), rows)
+    whole = recipe_for(recipe, material)
+    chosen = _only(whole, rows)
     codecs = codec_names([codec_source(text) for text in codec] or [base.codec])
     plan = Plan(chosen, base, codecs, bool(codec), range(base.seed, base.seed + seeds))
     _check(plan)
     endings = (*((".png",) if chosen.plot or chosen.picture else ()), ".md", ".json")
     check_outputs([out / f"{recipe}{ending}" for ending in endings], "reproduce", force=force)
+    earlier = out / f"{recipe}.json"
+    facts = Facts(base, list(codecs), paths, seeds, [])
+    before = earlier_part(whole, facts, earlier) if add else ({}, facts)
     remove_leftovers(runs / "records")
     if jobs not in (None, 1) or runner != "local":
         _fill(plan, material, runs, deadline, jobs or 1, runner, note)
         note = None  # all that is left is read
     results = _run(plan, runs, deadline, announce, note)
-    table = _table(plan, results)
-    earlier, count = out / f"{recipe}.json", sum(map(len, results.values.values()))
-    if results.late and values_in(earlier) > count:
+    labels = [plan.label(row, name) for row in whole.rows for name in codecs]
+    table, facts = together(labels, (_table(plan, results), replace(facts, seconds=results.seconds)), before)
+    if results.late and values_in(earlier) > number_of_values(table):
         warnings.warn(
             f"{earlier} has more values than there was time for now, and stays as it is; the same command goes on",
             stacklevel=2,
         )
         return table
-    write(chosen, table, Facts(base, list(codecs), paths, seeds, results.seconds), out, results.picture)
+    made = replace(whole, rows=tuple(row for row in whole.rows if any(plan.label(row, n) in table for n in codecs)))
+    write(made, table, facts, out, results.picture)
     return table
 
 

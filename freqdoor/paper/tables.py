@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ from freqdoor.files import marked_json, marked_markdown, write_together
 from freqdoor.metrics import bd_rate
 from freqdoor.paper.recipe import Recipe
 from freqdoor.plots import Curve, drawn, rd_plot
-from freqdoor.settings import file_name, public
+from freqdoor.settings import file_name, flat, public
 from freqdoor.training.run import environment
 from freqdoor.types import Result
 
 CONFIDENCE = 0.95
+DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)  # what a file that is no table raises
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class Facts:
     images: Sequence[Path]  # measured on
     seeds: int
     seconds: Sequence[float]  # of every planting
+    earlier: Sequence[Any] = ()  # environments of the parts of the table that were made before, oldest first
 
 
 def write(recipe: Recipe, table: Table, facts: Facts, out: Path, picture: Figure | None = None) -> None:
@@ -108,10 +110,58 @@ def write(recipe: Recipe, table: Table, facts: Facts, out: Path, picture: Figure
 def values_in(path: Path) -> int:
     """How many values the cells of a NAME.json have together; 0 if there is no such file."""
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["table"].values()
-        return sum(len(cell["values"]) for cells in rows for cell in cells.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return number_of_values(_rows_in(json.loads(path.read_text(encoding="utf-8"))))
+    except (OSError, *DAMAGE):
         return 0
+
+
+def number_of_values(table: Table) -> int:
+    """How many values the cells of a table have together."""
+    return sum(len(cell.values) for cells in table.values() for cell in cells.values())
+
+
+def _rows_in(content: dict[str, Any]) -> Table:
+    return {
+        row: {title: Cell(tuple(map(float, cell["values"])), cell["paper"]) for title, cell in cells.items()}
+        for row, cells in content["table"].items()
+    }
+
+
+def earlier_part(recipe: Recipe, facts: Facts, path: Path) -> tuple[Table, Facts]:
+    """The rows of an earlier NAME.json that a table of these facts may go on with, and what is known of them.
+
+    Raises:
+        FreqdoorError: the file is damaged, or says other codecs, settings, images or tests.
+    """
+    if not path.exists():
+        return {}, replace(facts, seconds=())
+    now = json.loads(json.dumps(_content(recipe, {}, facts)))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        table = _rows_in(content)
+        differing = [key for key in ("recipe", "codecs", "images", "test") if content[key] != now[key]]
+        before, after = flat(content["settings"]), flat(now["settings"])
+        seconds, environments = content["seconds_planting"], [*content.get("earlier", ()), content["environment"]]
+    except DAMAGE:
+        raise FreqdoorError(f"{path}: expected what `reproduce` wrote, to add rows to") from None
+    differing += sorted(key for key in before | after if before.get(key) != after.get(key))
+    if differing:
+        raise FreqdoorError(
+            f"{path}: expected a table of the same kind to add rows to, found one of other {', '.join(differing)}; "
+            "give another --out, or leave --add away to make it anew"
+        )
+    most = max((len(cell.values) for cells in table.values() for cell in cells.values()), default=0)
+    return table, replace(facts, seeds=most, seconds=seconds, earlier=environments)
+
+
+def together(labels: Sequence[str], now: tuple[Table, Facts], before: tuple[Table, Facts]) -> tuple[Table, Facts]:
+    """A table with the rows that an earlier one has besides; `labels` are those of all rows in their order."""
+    (table, facts), (old, known) = now, before
+    rows = table | old | {label: cells for label, cells in table.items() if cells}
+    both = replace(
+        facts, seeds=max(facts.seeds, known.seeds), seconds=[*known.seconds, *facts.seconds], earlier=known.earlier
+    )
+    return {label: rows[label] for label in labels if label in rows}, both
 
 
 def _page(recipe: Recipe, table: Table, facts: Facts) -> str:
@@ -134,8 +184,16 @@ What differs from the paper: the codec is {", ".join(facts.codecs)}; {base.steps
 preset “{base.preset}”; measured on {len(facts.images)} images.
 {tested}
 Made by `freqdoor reproduce {recipe.name}`: {len(facts.seconds)} plantings, {minutes} in all,
-on {where["threads"]} thread(s), {where["gpu"] or "no GPU"}, torch {where["versions"]["torch"]}.
+on {where["threads"]} thread(s), {where["gpu"] or "no GPU"}, torch {where["versions"]["torch"]}.{_parts(facts, where)}
 """
+
+
+def _parts(facts: Facts, where: dict[str, Any]) -> str:
+    """A sentence on a table that was made in parts."""
+    if not facts.earlier:
+        return ""
+    commits = dict.fromkeys(str(part.get("commit")) for part in (*facts.earlier, where))
+    return f"\nMade in {len(facts.earlier) + 1} parts, with freqdoor at {', '.join(commits)}."
 
 
 def _fewer(table: Table, facts: Facts) -> str:
@@ -156,6 +214,7 @@ def _content(recipe: Recipe, table: Table, facts: Facts) -> dict[str, Any]:
         "test": tests[0] if len(tests) == 1 else tests or None,
         "seconds_planting": [round(value) for value in facts.seconds],
         "environment": to_jsonable_python(environment()),
+        **({"earlier": facts.earlier} if facts.earlier else {}),
         "table": {
             row: {
                 title: {"mean": c.mean, "half_width": c.half_width, "values": c.values, "paper": c.paper}
