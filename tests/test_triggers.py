@@ -12,6 +12,7 @@ from freqdoor.errors import FreqdoorError
 from freqdoor.measure.records import through_png
 from freqdoor.metrics import mse
 from freqdoor.samples import KODAK
+from freqdoor.triggers import base
 from freqdoor.triggers.arguments import TRIGGERS
 from freqdoor.triggers.base import Trigger, budget_penalty
 from freqdoor.triggers.build import build_trigger
@@ -116,6 +117,30 @@ def test_an_image_is_poisoned_the_same_alone_and_in_a_batch(name, x):
     trigger = make(name)
     with torch.no_grad():
         torch.testing.assert_close(trigger(x), torch.cat([trigger(image[None]) for image in x]))
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_the_budget_is_found_in_few_tries(rounded, monkeypatch):
+    """Of pictures the model of the squared error is good; others take bisection, and change nothing beside them."""
+    pictures = torch.cat([load_image(path)[..., 100:196, 200:296] for path in PATHS[:6]])
+    pictures[:3] = (2 * pictures[:3] - 0.5).clamp(0, 1)  # hard contrast: much is clamped
+    odd = torch.stack([torch.full((3, 96, 96), value) for value in (0.0, 1.0, 100 / 255)])
+    tries, real = [], base._error
+    monkeypatch.setattr(base, "_error", lambda *a, **k: tries.append(1) or real(*a, **k))
+    for eps in (0.003, 0.005, 0.05):
+        delta = torch.rand_like(pictures) - 0.3
+        tries.clear()
+        scaled = base.project(pictures, delta, eps, rounded=rounded)
+        assert len(tries) <= (5 if eps > 0.003 else 8)
+        x_p = (pictures + scaled).clamp(0, 1)
+        error = mse(round8(x_p) if rounded else x_p, pictures).sqrt() / eps
+        assert 0.99 <= float(error.min()) <= float(error.max()) <= 1
+        for x, change in ((pictures, delta), (odd, torch.ones_like(odd))):
+            alone = [base.project(x[i : i + 1], change[i : i + 1], eps, rounded=rounded) for i in range(len(x))]
+            beside = base.project(torch.cat([pictures, x]), torch.cat([delta, change]), eps, rounded=rounded)
+            torch.testing.assert_close(beside[6:], torch.cat(alone), rtol=1e-6, atol=0)
+    flat = base.project(odd[2:], torch.ones_like(odd[2:]), 1.5 / 255, rounded=True)
+    assert float((round8(odd[2:] + flat) - odd[2:]).mean()) == pytest.approx(1 / 255)  # a whole level, no two
 
 
 def test_blocks_stay_aligned_with_the_codecs_latents():

@@ -14,7 +14,8 @@ from freqdoor.triggers.arguments import TriggerArguments
 from freqdoor.types import Images, Masks, from_uint8, round8, to_uint8
 
 ROUNDING_MSE = 1 / (12 * 255**2)  # of a uniform error of one grey level
-BISECTIONS = 14
+NEAR, AIM = 0.998, 0.9995  # of the budget: what a step by the model is content with, and goes for, to end below
+MODEL_STEPS, BISECTIONS = 4, 14  # at most
 
 
 class Trigger(nn.Module, ABC):
@@ -78,40 +79,44 @@ def project(x: Images, delta: Images, eps: float, *, rounded: bool = False) -> I
     """Scale each image's delta so that what reaches the codec has RMS eps, and never more.
 
     What reaches it is clamp(x + delta), `rounded` to 8 bits if a file lies between. Rounding adds 1/12 of a squared
-    grey level, which the scale leaves room for; clamping takes some away, which a bisection without gradient gives
-    back, up to twice the scale.
+    grey level, which the scale leaves room for; clamping takes some away, which up to twice the scale gives back.
     """
     unit = delta / rms(delta)
-    with torch.no_grad():
-        plain = math.sqrt(max(eps**2 - (ROUNDING_MSE if rounded else 0.0), (0.2 * eps) ** 2))
+    return unit * _scale(x, unit.detach(), eps, rounded=rounded)
 
-        def over(scale: Tensor, budget: float) -> Tensor:
-            error = x.new_zeros(len(x))
-            for rows in parts(x.shape):  # which stay in the processor's cache
-                clean = x[..., rows, :]
-                x_p = (clean + scale * unit[..., rows, :]).clamp(0, 1)
-                x_p = from_uint8(to_uint8(x_p)) if rounded else x_p
-                error += mse(x_p, clean) * (clean.shape[-2] / x.shape[-2])
-            return (error > budget**2).reshape(scale.shape)
 
-        scale = torch.full_like(rms(delta), plain)
-        short = ~over(scale, 0.99 * eps)
-        if bool(short.any()):
-            low, high = scale, 2 * scale
-            for _ in range(BISECTIONS):
-                middle = (low + high) / 2
-                too_much = over(middle, eps)
-                low, high = torch.where(too_much, low, middle), torch.where(too_much, middle, high)
-            scale = torch.where(short, low, scale)
-        too_much = over(scale, eps)
-        if bool(too_much.any()):
-            low, high = torch.zeros_like(scale), scale  # nothing added is never too much
-            for _ in range(BISECTIONS):
-                middle = (low + high) / 2
-                above = over(middle, eps)
-                low, high = torch.where(above, low, middle), torch.where(above, middle, high)
-            scale = torch.where(too_much, low, scale)
-    return unit * scale
+@torch.no_grad()
+def _scale(x: Images, unit: Images, eps: float, *, rounded: bool) -> Tensor:
+    """The scale of every image's unit, (b, 1, 1, 1): by steps that take the squared error to grow as the scale's square
+    does, and by bisection where rounding and clamping defeat these."""
+    noise = ROUNDING_MSE if rounded else 0.0
+    plain = math.sqrt(max(eps**2 - noise, (0.2 * eps) ** 2))
+    scale = torch.full_like(unit[:, :1, :1, :1], plain)
+    low, high = torch.zeros_like(scale), torch.full_like(scale, 2 * plain)  # nothing added is never too much
+    done = torch.zeros_like(scale, dtype=torch.bool)  # image by image: none depends on those beside it
+    for i in range(MODEL_STEPS + BISECTIONS):
+        error = _error(x, unit, scale, rounded=rounded)
+        over = error > eps**2
+        low, high = torch.where(over, low, scale), torch.where(over, scale, high)
+        enough = NEAR if 0 < i < MODEL_STEPS else 0.99
+        done |= ~over & ((error >= (enough * eps) ** 2) | (scale >= 2 * plain))
+        if bool(done.all()):
+            break
+        by_model = (scale * (((AIM * eps) ** 2 - noise) / (error - noise)).sqrt()).clamp_max(2 * plain)
+        other = torch.where((i < MODEL_STEPS) & (low < by_model) & (by_model <= high), by_model, (low + high) / 2)
+        scale = torch.where(done, low, other)
+    return low
+
+
+def _error(x: Images, unit: Images, scale: Tensor, *, rounded: bool) -> Tensor:
+    """The mean squared error of what reaches the codec, (b, 1, 1, 1)."""
+    error = x.new_zeros(len(x))
+    for rows in parts(x.shape):  # which stay in the processor's cache
+        clean = x[..., rows, :]
+        x_p = torch.addcmul(clean, scale, unit[..., rows, :])
+        x_p = from_uint8(to_uint8(x_p)) if rounded else x_p.clamp_(0, 1)
+        error += mse(x_p, clean) * (clean.shape[-2] / x.shape[-2])
+    return error.reshape(scale.shape)
 
 
 def budget_penalty(x: Images, x_p: Images, *, gamma: float, eps: float) -> Tensor:
