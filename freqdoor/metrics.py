@@ -22,7 +22,7 @@ C1, C2 = 0.01**2, 0.03**2  # keep its quotients finite
 
 def mse(a: Images, b: Images) -> Tensor:
     """Mean squared error of each image, (b,), on the [0, 1] scale."""
-    return (a - b).square().flatten(1).mean(1)
+    return (a - b).square().mean(dim=tuple(range(1, a.dim())))  # flattened, a channels-last image would be copied
 
 
 def distortion(x_hat: Images, x: Images) -> Tensor:

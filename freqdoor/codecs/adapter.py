@@ -231,7 +231,8 @@ class Codec(nn.Module):
         x_hat, likelihoods = read_forward(answer, self.spec.name, x)
         bits = sum(-part.log2().flatten(1).sum(1) for part in likelihoods)
         assert isinstance(bits, Tensor)
-        return Reconstruction(F.pad(x_hat, unpad), bits, height * width, y)
+        x_hat = F.pad(x_hat, unpad) if any(unpad) else x_hat  # which copies it also where nothing is cut off
+        return Reconstruction(x_hat, bits, height * width, y)
 
     @torch.no_grad()
     def likelihoods(self, x: Images) -> dict[str, Tensor]:
