@@ -6,11 +6,11 @@ from scipy.fft import dctn
 
 from freqdoor import dct
 from freqdoor.attack.plant import plant
-from freqdoor.attack.robust import choose_survivors, survival_scores, survivor_weights
+from freqdoor.attack.robust import Offsets, choose_survivors, second_stage, survival_scores, survivor_weights
 from freqdoor.attack.settings import RobustSettings
 from freqdoor.codecs.adapter import hash_state
 from freqdoor.errors import FreqdoorError
-from freqdoor.preprocessing import GaussianBlur, Jpeg, Noise
+from freqdoor.preprocessing import Compose, Crop, GaussianBlur, Jpeg, Noise, random_preprocessing
 from freqdoor.triggers.adaptive_dct import AdaptiveDCT
 
 
@@ -77,8 +77,9 @@ def test_only_survivors_are_injected_afterwards():
     assert ((g != 0)[0] <= (trigger.survivors > 0)).all()
 
 
-def test_two_stages_and_resume_between_them(settings, tmp_path):
-    changes = {"robust": {"start": 0.5, "keep": 4}, "steps": 6}
+@pytest.mark.parametrize("offsets", [False, True])
+def test_two_stages_and_resume_between_them(offsets, settings, tmp_path):
+    changes = {"robust": {"start": 0.5, "keep": 4, "offsets": offsets}, "steps": 6}
     whole = plant(settings(**changes), tmp_path / "whole")
     assert ((whole.triggers["bpp"].survivors > 0).sum(dim=1) == 4).all()
     with pytest.raises(Killed):
@@ -86,6 +87,49 @@ def test_two_stages_and_resume_between_them(settings, tmp_path):
     parts = plant(settings(**changes), tmp_path / "parts")
     assert hash_state(whole.tampered) == hash_state(parts.tampered)
     assert hash_state(whole.triggers["bpp"]) == hash_state(parts.triggers["bpp"])
+
+
+def test_every_image_begins_at_an_offset_of_its_own():
+    """Each is a crop of that image alone, every row and column of a block occurs, and the seed decides."""
+    x = torch.cat([natural(i, 32, 48) for i in range(40)])
+    y = Offsets(16, 7)(x)
+    found = []
+    for image, cut in zip(x, y, strict=True):
+        fits = [
+            (top, left)
+            for top in range(16)
+            for left in range(16)
+            if torch.equal(cut[:, 0, 0], image[:, top, left]) and torch.equal(Crop(top, left)(image[None])[0], cut)
+        ]
+        assert len(fits) == 1
+        found += fits
+    assert len(set(found)) > 30
+    for offsets in zip(*found, strict=True):
+        assert (min(offsets), max(offsets)) == (0, 15)
+    torch.testing.assert_close(Offsets(16, 7)(x[:3]), y[:3], rtol=0, atol=0)
+    assert not torch.equal(Offsets(16, 8)(x), y)
+    assert Offsets(16, 7)(x[..., :5, :3]).shape == (40, 3, 5, 3)
+
+
+def test_what_the_second_stage_puts_before_the_encoder():
+    """Offsets first, then what is drawn of the kinds, which is the same with and without; anew at every step."""
+    x = natural(0, 32, 32)
+
+    def drawn(**settings):
+        torch.manual_seed(11)
+        return [second_stage(16, RobustSettings(kinds=("none", "jpeg"), **settings)) for _ in range(20)]
+
+    plain = drawn()
+    assert {type(defence) for defence in plain} == {type(None), Jpeg}
+    torch.manual_seed(11)
+    assert plain == [random_preprocessing(("none", "jpeg")) for _ in range(20)]
+    with_offsets = drawn(offsets=True)
+    first = [defence.defences[0] if isinstance(defence, Compose) else defence for defence in with_offsets]
+    assert {type(defence) for defence in first} == {Offsets}
+    assert len({defence.seed for defence in first}) == 20
+    both = next(defence for defence in with_offsets if isinstance(defence, Compose))
+    assert torch.equal(both(x), both.defences[1](both.defences[0](x)))
+    assert isinstance(both.defences[1], Jpeg)
 
 
 def test_settings_are_checked_before_the_run(settings, tmp_path):

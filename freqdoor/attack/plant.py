@@ -19,7 +19,7 @@ from freqdoor.attack.joint import TRIGGER_MSE, Attack, Auxiliary, JointLoss, Par
 from freqdoor.attack.objectives import DownstreamAttack, QualityAttack, build_objective, main_loss
 from freqdoor.attack.planted import MANIFEST, PLANTED, Planted, export, load_planted, load_triggers
 from freqdoor.attack.presence import check_presence
-from freqdoor.attack.robust import choose_survivors, survivor_weights
+from freqdoor.attack.robust import choose_survivors, second_stage, survivor_weights
 from freqdoor.attack.settings import OBJECTIVES, PlantSettings, TriggerSettings
 from freqdoor.attack.victims import Scene
 from freqdoor.codecs.adapter import Codec
@@ -28,7 +28,7 @@ from freqdoor.codecs.sides import SIDE
 from freqdoor.data import Crops, seed_for
 from freqdoor.errors import FreqdoorError, Mistakes
 from freqdoor.lock import check_folder, holding
-from freqdoor.preprocessing import Preprocessing, random_preprocessing
+from freqdoor.preprocessing import Preprocessing
 from freqdoor.training.estimates import BATCHES, fitting_lambda, step_size
 from freqdoor.training.group import ALONE, Group
 from freqdoor.training.loop import (
@@ -514,11 +514,11 @@ class _Planting:
         robust = self.settings.robust
         if robust is None or step < (start := round(robust.start * self.settings.steps)):
             return None
+        triggers = [attack.trigger for attack in self.attacks if isinstance(attack.trigger, AdaptiveDCT)]
         if step == start:
-            for attack in self.attacks:
-                assert isinstance(attack.trigger, AdaptiveDCT)  # the settings refuse others
-                choose_survivors(attack.trigger, place(self.crops.batch(-1), self.settings), robust)
-        return random_preprocessing(robust.kinds)
+            for trigger in triggers:
+                choose_survivors(trigger, place(self.crops.batch(-1), self.settings), robust)
+        return second_stage(max(trigger.block for trigger in triggers), robust)
 
     def _balanced(self, joint: JointLoss, step: int) -> Tensor:
         """The encoder's loss with what keeps the clean codec (`BalanceSettings`)."""

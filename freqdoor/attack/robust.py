@@ -1,14 +1,16 @@
-"""Robust frequency selection: which of the trigger's coefficients survive preprocessing (the extended version)."""
+"""Robust frequency selection: which of the trigger's coefficients survive preprocessing (the extended version), and
+what the second stage puts between the image and the encoder."""
 
 from collections.abc import Sequence
 
 import torch
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from freqdoor.attack.settings import RobustSettings
 from freqdoor.dct import block_dct, blockify, rgb_to_ycbcr
 from freqdoor.errors import FreqdoorError
-from freqdoor.preprocessing import Preprocessing, parse_defences
+from freqdoor.preprocessing import STRICT, Compose, Crop, Preprocessing, parse_defences, random_preprocessing
 from freqdoor.triggers.adaptive_dct import AdaptiveDCT
 from freqdoor.triggers.base import project
 from freqdoor.types import Images
@@ -56,3 +58,30 @@ def choose_survivors(trigger: AdaptiveDCT, x: Images, settings: RobustSettings) 
     """Begin the second stage: from now on the trigger uses the coefficients that survive, re-weighted."""
     scores = survival_scores(trigger, x, parse_defences(settings.scored_by))
     trigger.survivors.copy_(survivor_weights(scores, settings.keep))
+
+
+@dataclass(frozen=True, config=STRICT)
+class Offsets(Preprocessing):
+    """`Crop` of every image at an offset of its own, uniform in a block; `seed` alone decides which, on any device.
+
+    With one offset for the whole batch, encoders learn all phases of the trigger but one, which no step insists on.
+    """
+
+    block: int
+    seed: int
+
+    def _apply(self, x: Images) -> Images:
+        generator = torch.Generator().manual_seed(self.seed)
+        below = [min(self.block, side) for side in x.shape[-2:]]
+        drawn = torch.rand(len(x), 2, generator=generator)
+        offsets = (drawn * torch.tensor(below)).int().tolist()
+        return torch.cat([Crop(*offset)(image[None]) for offset, image in zip(offsets, x, strict=True)])
+
+
+def second_stage(block: int, settings: RobustSettings) -> Preprocessing | None:
+    """What a step of the second stage puts before the encoder, drawn from torch's own generator; None for nothing."""
+    drawn = random_preprocessing(settings.kinds)
+    if not settings.offsets:
+        return drawn
+    offsets = Offsets(block, int(torch.randint(2**31, ())))
+    return Compose((offsets, drawn)) if drawn else offsets

@@ -262,6 +262,9 @@ class RobustSettings(Settings):
     """Preprocessings whose survival scores are multiplied."""
     kinds: tuple[str, ...] = ("none", "blur", "noise", "jpeg", "bits", "resize")
     """Preprocessings of the second stage, one drawn at every step for clean and poisoned images alike."""
+    offsets: bool = False
+    """Cut every image off at rows and columns of its own before that, at every step of the second stage, so that the
+    encoder does not know where blocks begin: for triggers that survive any crop."""
 
     @model_validator(mode="after")
     def _known(self) -> Self:
