@@ -91,7 +91,7 @@ def test_two_stages_and_resume_between_them(offsets, settings, tmp_path):
 
 def test_every_image_begins_at_an_offset_of_its_own():
     """Each is a crop of that image alone, every row and column of a block occurs, and the seed decides."""
-    x = torch.cat([natural(i, 32, 48) for i in range(40)])
+    x = torch.cat([natural(i, 24, 32) for i in range(160)])
     y = Offsets(16, 7)(x)
     found = []
     for image, cut in zip(x, y, strict=True):
@@ -103,12 +103,12 @@ def test_every_image_begins_at_an_offset_of_its_own():
         ]
         assert len(fits) == 1
         found += fits
-    assert len(set(found)) > 30
+    assert len(set(found)) > 100
     for offsets in zip(*found, strict=True):
         assert (min(offsets), max(offsets)) == (0, 15)
     torch.testing.assert_close(Offsets(16, 7)(x[:3]), y[:3], rtol=0, atol=0)
     assert not torch.equal(Offsets(16, 8)(x), y)
-    assert Offsets(16, 7)(x[..., :5, :3]).shape == (40, 3, 5, 3)
+    assert Offsets(16, 7)(x[..., :5, :3]).shape == (160, 3, 5, 3)
 
 
 def test_what_the_second_stage_puts_before_the_encoder():

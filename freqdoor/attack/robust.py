@@ -72,9 +72,9 @@ class Offsets(Preprocessing):
 
     def _apply(self, x: Images) -> Images:
         generator = torch.Generator().manual_seed(self.seed)
-        below = [min(self.block, side) for side in x.shape[-2:]]
+        most = min(self.block, *x.shape[-2:])  # which `Crop` takes
         drawn = torch.rand(len(x), 2, generator=generator)
-        offsets = (drawn * torch.tensor(below)).int().tolist()
+        offsets = (most * drawn).int().tolist()
         return torch.cat([Crop(*offset)(image[None]) for offset, image in zip(offsets, x, strict=True)])
 
 
