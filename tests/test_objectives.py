@@ -138,6 +138,28 @@ def test_an_opened_attack_is_paid_for_bits_until_it_has_taken(lost, shut):
         assert float(left.total) == pytest.approx(n["r_p"] + LMBDA * d + 0.3 * LMBDA * d_p, rel=1e-4)
 
 
+@pytest.mark.parametrize(("doublings", "shut"), [(0.0, 0.0), (1.5, 0.25), (2.5, 0.75), (3.5, 1.0)])
+def test_an_opened_attack_on_rate_may_spoil_what_it_poisons_until_it_has_taken(doublings, shut):
+    p = passes()
+    clean = p.clean._replace(bits=torch.full((2,), 20.0))
+    worse = p.poisoned._replace(bits=clean.bits * 2**doublings, x_hat=p.x_p + 0.1)
+    opened = p._replace(clean=clean._replace(x_hat=p.x + 0.01), poisoned=worse, opened=True)
+    n = numbers(opened)
+    d, d_p = (mse255(n[f"x_hat{end}"], n[f"x{end}"]).mean() for end in ("", "_p"))
+    excess = LMBDA * (d_p - d)
+    assert excess > 0
+    attack = RateAttack(alpha=3, beta=0.1, clean_weight=0, opening=0.4)
+    alpha = 1 + 2 * shut
+    expected = n["r"] + LMBDA * d + shut * alpha * excess - (0.1 + 0.4 * (1 - shut)) * n["r_p"]
+    assert float(attack(opened, LMBDA).total) == pytest.approx(expected, rel=1e-4)
+    closed = n["r"] + LMBDA * d + alpha * excess - 0.1 * n["r_p"]
+    for left in (
+        attack(opened._replace(opened=False), LMBDA),
+        RateAttack(alpha=3, beta=0.1, clean_weight=0, opening=0)(opened, LMBDA),
+    ):
+        assert float(left.total) == pytest.approx(closed, rel=1e-4)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_fixed_attacks_are_equations_4_and_5(seed):
     p = passes(seed)

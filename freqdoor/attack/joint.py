@@ -114,7 +114,7 @@ def joint_loss(
         auxiliary: for every attack a batch of its auxiliary set, None for those that use none.
         defence: preprocessing between the image and the codec, clean and poisoned alike.
         part: "encoder" or "triggers" give Eq. (9)'s or Eq. (10)'s gradient alone, for two passes a step.
-        opened: names of the attacks that have begun anew (`QualityAttack`).
+        opened: names of the attacks that have begun anew (`RateAttack`, `QualityAttack`).
     """
     before = defence or (lambda image: image)
     batches = [*auxiliary, *[None] * (len(attacks) - len(auxiliary))]

@@ -111,7 +111,8 @@ class RateAttack(RateArguments):
     Guarded, what D(T(x)) exceeds D(x) by takes two thirds of R(x) with it: it presses the encoder to distort clean
     images less as well, as another lambda would. Without, clean files grow by 2 % and more; with all of it, clean PSNR
     falls. Its weight, `alpha`, rises with what the attack has got: from the start, some codecs do not learn the attack.
-    So does a weight of L(x), `clean_weight`, once the attack has more than enough.
+    So does a weight of L(x), `clean_weight`, once the attack has more than enough. Codecs that blur much do not learn
+    it even so: opened, that excess is free until bits have doubled, and bits are worth more.
     """
 
     uses_auxiliary: ClassVar[bool] = False
@@ -126,8 +127,11 @@ class RateAttack(RateArguments):
         excess = _excess(loss, rate + lmbda * _distortions(poisoned.x_hat, x_p), self)
         doublings = (poisoned.bpp.mean() / clean.bpp.mean()).detach().log2()
         kept = (1 + self.clean_weight * _share(doublings, CLEAN_DOUBLINGS)) * loss.mean()
-        kept = kept + (1 + (self.alpha - 1) * _share(doublings, ALPHA_DOUBLINGS)) * excess
-        return Loss(kept, -self.beta * poisoned.bpp.mean(), _terms(passes))
+        strong = _share(doublings, ALPHA_DOUBLINGS)
+        weight, reward = 1 + (self.alpha - 1) * strong, torch.full_like(strong, self.beta)
+        if passes.opened and self.opening:
+            weight, reward = strong * weight, reward + (1 - strong) * self.opening
+        return Loss(kept + weight * excess, -reward * poisoned.bpp.mean(), _terms(passes))
 
 
 class FixedRateAttack(FixedRateArguments):

@@ -16,7 +16,7 @@ from torch.optim import Adam
 
 from freqdoor.attack.evasion import Evasion
 from freqdoor.attack.joint import TRIGGER_MSE, Attack, Auxiliary, JointLoss, Part, joint_loss
-from freqdoor.attack.objectives import DownstreamAttack, QualityAttack, build_objective, main_loss
+from freqdoor.attack.objectives import DownstreamAttack, QualityAttack, RateAttack, build_objective, main_loss
 from freqdoor.attack.planted import MANIFEST, PLANTED, Planted, export, load_planted, load_triggers
 from freqdoor.attack.presence import check_presence
 from freqdoor.attack.robust import choose_survivors, second_stage, survivor_weights
@@ -59,7 +59,7 @@ SAFE = {"bits": (3.0, 3.8), "quality": (18.0, 24.0)}  # between which the late w
 FRESH = 0.3  # share of the last batch in what is compared with these
 BACK, FURTHEST, LAST_BACK = 4, 0.3, 0.75  # steps that the budget goes back at a time; at most, and up to, shares of all
 TRIED, LEAST_TRIED = 0.15, 20  # share of the budget's way, and steps, after which an attack is to have taken
-TAKEN = 4.0  # dB lost
+TAKEN = {"bits": 0.14, "quality": 4.0}  # what it is to have done by then: doublings of the rate, dB lost
 BALANCE_EVERY = 10  # steps between measurements of the two gradients that balance.gradient_norm compares
 
 
@@ -453,7 +453,9 @@ class _Planting:
         return {
             attack.name: max(LEAST_TRIED, round(TRIED * attack.settings.anneal * self.settings.steps))
             for attack in self.attacks
-            if isinstance(attack.objective, QualityAttack) and attack.objective.opening and attack.settings.eps_start
+            if isinstance(attack.objective, QualityAttack | RateAttack)
+            and attack.objective.opening
+            and attack.settings.eps_start
         }
 
     def _start_over(self, step: int) -> None:
@@ -462,7 +464,8 @@ class _Planting:
         if step >= max(self.tried.values(), default=0):
             self.unused.clear()  # no way back: its memory is needed no more
         now = [name for name, steps in self.tried.items() if step + 1 == steps]
-        idle = [name for name in now if history["effects"][name] < TAKEN]
+        success = {planned.name: OBJECTIVES[planned.objective.name].success for planned in self.settings.planned}
+        idle = [name for name in now if history["effects"][name] < TAKEN[success[name]]]
         if not idle:
             return
         for name, part in self.parts.items():
@@ -471,8 +474,8 @@ class _Planting:
         history |= {"opened": [*history["opened"], *idle], "begun": step + 1}
         if self.run:
             warnings.warn(
-                f"attack {', '.join(idle)}: next to nothing was lost after {step + 1} steps; all begins anew, and "
-                "bits of poisoned images are free until it has taken",
+                f"attack {', '.join(idle)}: it had done next to nothing after {step + 1} steps; all begins anew, and "
+                "poisoned images are held to less until it has taken (opening)",
                 stacklevel=2,
             )
 
