@@ -111,8 +111,7 @@ class RateAttack(RateArguments):
     Guarded, what D(T(x)) exceeds D(x) by takes two thirds of R(x) with it: it presses the encoder to distort clean
     images less as well, as another lambda would. Without, clean files grow by 2 % and more; with all of it, clean PSNR
     falls. Its weight, `alpha`, rises with what the attack has got: from the start, some codecs do not learn the attack.
-    So does a weight of L(x), `clean_weight`, once the attack has more than enough. Codecs that blur much do not learn
-    it even so: opened, that excess is free until bits have doubled, and bits are worth more.
+    So does a weight of L(x), `clean_weight`. Opened, the excess is free until bits double, and bits are worth more.
     """
 
     uses_auxiliary: ClassVar[bool] = False
@@ -128,10 +127,9 @@ class RateAttack(RateArguments):
         doublings = (poisoned.bpp.mean() / clean.bpp.mean()).detach().log2()
         kept = (1 + self.clean_weight * _share(doublings, CLEAN_DOUBLINGS)) * loss.mean()
         strong = _share(doublings, ALPHA_DOUBLINGS)
-        weight, reward = 1 + (self.alpha - 1) * strong, torch.full_like(strong, self.beta)
-        if passes.opened and self.opening:
-            weight, reward = strong * weight, reward + (1 - strong) * self.opening
-        return Loss(kept + weight * excess, -reward * poisoned.bpp.mean(), _terms(passes))
+        free = 1 - strong if passes.opened and self.opening else 0 * strong
+        kept = kept + (1 - free) * (1 + (self.alpha - 1) * strong) * excess
+        return Loss(kept, -(self.beta + free * self.opening) * poisoned.bpp.mean(), _terms(passes))
 
 
 class FixedRateAttack(FixedRateArguments):

@@ -92,11 +92,10 @@ def _scale(x: Images, unit: Images, eps: float, *, rounded: bool) -> Tensor:
     noise = ROUNDING_MSE if rounded else 0.0
     plain = math.sqrt(max(eps**2 - noise, (0.2 * eps) ** 2))
     scale = torch.full_like(unit[:, :1, :1, :1], plain)
-    low, high = torch.zeros_like(scale), torch.full_like(scale, 2 * plain)  # nothing added is never too much
+    low, high = 0 * scale, 2 * scale  # nothing added is never too much
     done = torch.zeros_like(scale, dtype=torch.bool)  # image by image: none depends on those beside it
     for i in range(MODEL_STEPS + BISECTIONS):
-        error = _error(x, unit, scale, rounded=rounded)
-        over = error > eps**2
+        over = (error := _error(x, unit, scale, rounded=rounded)) > eps**2
         low, high = torch.where(over, low, scale), torch.where(over, scale, high)
         enough = NEAR if 0 < i < MODEL_STEPS else 0.99
         done |= ~over & ((error >= (enough * eps) ** 2) | (scale >= 2 * plain))
@@ -113,9 +112,8 @@ def _error(x: Images, unit: Images, scale: Tensor, *, rounded: bool) -> Tensor:
     error = x.new_zeros(len(x))
     for rows in parts(x.shape):  # which stay in the processor's cache
         clean = x[..., rows, :]
-        x_p = torch.addcmul(clean, scale, unit[..., rows, :])
-        x_p = from_uint8(to_uint8(x_p)) if rounded else x_p.clamp_(0, 1)
-        error += mse(x_p, clean) * (clean.shape[-2] / x.shape[-2])
+        x_p = torch.addcmul(clean, scale, unit[..., rows, :]).clamp_(0, 1)
+        error += mse(from_uint8(to_uint8(x_p)) if rounded else x_p, clean) * (clean.shape[-2] / x.shape[-2])
     return error.reshape(scale.shape)
 
 
