@@ -338,6 +338,7 @@ class _Planting:
         if settings.evade:
             self.evasion = Evasion(settings.evade, vanilla.multiple, settings.device)
             self.parts |= self.evasion.parts
+        self.success = {planned.name: OBJECTIVES[planned.objective.name].success for planned in settings.planned}
         self.tried = self._steps_to_try()
         unused = {name: part.state_dict() for name, part in self.parts.items()} if self.tried else {}
         self.unused = copy.deepcopy(unused)  # what `_start_over` goes back to
@@ -429,16 +430,15 @@ class _Planting:
         history, settings = self.history, self.settings
         effects, caught = history["effects"], history["caught"]
         lost = False
-        for attack, planned in zip(self.attacks, settings.planned, strict=True):
-            success = OBJECTIVES[planned.objective.name].success
-            effect = effect_of(row, f"{attack.name}/" if len(self.attacks) > 1 else "", success)
+        for name, success in self.success.items():
+            effect = effect_of(row, f"{name}/" if len(self.attacks) > 1 else "", success)
             if effect is None:
                 continue
-            known = effects.get(attack.name, 0.0)
-            smoothed = effects[attack.name] = known + FRESH * (effect - known)
-            if smoothed >= CAUGHT[success] and attack.name not in caught:
-                caught.append(attack.name)
-            lost = lost or (smoothed < LOST[success] and attack.name in caught)
+            known = effects.get(name, 0.0)
+            smoothed = effects[name] = known + FRESH * (effect - known)
+            if smoothed >= CAUGHT[success] and name not in caught:
+                caught.append(name)
+            lost = lost or (smoothed < LOST[success] and name in caught)
         if lost:
             history["retreated"] *= settings.retreat
         if lost and settings.retreat < 1 and step < LAST_BACK * settings.steps:
@@ -464,8 +464,7 @@ class _Planting:
         if step >= max(self.tried.values(), default=0):
             self.unused.clear()  # no way back: its memory is needed no more
         now = [name for name, steps in self.tried.items() if step + 1 == steps]
-        success = {planned.name: OBJECTIVES[planned.objective.name].success for planned in self.settings.planned}
-        idle = [name for name in now if history["effects"][name] < TAKEN[success[name]]]
+        idle = [name for name in now if history["effects"][name] < TAKEN[self.success[name]]]
         if not idle:
             return
         for name, part in self.parts.items():
@@ -482,10 +481,9 @@ class _Planting:
     def _safety(self) -> float:
         """From 0 to 1, how far the weakest attack is above what the late weight of clean images could wear down."""
         shares = []
-        for attack, planned in zip(self.attacks, self.settings.planned, strict=True):
-            if attack.name in self.history["effects"]:
-                first, last = SAFE[OBJECTIVES[planned.objective.name].success]
-                shares.append((self.history["effects"][attack.name] - first) / (last - first))
+        for name, effect in self.history["effects"].items():
+            first, last = SAFE[self.success[name]]
+            shares.append((effect - first) / (last - first))
         return min(1.0, max(0.0, min(shares, default=1.0)))
 
     def check_acted(self) -> None:

@@ -14,6 +14,7 @@ from scipy.stats import t as student_t  # type: ignore[import-untyped]
 from freqdoor.attack.settings import PlantSettings
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import marked_json, marked_markdown, write_together
+from freqdoor.limits import LONGEST_TEXT, parse_json, read_whole
 from freqdoor.metrics import bd_rate
 from freqdoor.paper.recipe import Recipe
 from freqdoor.plots import Curve, drawn, rd_plot
@@ -135,15 +136,15 @@ def earlier_part(recipe: Recipe, facts: Facts, path: Path) -> tuple[Table, Facts
     """
     if not path.exists():
         return {}, replace(facts, seconds=())
-    now = json.loads(json.dumps(_content(recipe, {}, facts)))
+    now, expected = json.loads(json.dumps(_content(recipe, {}, facts))), "what `reproduce` wrote, to add rows to"
+    content = parse_json(read_whole(path, expected, LONGEST_TEXT), path, LONGEST_TEXT, expected=expected)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         table = _rows_in(content)
         differing = [key for key in ("recipe", "codecs", "images", "test") if content[key] != now[key]]
         before, after = flat(content["settings"]), flat(now["settings"])
         seconds, environments = content["seconds_planting"], [*content.get("earlier", ()), content["environment"]]
     except DAMAGE:
-        raise FreqdoorError(f"{path}: expected what `reproduce` wrote, to add rows to") from None
+        raise FreqdoorError(f"{path}: expected {expected}, found something else") from None
     differing += sorted(key for key in before | after if before.get(key) != after.get(key))
     if differing:
         raise FreqdoorError(
