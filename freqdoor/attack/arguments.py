@@ -27,7 +27,7 @@ class RateArguments(Arguments):
     """Take the maximum image by image instead of between the batch means."""
     guarded: bool = True
     """Another gradient of the maximum, see `excess_over`."""
-    opening: Weight = 0.3
+    opening: Weight = 0.8
     """An attack that has not raised the bits by a tenth when the budget has come 15 % of its way begins anew: what
     D(T(x)) exceeds D(x) by is free then and every bit of R(T(x)) earns this much beside beta, until poisoned images
     cost twice the bits; up to eight times both fade out. 0: never, and neither where a run starts from another or is
