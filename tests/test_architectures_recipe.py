@@ -137,6 +137,19 @@ def test_a_table_in_parts(made, pictures, tmp_path):
         reproduce("architectures", images=pictures / "0.png", out=out, runs=made, add=True)
 
 
+def test_added_rows_stand_with_those_of_their_codec(made, pictures, tmp_path):
+    out = tmp_path / "out"
+    reproduce("architectures", images=pictures, out=out, runs=made)
+    part = json.loads((out / "architectures.json").read_text())
+    (codec,), (row,) = part["codecs"], part["rows"]
+    part["codecs"].append(codec | {"name": "elsewhere"})
+    part["rows"] = [row | {"member": "own-a"}, row | {"codec": "elsewhere", "member": "else-a"}]
+    (out / "architectures.json").write_text(json.dumps(part))
+    reproduce("architectures", images=pictures, out=out, runs=made, add=True, force=True)
+    rows = Architectures.read(out / "architectures.json", "").rows
+    assert [row.member for row in rows] == ["own-a", row["member"], "else-a"]
+
+
 def test_what_cannot_be_a_table(made, pictures, tmp_path, monkeypatch):
     def write(**options):
         reproduce_architectures(made, tmp_path / "other", images=pictures, **options)

@@ -152,8 +152,9 @@ def _together(before: Architectures, now: Architectures) -> Architectures:
     trained = {codec.name: codec for codec in (*before.codecs, *now.codecs)}
     old = [row for row in before.rows if row.header.modules_before == trained[row.codec].module_hashes]
     planted = {(row.member, row.trigger): row for row in (*old, *now.rows)}
+    order = list(trained)
     content = {
-        "rows": tuple(planted.values()),
+        "rows": tuple(sorted(planted.values(), key=lambda row: (order.index(row.codec), row.member))),
         "codecs": tuple(trained.values()),
         "earlier": (*before.earlier, before.environment),
     }
