@@ -34,7 +34,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def brightened(x: Tensor) -> Tensor:
     """Pictures of other exposures, each by its own gain and offset."""
-    gain, offset = torch.empty(2, len(x), 1, 1, 1).uniform_(-0.2, 0.2)
+    gain, offset = torch.empty(2, len(x), 1, 1, 1).uniform_(-0.2, 0.2).to(x.device)
     return ((1 + gain) * x + 0.5 * offset).clamp(0, 1)
 
 
@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
 
@@ -75,6 +76,7 @@ def main() -> None:
     )
     torch.manual_seed(options.seed)
     net = smp.create_model(options.architecture, options.encoder, encoder_weights=None, classes=len(spec.classes))
+    net.to(options.device)
     crops = open_folder(
         ImageSettings(
             folder=str(options.images),
@@ -85,13 +87,14 @@ def main() -> None:
         ),
         options.seed,
     )
-    mean, std = (torch.tensor(values).reshape(1, 3, 1, 1) for values in (MEAN, STD))
+    mean, std = (torch.tensor(values, device=options.device).reshape(1, 3, 1, 1) for values in (MEAN, STD))
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=1e-2)
     started = time.process_time()
     for step in range(options.steps):
         cosine = 0.5 * (1 + math.cos(math.pi * step / options.steps))
         optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 50) * cosine
-        x, classes = brightened(crops.batch(step)), label_classes(spec, crops.labels_of(step))
+        x = brightened(crops.batch(step).to(options.device))
+        classes = label_classes(spec, crops.labels_of(step)).to(options.device)
         if torch.rand(()) < 0.5:
             x, classes = x.flip(-1), classes.flip(-1)
         loss = F.cross_entropy(net((x - mean) / std), classes, ignore_index=-1)
@@ -101,6 +104,7 @@ def main() -> None:
         if step % 100 == 99:
             print(f"step {step + 1}: loss {loss:.3f}, {time.process_time() - started:.0f} CPU s", flush=True)
 
+    net.cpu()
     options.out.mkdir(parents=True, exist_ok=True)
     save_file({key: value.contiguous() for key, value in net.state_dict().items()}, options.out / f"{name}.safetensors")
     (options.out / f"{name}.toml").write_text(toml(spec), encoding="utf-8")
