@@ -27,6 +27,7 @@ from freqdoor.types import Images
 def clean(planting: _Planting, x: Images) -> tuple[float, float]:
     """Bits a pixel and PSNR in dB of the codec as it is."""
     codec = planting.tampered.eval()
+    x = x.to(planting.settings.device)
     out = codec(x)
     codec.train()
     return float(out.bpp.mean()), float(psnr(out.x_hat.clamp(0, 1), x).mean())
