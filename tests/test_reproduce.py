@@ -865,3 +865,18 @@ def test_workers_leave_what_one_process_takes_and_each_encoder_is_made_once(run,
     assert [text.partition(" (")[2] for text in said] == ["1 of 3)", "2 of 3)", "3 of 3)"]
     with pytest.raises(FreqdoorError, match="jobs: expected 1 or more, found 0"):
         run("small", base, jobs=0)
+
+
+@pytest.mark.parametrize(("b", "said"), [([5.0, 5.5, 7.0], "decided"), ([3.0, 5.5, 7.0], "undecided")])
+def test_two_rows_are_as_far_apart_as_welch_says(tmp_path, b, said):
+    """`tools/difference.py`, against the formula: the variances of both means add up, and so do not their freedoms."""
+    a = [1.0, 2.0, 2.5, 2.0]
+    rows = {"ours": {"bpp": {"values": a}}, "LIRA": {"bpp": {"values": b}}}
+    (tmp_path / "t.json").write_text(json.dumps({"table": rows}))
+    command = [sys.executable, "tools/difference.py", str(tmp_path / "t.json"), "ours", "LIRA", "bpp"]
+    out = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True).stdout
+    u, v = np.var(a, ddof=1) / len(a), np.var(b, ddof=1) / len(b)
+    freedom = (u + v) ** 2 / (u**2 / (len(a) - 1) + v**2 / (len(b) - 1))
+    half = student_t.ppf(0.975, freedom) * np.sqrt(u + v)
+    middle = np.mean(a) - np.mean(b)
+    assert f"difference {middle - half:+.4f} to {middle + half:+.4f}: {said}" in out

@@ -1,7 +1,7 @@
 """How far apart two rows of a table of `freqdoor reproduce` are: the 95 % interval of the difference of their means.
 
-Welch's, over the seeds that the table's JSON has. Two rows whose own intervals overlap may still differ; an interval that
-has 0 in it leaves undecided which of the two is larger.
+Welch's, over the seeds that the table's JSON has. Two rows whose own intervals overlap may still differ; an interval
+that has 0 in it leaves undecided which of the two is larger.
 
     python tools/difference.py docs/results/figure4.json 'ours' 'LIRA' 'poisoned bpp'
 """
