@@ -869,7 +869,7 @@ def test_workers_leave_what_one_process_takes_and_each_encoder_is_made_once(run,
 
 @pytest.mark.parametrize(("b", "said"), [([5.0, 5.5, 7.0], "decided"), ([3.0, 5.5, 7.0], "undecided")])
 def test_two_rows_are_as_far_apart_as_welch_says(tmp_path, b, said):
-    """`tools/difference.py`, against the formula: the variances of both means add up, and so do not their freedoms."""
+    """`tools/difference.py`, against the formula: variances of the means add up, degrees of freedom do not."""
     a = [1.0, 2.0, 2.5, 2.0]
     rows = {"ours": {"bpp": {"values": a}}, "LIRA": {"bpp": {"values": b}}}
     (tmp_path / "t.json").write_text(json.dumps({"table": rows}))
