@@ -21,7 +21,12 @@ def main() -> None:
     parser.add_argument("second", help="another one's")
     parser.add_argument("column")
     arguments = parser.parse_args()
+    if not arguments.table.is_file():
+        parser.error(f"{arguments.table}: expected a file that freqdoor reproduce wrote, found none")
     table = json.loads(arguments.table.read_text(encoding="utf-8"))["table"]
+    for row in (arguments.first, arguments.second):
+        if arguments.column not in table.get(row, {}):
+            parser.error(f"row {row!r}, column {arguments.column!r}: the rows are {', '.join(table)}")
     a, b = (table[row][arguments.column]["values"] for row in (arguments.first, arguments.second))
     low, high = ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
     said = "undecided" if low <= 0 <= high else "decided"
