@@ -23,6 +23,7 @@ except ImportError:  # a system without it has no locks of this kind
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".freqdoor.lock"
+WAIT = 0.5  # seconds between two looks at a folder that is waited for
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}  # of some network file systems
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -48,13 +49,16 @@ def let_go() -> None:
 
 
 @contextlib.contextmanager
-def holding(folder: Path | str, verb: str) -> Iterator[Path]:
+def holding(folder: Path | str, verb: str, *, wait: bool = False) -> Iterator[Path]:
     """Hold a folder for as long as the block runs; what holds it already, in the same thread, may hold it again.
 
     The folder is made if there is none, and removed again if it is left empty.
 
+    Args:
+        wait: until nobody else holds it, where the other one makes what is wanted here too.
+
     Raises:
-        FreqdoorError: another process or thread holds it, or nothing can be written there.
+        FreqdoorError: another process or thread holds it, unless it is waited for; or nothing can be written there.
     """
     folder = Path(folder)
     key = os.path.realpath(folder)
@@ -69,7 +73,10 @@ def holding(folder: Path | str, verb: str) -> Iterator[Path]:
     except OSError as error:
         raise FreqdoorError(f"{folder}: could not write ({error.strerror})") from None
     with file:
-        if not _locked(file, folder):
+        while not _locked(file, folder):
+            if wait:
+                time.sleep(WAIT)
+                continue
             raise FreqdoorError(f"{folder}: freqdoor {_holder(file)}; wait for it or choose another folder")
         _held[key] = threading.get_ident(), file
         try:
@@ -134,8 +141,10 @@ def _locked(file: BinaryIO, folder: Path) -> bool:
                 if os.path.samestat(os.fstat(file.fileno()), os.lstat(folder / LOCK)):
                     return True
             # the holder before has removed it between the opening and the locking: take the one that is there now
-            with _opened(folder) as newer:
-                os.dup2(newer.fileno(), file.fileno(), inheritable=False)
+            with contextlib.suppress(FileNotFoundError):
+                folder.mkdir(parents=True, exist_ok=True)  # which it may have removed as well
+                with _opened(folder) as newer:
+                    os.dup2(newer.fileno(), file.fileno(), inheritable=False)
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             return False

@@ -35,6 +35,28 @@ def test_a_second_process_says_who_holds_the_folder_and_a_crash_lets_go(tmp_path
     assert not list((tmp_path / "run").iterdir())
 
 
+@pytest.mark.parametrize("left", ["", "a file"])
+def test_a_folder_is_waited_for_and_made_again_where_its_holder_has_removed_it(tmp_path, monkeypatch, left):
+    held, looked = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with holding(tmp_path / "run", "plant"):
+            held.set()
+            assert looked.wait(60)
+            if left:
+                (tmp_path / "run/file").write_text(left)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert held.wait(60)
+    monkeypatch.setattr(lock, "WAIT", 0)
+    monkeypatch.setattr(lock, "_locked", lambda *a, real=lock._locked: (real(*a), looked.set())[0])
+    with holding(tmp_path / "run", "reproduce", wait=True):
+        thread.join()
+        assert json.loads((tmp_path / "run" / LOCK).read_text())["verb"] == "reproduce"
+        assert (tmp_path / "run/file").exists() == bool(left)
+
+
 def test_one_thread_may_hold_a_folder_again_and_another_may_not(tmp_path):
     refused = []
 

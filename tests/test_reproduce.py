@@ -1,11 +1,15 @@
+import contextlib
 import copy
 import dataclasses
 import json
 import re
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +19,7 @@ from matplotlib.figure import Figure
 from scipy.stats import t as student_t
 from typer.testing import CliRunner
 
-from freqdoor import load_codec, load_image, workers
+from freqdoor import load_codec, load_image, lock, workers
 from freqdoor.attack.plant import plant
 from freqdoor.attack.planted import unplanted
 from freqdoor.attack.settings import CodecSource
@@ -23,6 +27,7 @@ from freqdoor.cli import app
 from freqdoor.data import list_images
 from freqdoor.errors import FreqdoorError
 from freqdoor.files import made_by
+from freqdoor.lock import holding
 from freqdoor.measure import records
 from freqdoor.measure.records import poisoned
 from freqdoor.measure.testsets import Measurement
@@ -829,6 +834,36 @@ def test_a_measurement_that_was_stopped_goes_on(run, base, tmp_path, monkeypatch
     assert run("small", base, rows=["vanilla"]) == whole
     assert asked == ["0.png", "1.png", "1.png"]
     assert [p.suffix for p in (tmp_path / "runs/records").iterdir()] == [".json"]
+
+
+@pytest.mark.usefixtures("_recipe")
+def test_recipes_wait_for_what_another_one_is_making(run, base, tmp_path, counted, monkeypatch):
+    table = run("small", base, rows=["ours"])
+    runs = tmp_path / "runs"
+    [planting] = [p for p in runs.iterdir() if p.name != "records"]
+    made = {path: path.read_bytes() for path in (planting / "manifest.json", *(runs / "records").iterdir())}
+    for path in made:
+        path.unlink()
+    waited = threading.Event()
+
+    def another() -> None:
+        with contextlib.ExitStack() as held:
+            for path in made:
+                held.enter_context(holding(planting if path.parent == planting else path.with_suffix(".part"), "plant"))
+            ready.set()
+            assert waited.wait(60)
+            for path, content in made.items():
+                path.write_bytes(content)
+
+    ready = threading.Event()
+    thread = threading.Thread(target=another)
+    thread.start()
+    ready.wait()
+    monkeypatch.setattr(records, "measure", None)
+    monkeypatch.setattr(lock, "time", SimpleNamespace(sleep=lambda _: waited.set(), strftime=time.strftime))
+    assert run("small", base, rows=["ours"]) == table
+    thread.join()
+    assert len(counted) == 1
 
 
 @pytest.mark.usefixtures("_recipe")

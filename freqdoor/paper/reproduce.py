@@ -97,7 +97,8 @@ def reproduce(
         settings: codec, training images, steps; a row changes what its name says. By default `recipe_settings`.
         images: what is measured on: a folder, a file or several files; by default the six bundled images held out.
         codec: plant in each of these, NAME or NAME=WEIGHTS, instead of in the settings' codec, for curves.
-        runs: where plantings lie, one folder for each set of settings: recipes share them. Scores are kept beside them.
+        runs: where plantings lie, one folder for each set of settings: recipes share them, and wait for one that is
+            being planted. Scores are kept beside them.
         rows: names of the rows to take; by default all.
         seeds: plantings of every row, with the seeds settings.seed, settings.seed + 1, ...
         jobs: encoders planted and measured side by side, one thread each; by default 1, and of "defence" as many as
@@ -305,9 +306,10 @@ def _planted(
     if not (folder / MANIFEST).exists():  # which is written last
         if time.monotonic() > deadline:
             return None
-        return plant(
-            settings, folder, progress=announce(f"{row.name}, seed {seed}", settings.steps) if announce else None
-        )
+        with holding(folder, "reproduce", wait=True):  # another recipe may be at it
+            if not (folder / MANIFEST).exists():
+                show = announce(f"{row.name}, seed {seed}", settings.steps) if announce else None
+                return plant(settings, folder, progress=show)
     return load_planted(folder, base.codec.name, base.codec.weights)
 
 
@@ -344,10 +346,15 @@ def _scored(planted: Planted, measurement: Measurement[Any], trigger: str | None
     """The scores of one measurement, kept in `folder` from an earlier run or measured now."""
     encoder = [SCHEMA, planted.vanilla.module_hashes(), planted.tampered.module_hashes()]
     path = folder / f"{_key(json.dumps([encoder, _facts_of(planted, trigger), identity]))}.json"
-    kept = measurement.loads(path.read_text(encoding="utf-8", errors="replace")) if path.exists() else None
-    if kept is not None:
-        return kept
-    with holding(path.with_suffix(".part"), "reproduce") as part:  # other recipes may ask for the same scores
+
+    def kept() -> Any:
+        return measurement.loads(path.read_text(encoding="utf-8", errors="replace")) if path.exists() else None
+
+    if (scores := kept()) is not None:
+        return scores
+    with holding(path.with_suffix(".part"), "reproduce", wait=True) as part:  # another recipe may be at them
+        if (scores := kept()) is not None:
+            return scores
         journal = Journal(part / "journal", fingerprint(planted, [trigger] if trigger else [], identity))
         scores = measurement.score_on(planted, trigger, journal)
         write_text(path, measurement.dumps(scores))
