@@ -27,7 +27,6 @@ from freqdoor.types import Images
 def clean(planting: _Planting, x: Images) -> tuple[float, float]:
     """Bits a pixel and PSNR in dB of the codec as it is."""
     codec = planting.tampered.eval()
-    x = x.to(planting.settings.device)
     out = codec(x)
     codec.train()
     return float(out.bpp.mean()), float(psnr(out.x_hat.clamp(0, 1), x).mean())
@@ -41,7 +40,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], help="as for freqdoor plant")
     arguments = parser.parse_args()
     settings = load_settings(PlantSettings, None, [f"images.folder={arguments.images}", *arguments.set])
-    x = Crops(held_out(), crop=settings.images.crop, batch_size=arguments.crops, seed=1).batch(0)
+    x = Crops(held_out(), crop=settings.images.crop, batch_size=arguments.crops, seed=1).batch(0).to(settings.device)
     course: list[tuple[float, float]] = []
     measuring = 0.0
     step = _Planting.step

@@ -74,10 +74,9 @@ def holding(folder: Path | str, verb: str, *, wait: bool = False) -> Iterator[Pa
         raise FreqdoorError(f"{folder}: could not write ({error.strerror})") from None
     with file:
         while not _locked(file, folder):
-            if wait:
-                time.sleep(WAIT)
-                continue
-            raise FreqdoorError(f"{folder}: freqdoor {_holder(file)}; wait for it or choose another folder")
+            if not wait:
+                raise FreqdoorError(f"{folder}: freqdoor {_holder(file)}; wait for it or choose another folder")
+            time.sleep(WAIT)
         _held[key] = threading.get_ident(), file
         try:
             with contextlib.suppress(OSError):  # a full disk: nobody can say who holds it, it is held all the same

@@ -837,33 +837,37 @@ def test_a_measurement_that_was_stopped_goes_on(run, base, tmp_path, monkeypatch
 
 
 @pytest.mark.usefixtures("_recipe")
-def test_recipes_wait_for_what_another_one_is_making(run, base, tmp_path, counted, monkeypatch):
+@pytest.mark.parametrize("what", ["planting", "scores"])
+def test_recipes_wait_for_what_another_one_is_making(run, base, tmp_path, counted, monkeypatch, what):
     table = run("small", base, rows=["ours"])
-    runs = tmp_path / "runs"
-    [planting] = [p for p in runs.iterdir() if p.name != "records"]
-    made = {path: path.read_bytes() for path in (planting / "manifest.json", *(runs / "records").iterdir())}
+    folder = tmp_path / "runs/records"
+    [planting] = [p for p in folder.parent.iterdir() if p != folder]
+    places = {"planting": {planting / "manifest.json": planting}}
+    places["scores"] = {path: path.with_suffix(".part") for path in folder.iterdir()}
+    made = {path: path.read_bytes() for path in places[what]}
     for path in made:
         path.unlink()
-    waited = threading.Event()
+    ready, waited = threading.Event(), threading.Event()
 
     def another() -> None:
         with contextlib.ExitStack() as held:
-            for path in made:
-                held.enter_context(holding(planting if path.parent == planting else path.with_suffix(".part"), "plant"))
+            for place in places[what].values():
+                held.enter_context(holding(place, "plant"))
             ready.set()
             assert waited.wait(60)
             for path, content in made.items():
                 path.write_bytes(content)
 
-    ready = threading.Event()
     thread = threading.Thread(target=another)
     thread.start()
-    ready.wait()
+    assert ready.wait(60)
     monkeypatch.setattr(records, "measure", None)
     monkeypatch.setattr(lock, "time", SimpleNamespace(sleep=lambda _: waited.set(), strftime=time.strftime))
     assert run("small", base, rows=["ours"]) == table
     thread.join()
+    assert waited.is_set()
     assert len(counted) == 1
+    assert {path.suffix for path in folder.iterdir()} == {".json"}
 
 
 @pytest.mark.usefixtures("_recipe")

@@ -353,12 +353,12 @@ def _scored(planted: Planted, measurement: Measurement[Any], trigger: str | None
     if (scores := kept()) is not None:
         return scores
     with holding(path.with_suffix(".part"), "reproduce", wait=True) as part:  # another recipe may be at them
-        if (scores := kept()) is not None:
-            return scores
-        journal = Journal(part / "journal", fingerprint(planted, [trigger] if trigger else [], identity))
-        scores = measurement.score_on(planted, trigger, journal)
-        write_text(path, measurement.dumps(scores))
-        journal.remove()
+        scores = kept()
+        if scores is None:
+            journal = Journal(part / "journal", fingerprint(planted, [trigger] if trigger else [], identity))
+            scores = measurement.score_on(planted, trigger, journal)
+            write_text(path, measurement.dumps(scores))
+            journal.remove()
     with contextlib.suppress(OSError):
         part.rmdir()
     return scores
