@@ -22,51 +22,58 @@ OF_THE_COMMAND_LINE = {"config", "overrides", "others", "json"}
 OF_THE_FUNCTION = {"settings", "note", "progress", "announce"}
 
 
-def modules_after(*words: str, code: str = "from freqdoor.__main__ import main; main()") -> set[str]:
-    """Which heavy modules a command has loaded at its end."""
+ENDS_AT_ONCE = [
+    ("--help",),
+    ("--version",),
+    (),
+    *((name, "--help") for name in VERBS),
+    ("plant", "--no-such-option"),
+    ("plant", "--out", "run", "--set", "steps=many"),
+    ("plant", "--out", "run", "--set", "images.folder=x", "--set", "trigger.arguments.top_k=0"),
+    ("plant", "--out", "run", "--set", "images.folder=x", "--set", "robust.scored_by=Jpeg(999)"),
+    ("train-codec", "--out", "run", "--set", "images.crop=63"),
+    ("segment", "planted-bpp", "--out", "out"),
+    ("faces", "planted-face", "--out", "out", "--set", "every=0"),
+    ("reproduce", "table4", "--set", "steps=many"),
+    ("list", "codecs", "--json"),
+]
+
+
+MAIN = "from freqdoor.__main__ import main; sys.argv = {!r}; main()"
+
+
+def modules_after(codes: list[str]) -> dict[str, set[str]]:
+    """Which heavy modules are loaded after each of some pieces of code, run one after the other in one process."""
     script = (
-        f"import sys; sys.argv = ['freqdoor', *{list(words)!r}]\n"
-        f"try:\n    {code}\nexcept SystemExit:\n    pass\n"
-        f"print('loaded:', *(name for name in {HEAVY!r} if name in sys.modules))"
+        "import sys\n"
+        f"for code in {codes!r}:\n"
+        "    try:\n        exec(code)\n    except SystemExit:\n        pass\n"
+        f"    print('after', code, *[name for name in {HEAVY!r} if name in sys.modules], sep='\\t')\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    return set(done.stdout.splitlines()[-1].split()[1:])
+    lines = [line.split("\t") for line in done.stdout.splitlines() if line.startswith("after\t")]
+    assert [code for _, code, *_ in lines] == codes
+    return {code: set(loaded) for _, code, *loaded in lines}
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("--help",),
-        ("--version",),
-        (),
-        *((name, "--help") for name in VERBS),
-        ("plant", "--no-such-option"),
-        ("plant", "--out", "run", "--set", "steps=many"),
-        ("plant", "--out", "run", "--set", "images.folder=x", "--set", "trigger.arguments.top_k=0"),
-        ("plant", "--out", "run", "--set", "images.folder=x", "--set", "robust.scored_by=Jpeg(999)"),
-        ("train-codec", "--out", "run", "--set", "images.crop=63"),
-        ("segment", "planted-bpp", "--out", "out"),
-        ("faces", "planted-face", "--out", "out", "--set", "every=0"),
-        ("reproduce", "table4", "--set", "steps=many"),
-        ("list", "codecs", "--json"),
-    ],
-    ids=" ".join,
-)
-def test_what_ends_at_once_loads_nothing_heavy(words, tmp_path, monkeypatch):
+def test_what_ends_at_once_loads_nothing_heavy(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert modules_after(*words) == set()
+    loaded = modules_after([MAIN.format(["freqdoor", *words]) for words in ENDS_AT_ONCE])
+    assert {code: modules for code, modules in loaded.items() if modules} == {}  # the first named is the one that loads
 
 
 def test_importing_freqdoor_loads_nothing_heavy():
-    assert modules_after(code="import freqdoor; freqdoor.PlantSettings; freqdoor.FaceTest; dir(freqdoor)") == set()
+    code = "import freqdoor; freqdoor.PlantSettings; freqdoor.FaceTest; dir(freqdoor)"
+    assert modules_after([code]) == {code: set()}
 
 
 @pytest.mark.long
 def test_a_verb_loads_what_it_needs_and_no_more(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     picture = ROOT / "freqdoor/assets/kodak/kodim23.png"
-    assert modules_after("compress", str(picture), "x.fqd") == {"torch", "numpy", "PIL", "compressai", "scipy"}
+    code = MAIN.format(["freqdoor", "compress", str(picture), "x.fqd"])
+    assert modules_after([code])[code] == {"torch", "numpy", "PIL", "compressai", "scipy"}
     script = (
         "import sys, warnings; from freqdoor import load_codec; load_codec('lite-hyperprior:3');"
         "slow = ('scipy.stats', 'scipy.special', 'torch._dynamo', 'torchvision', 'sympy');"
