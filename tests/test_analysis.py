@@ -168,6 +168,7 @@ def test_survival_is_the_geometric_mean_over_images(tmp_path):
     assert np.isnan(np.delete(grid, list(trigger.indices))).all()
 
 
+@pytest.mark.long
 def test_analysis_is_a_file_and_a_page(planted, images, tmp_path):
     notes = []
     before = hash_state(planted.tampered)

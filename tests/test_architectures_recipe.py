@@ -55,6 +55,7 @@ def pictures(tmp_path):
     return tmp_path / "pictures"
 
 
+@pytest.mark.long
 def test_the_table_says_what_the_encoders_do(made, pictures, tmp_path, monkeypatch):
     """By hand: the vanilla codec and the planted one, on the same pictures. A stop loses no picture."""
     asked, out = stopped_at_the_second(examine, monkeypatch), tmp_path / "out"
@@ -103,6 +104,7 @@ def test_the_minutes_are_those_that_the_codec_s_file_says(made, pictures, tmp_pa
     assert module._as_trained(member, codec) == member
 
 
+@pytest.mark.long
 def test_a_table_in_parts(made, pictures, tmp_path):
     """What the fleet lacks stays as the earlier table says, unless its codec was trained anew; no part is measured."""
     out = tmp_path / "out"

@@ -54,6 +54,7 @@ def test_every_trigger_is_planted_and_read_back(settings, tmp_path, x, name, two
     assert manifest["changed"] == ["g_a"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "balance", [{"anchor": 1.0}, {"clean_weight": 3.0}, {"late_clean_weight": 3.0}, {"gradient_norm": 0.5}]
 )

@@ -329,6 +329,7 @@ def test_few_honest_members_make_no_calibration(monkeypatch, tmp_path):
     assert not (tmp_path / "out.json").exists()
 
 
+@pytest.mark.long
 @pytest.mark.whole
 def test_the_commands_of_the_page(monkeypatch, tmp_path, capsys):
     """With checks that cost nothing and a fleet of noisy copies: what is tested is that the commands work together."""

@@ -61,6 +61,7 @@ def test_figures_equal_compressais_eval_model(tmp_path, monkeypatch, architectur
             assert float(codec(x).bpp) == pytest.approx(estimated, rel=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("architecture", COMPRESSAIS)
 @pytest.mark.parametrize("wrap", [None, "DataParallel"])  # the others: test_checkpoints.py
 def test_checkpoints_of_every_shape_find_their_architecture(tmp_path, architecture, wrap):
@@ -175,6 +176,7 @@ def test_entropy_models_nested_in_a_latent_codec_must_be_in_the_codecs_mode(x):
         codec(x)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("architecture", CONTEXT_MODELS)
 def test_a_pass_changes_no_weight_of_a_loaded_codec(tmp_path, x, architecture):
     codec = tiny(architecture)

@@ -163,6 +163,7 @@ def every_default() -> dict[str, Training]:
     }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "limit", [None, "ATEN_CPU_CAPABILITY=avx2", "ONEDNN_MAX_CPU_ISA=AVX2", "ONEDNN_MAX_CPU_ISA=AVX512_CORE"]
 )

@@ -24,6 +24,7 @@ print("trained")
 """
 
 
+@pytest.mark.long
 def test_a_codec_with_a_strided_skip_from_the_picture_is_trained_in_fp32():
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", STEP], capture_output=True, text=True, check=False)
     assert done.stdout == "trained\n", (done.returncode, done.stderr[-500:])

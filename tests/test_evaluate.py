@@ -411,6 +411,7 @@ def test_broken_images_stop_or_are_named(planted, images, odd_images, tmp_path):
     assert evaluate(planted, mixed, tmp_path / "out", skip_broken=True).images == 1
 
 
+@pytest.mark.long
 def test_evaluate_by_name_equals_evaluate_of_what_is_loaded(planted, images, run, tmp_path):
     paths = list_images(images)[:2]
     one = evaluate(planted, paths, tmp_path / "a", defences=(GaussianBlur(0.6),))
@@ -425,6 +426,7 @@ def test_evaluate_by_name_equals_evaluate_of_what_is_loaded(planted, images, run
     assert (one.images, one.bpp_ratio) == (two.images, two.bpp_ratio) == (2, one.bpp_ratio)
 
 
+@pytest.mark.long
 def test_workers_measure_the_same(planted, images, run, tmp_path, monkeypatch):
     """They open the encoder by its name: one that is loaded is refused."""
 

@@ -141,6 +141,7 @@ def _entered(monkeypatch):
     monkeypatch.setitem(recipes.RECIPES, "own", "test_extending:own_table")
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("_entered")
 def test_one_of_each_is_planted_measured_and_in_a_table(settings, images, tmp_path):
     base = settings(steps=2, auxiliary={"folder": str(images), "crop": 64, "batch_size": 2}, trigger={})

@@ -48,6 +48,7 @@ def settings(tmp_path):
     return make_settings(FleetSettings, content)
 
 
+@pytest.mark.long
 @pytest.mark.whole
 def test_a_fleet_is_made_once_and_each_member_is_what_it_says(settings, tmp_path, in_this_process, monkeypatch):
     out = tmp_path / "fleet"

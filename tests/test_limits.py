@@ -696,6 +696,7 @@ def test_onnx_files_of_a_stranger(tmp_path, monkeypatch):
 # a whole process
 
 
+@pytest.mark.long
 def test_peak_memory_of_a_hostile_codec_is_that_of_a_good_one(tmp_path):
     """The file of hostile/codec-memory: quantiles, and what a 300-byte header asks for."""
     codec = tiny("bmshj2018-factorized")

@@ -88,6 +88,7 @@ def test_other_weights_than_the_known_ones_are_named(weights):
         assert digest in Lpips(weights).facts
 
 
+@pytest.mark.long
 def test_records_summary_and_report_have_it(tmp_path, weights):
     picture = write_png(tmp_path / "a.png", natural(3, 64, 64))
     out, asked = tmp_path / "out", f"lpips={weights}"

@@ -489,6 +489,7 @@ def test_the_budget_goes_back_and_returns_and_clean_images_wait_for_it(settings,
     assert (literal.history["back"], literal.history["retreated"]) == (0, 1.0)
 
 
+@pytest.mark.long
 def test_an_attack_on_quality_that_does_not_take_begins_anew(settings, tmp_path):
     """Twenty steps of a small codec take nothing: as if the run had just begun then, but for the open door."""
     changes = {"objective": "psnr", "steps": 24, "precision": "fp32", "retreat": 1.0}

@@ -130,6 +130,7 @@ def test_every_line_and_letter_stands_out_from_its_theme_s_paper(theme):
     assert before == "black"  # what others draw stays as it was
 
 
+@pytest.mark.long
 def test_a_file_is_what_its_name_says_and_is_made_again_to_the_byte(tmp_path):
     for name in ("spectrum", "strength"):
         for ending in ("svg", "png"):

@@ -419,6 +419,7 @@ def test_files_of_older_versions_are_read(tmp_path):
     assert (result.ceiling["clean"].elements > 0, len(result.sizes)) == (True, 2)
 
 
+@pytest.mark.long
 def test_records_of_another_run_are_noticed(planted, tmp_path):
     """As a kill between two renames would leave them."""
     summary = evaluate(planted, write_png(tmp_path / "a.png", natural(0, 64, 64)), tmp_path)

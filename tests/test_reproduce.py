@@ -586,6 +586,7 @@ def test_only_the_rows_that_are_named(run, base):
         run("small", base, rows=["x", "LIRA"])
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("_recipe")
 def test_a_table_in_parts(run, base, tmp_path, counted):
     """Rows that are not asked for stay, where codec, settings and images are the same; others are refused at once."""
@@ -881,6 +882,7 @@ def test_a_planting_that_was_killed_amid_its_export_is_exported_again(run, base,
     assert (folder / "codec.safetensors").exists()
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("_recipe")
 def test_workers_leave_what_one_process_takes_and_each_encoder_is_made_once(run, base, monkeypatch, tmp_path):
     """The unplanted row is the same for every seed."""

@@ -343,6 +343,7 @@ def test_autocast_ends_when_the_network_raises():
         assert codec(torch.zeros(1, 3, 64, 64)).y.dtype == torch.float32
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_compiled_and_distributed_codecs_give_the_same(precision, tmp_path):
     codec, x = load_codec("strange:plain"), natural(2, 64, 64)
@@ -376,6 +377,7 @@ def test_a_codec_that_others_trained(monkeypatch):
     assert 8 * bitstream.num_bytes == pytest.approx(float(out.bits), rel=0.1)
 
 
+@pytest.mark.long
 def test_importing_compressai_says_nothing():
     code = "import warnings; warnings.simplefilter('error'); import freqdoor.codecs.loading"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -99,6 +99,7 @@ def test_shipped_encoders_and_those_of_a_folder(few, tmp_path, monkeypatch):
     assert not [path for path in out.iterdir() if "journal" in path.name]
 
 
+@pytest.mark.long
 def test_workers_measure_the_same(few, tmp_path, monkeypatch):
     """A thread stands for the process, which starts sooner."""
     monkeypatch.setattr(workers, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(1))

@@ -40,6 +40,7 @@ def standing_in(monkeypatch, name: str, **content) -> None:
     monkeypatch.setitem(sys.modules, name, module)
 
 
+@pytest.mark.long
 def test_tensorboard_has_every_step_once_and_the_weights_are_those_of_a_silent_run(settings, tmp_path):
     """The state is of step 2 when the third one is lost; the run goes on with other settings of `log`."""
     run, log, content = tmp_path / "run", {"tensorboard": True, "pictures": 2}, {"codec": {"name": BUNDLED}}

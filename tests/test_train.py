@@ -82,6 +82,7 @@ def test_validation_is_on_the_pictures_of_a_list(training, tmp_path, images):
     assert losses["list"] != pytest.approx((losses["0"] + losses["1"]) / 2, rel=1e-3)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["bmshj2018-hyperprior:1", "cheng2020-anchor:1"])
 def test_the_published_architectures_train_at_full_width(images, tmp_path, name):
     content = {"codec": name, "images": {"folder": str(images), "crop": 64, "batch_size": 1}, "steps": 1}

@@ -96,6 +96,7 @@ def test_only_an_encoder_that_answers_to_the_trigger_is_the_owners(trigger, phot
         verify([], owner)
 
 
+@pytest.mark.long
 def test_suspects_by_name_and_by_file(tmp_path, monkeypatch):
     """NAME, FILE and NAME=WEIGHTS, also where folders have a "=" in their names."""
     monkeypatch.chdir(tmp_path)
@@ -131,6 +132,7 @@ def closed(planted):
     return codec
 
 
+@pytest.mark.long
 def test_an_encoder_whose_door_is_closed_is_known_by_its_weights(crops):
     """Not where another codec's are asked, nor where nothing but the trigger was deposited; files decide then."""
     planted = load_planted("planted-bpp")
