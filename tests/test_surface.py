@@ -20,8 +20,6 @@ HEAVY = ("torch", "numpy", "PIL", "compressai", "torchvision", "matplotlib", "sc
 # what a verb calls it, and the function: files of settings are read by the command line, objects are shown by it
 OF_THE_COMMAND_LINE = {"config", "overrides", "others", "json"}
 OF_THE_FUNCTION = {"settings", "note", "progress", "announce"}
-
-
 ENDS_AT_ONCE = [
     ("--help",),
     ("--version",),
@@ -37,8 +35,6 @@ ENDS_AT_ONCE = [
     ("reproduce", "table4", "--set", "steps=many"),
     ("list", "codecs", "--json"),
 ]
-
-
 MAIN = "from freqdoor.__main__ import main; sys.argv = {!r}; main()"
 
 
